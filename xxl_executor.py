@@ -1,0 +1,3626 @@
+#!/usr/bin/env python3
+"""XXL-JOB executor in one file: copy it, list scripts in a YAML file, start it from systemd or beside a container.
+
+A trigger travels down this file: connection (4) -> Api (5) -> lane (6) -> journal (9, committed) -> the answer -> slot thread
+(6) -> job process (7) -> job log (8) -> journal (9) -> callback thread (10) -> admin (11).  "Accepted" is said only after the
+journal has committed the run; a result is given up only after an unambiguous acknowledgement.  Every run carries a marker in
+its environment, by which its whole process tree is found again, after a crash of this daemon too.  Objects arrive through
+constructors, only Daemon (14) knows them all; no section from 4 to 12 names a class of an earlier one of these.
+
+thread          started by           waits on                              stops when
+main            the interpreter      the signal pipe, the next deadline    a signal asks for it, after draining
+http-selector   HttpServer.start     epoll: listener, connections, wake    close(), after the last answer
+http-N          HttpServer.start     the queue of complete requests        close() sends each of them None
+slot-N          Scheduler, on need   a lane that is ready, then its job    close(); a daemon thread: a stuck job cannot hold exit
+callback        Callbacks.start      a result, the next attempt            close(), after at most 5 s of delivering
+registration    Registration.start   30 s, or a retry                      close(), after registryRemove
+(timers)        7 and 11             a deadline of one run or exchange     cancelled when that ends first
+
+sections: 1 vocabulary, 2 config, 3 metrics, 4 HTTP server, 5 executor API, 6 scheduling, 7 job process, 8 job logs,
+9 journal, 10 callbacks, 11 admin client, 12 registration, 13 systemd, 14 daemon, 15 CLI.  `grep -n '^# [0-9]'` lists them.
+"""
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import ctypes
+import dataclasses
+import datetime
+import difflib
+import enum
+import fcntl
+import glob
+import hashlib
+import hmac
+import http.server
+import importlib
+import inspect
+import io
+import ipaddress
+import json
+import logging
+import os
+import pwd
+import queue
+import random
+import re
+import secrets
+import select
+import shlex
+import shutil
+import signal
+import socket
+import sqlite3
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import typing
+import urllib.parse
+
+# `requests` and `yaml` are imported where they are used: the Python server of section 7 also runs under interpreters that
+# have neither (`interpreter:`), and `--version` need not wait for them.
+
+__version__ = "0.1.0"
+log = logging.getLogger("xxl-executor")
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1 vocabulary
+# ----------------------------------------------------------------------------------------------------------------------
+SUCCESS, FAILURE, TIMEOUT = 200, 500, 502  # handleCode, XXL-JOB's XxlJobContext
+MESSAGE_LIMIT = 15_000        # characters; the admin cuts handleMsg there
+REGISTRY_INTERVAL = 30.0      # seconds; RegistryConfig.BEAT_TIMEOUT of XXL-JOB, the admin forgets after three of them
+RESUME_WINDOW = 300.0         # seconds; an accepted run that is older is not started after a restart
+DEAD_AFTER = 7 * 86_400.0     # seconds; then an undelivered result is kept but no longer sent
+REPEAT_WINDOW = 86_400.0      # seconds a delivered run is remembered, so that its repeated trigger starts nothing
+INT64 = range(-(1 << 63), 1 << 63)
+MARKER = "XXL_EXECUTOR_RUN"   # environment variable that names the data_dir and the run of every process of a job
+SECRETS = re.compile(r"XXL_JOB_ACCESS_TOKEN|NOTIFY_SOCKET|WATCHDOG_.*|LISTEN_.*|CREDENTIALS_DIRECTORY|" + MARKER)
+
+
+class ExecutorError(Exception):
+    """An error whose text tells the operator what to do; the CLI prints it without a traceback."""
+
+
+class ConfigError(ExecutorError):
+    """All problems of the configuration, one `file:line: key: problem` a line."""
+
+
+class Refused(ExecutorError):
+    """A request that is answered with code 500; the text goes to the admin."""
+
+
+class JournalError(ExecutorError):
+    """The journal cannot store anything now (full disk, broken file)."""
+
+
+class AdminUnreachable(ExecutorError):
+    """No address gave a usable answer in time; whether the admin acted is unknown."""
+
+
+class AdminRefused(ExecutorError):
+    """The admin answered with an envelope whose code is not 200."""
+
+
+class RunState(enum.Enum):
+    """accepted -> running -> finished -> delivered | dead; a dropped run goes from accepted to finished."""
+    ACCEPTING = "accepting"  # reserved in its lane, not committed yet
+    ACCEPTED = "accepted"
+    RUNNING = "running"
+    FINISHED = "finished"
+    DELIVERED = "delivered"
+    DEAD = "dead"
+
+
+@dataclasses.dataclass(frozen=True)
+class Trigger:
+    """One trigger as the admin sent it; `timeout` in seconds (0: none), `log_date_time` in ms since the epoch."""
+    job_id: int
+    log_id: int
+    handler: str
+    param: str = ""
+    block_strategy: str = "SERIAL_EXECUTION"
+    timeout: int = 0
+    log_date_time: int = 0
+    glue_type: str = "BEAN"
+    shard_index: int = 0
+    shard_total: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.handler or self.glue_type} logId={self.log_id} jobId={self.job_id}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended: `code` is SUCCESS, FAILURE or TIMEOUT; `exit_status` as a shell would show it, None in a thread."""
+    code: int
+    message: str
+    exit_status: typing.Optional[int] = None
+
+
+def clip(text: str) -> str:
+    """Keep the tail of `text` within what the admin stores (the end of an error says more than its beginning), as valid UTF-8."""
+    text = text.encode("utf-8", "replace").decode()
+    return text if len(text) <= MESSAGE_LIMIT else "..." + text[3 - MESSAGE_LIMIT:]
+
+
+def seconds_text(seconds: float) -> str:
+    """`seconds` for people: 0.25 s, 60 s, 12m 5s, 2h 0m."""
+    if seconds < 120:
+        return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:.0f} s"
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes}m {rest}s" if minutes < 60 else f"{minutes // 60}h {minutes % 60}m"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2 config
+# ----------------------------------------------------------------------------------------------------------------------
+CONFIG_PLACES = ("./config.yaml", "/etc/xxl-executor/config.yaml")
+_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
+_SIZES = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+_TAGS = {"int": "the number {}", "float": "the number {}", "bool": "the truth value {}", "str": 'the text "{}"',
+         "timestamp": "the date {}"}
+
+
+class _Bad(Exception):
+    """A value that does not fit; the text says what was expected."""
+
+
+def _shown(node) -> str:
+    kind = node.id if node.id != "scalar" else node.tag.rpartition(":")[2]
+    return {"mapping": "a mapping", "sequence": "a list"}.get(kind) or _TAGS.get(kind, "{}").format(node.value)
+
+
+def _scalar(node, *tags: str, expected: str) -> str:
+    if node.id != "scalar" or node.tag.rpartition(":")[2] not in tags:
+        hint = ": put it in quotes" if tags == ("str",) and node.id == "scalar" else ""
+        raise _Bad(f"expected {expected}, got {_shown(node)}{hint}")
+    return node.value
+
+
+def _text(reader, node) -> str:
+    return _scalar(node, "str", expected="text")
+
+
+def _flag(reader, node) -> bool:
+    return _scalar(node, "bool", expected="true or false").lower() in ("true", "yes", "on")
+
+
+def _choice(*values: str):
+    def parse(reader, node) -> str:
+        if node.id != "scalar" or node.value not in values:
+            raise _Bad(f"expected {' or '.join(values)}, got {_shown(node)}")
+        return node.value
+    return parse
+
+
+def _measure(pattern: str, units: dict, expected: str):
+    def parse(reader, node) -> float:
+        found = re.fullmatch(pattern, _scalar(node, "int", "float", "str", expected=expected), re.ASCII)
+        if not found or found[2] not in units:
+            raise _Bad(f"expected {expected}, got {_shown(node)}")
+        return float(found[1]) * units[found[2]] if "." in found[1] else int(found[1]) * units[found[2]]
+    return parse
+
+
+_duration = _measure(r"(\d{1,9}(?:\.\d{1,3})?)([a-z]*)", _UNITS, "a duration such as 90, 90s, 10m, 2h or 30d")
+_size = _measure(r"(\d{1,15})([A-Za-z]*)", _SIZES, "a size such as 4096, 512KiB or 64MiB")
+
+
+def _whole(low: int, high: int):
+    def parse(reader, node) -> int:
+        expected = f"a whole number from {low} to {high}"
+        value = _scalar(node, "int", expected=expected)
+        if not re.fullmatch(r"\d{1,12}", value, re.ASCII) or not low <= int(value) <= high:
+            raise _Bad(f"expected {expected}, got {_shown(node)}")
+        return int(value)
+    return parse
+
+
+def _positive(parse):
+    def checked(reader, node):
+        value = parse(reader, node)
+        if value <= 0:
+            raise _Bad(f"expected more than 0, got {node.value}")
+        return value
+    return checked
+
+
+def _list(parse):
+    def each(reader, node) -> tuple:
+        if node.id != "sequence":
+            raise _Bad(f"expected a list, got {_shown(node)}")
+        return tuple(parse(reader, reader.expand(item)) for item in node.value)
+    return each
+
+
+def _argument(reader, node) -> str:
+    return _scalar(node, "str", "int", "float", expected="text or a number")
+
+
+def _command(reader, node) -> tuple:
+    value = _list(_argument)(reader, node)
+    if not value or not value[0]:
+        raise _Bad("expected a list with a program and its arguments, got an empty one")
+    return value
+
+
+def _variables(reader, node) -> typing.Dict[str, str]:
+    if node.id != "mapping":
+        raise _Bad(f"expected NAME: value pairs, got {_shown(node)}")
+    values = {}
+    for key, item in reader.pairs(node):
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key.value, re.ASCII):
+            raise _Bad(f'"{key.value}" is no name of an environment variable')
+        values[key.value] = _scalar(reader.expand(item), "str", "int", "float", "bool", expected="text or a number")
+    return values
+
+
+def _path(reader, node) -> str:
+    base = os.path.dirname(os.path.abspath(node.start_mark.name))
+    return os.path.normpath(os.path.join(base, os.path.expanduser(_text(reader, node))))
+
+
+def _program(reader, node) -> str:
+    return _path(reader, node) if "/" in _text(reader, node) else node.value
+
+
+def _entry_point(reader, node) -> str:
+    value = _text(reader, node)
+    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", value):
+        raise _Bad(f'expected module:function such as "reports.daily:main", got {_shown(node)}')
+    return value
+
+
+def _url(reader, node) -> str:
+    value = _text(reader, node)
+    parts = urllib.parse.urlsplit(value)
+    with contextlib.suppress(ValueError):
+        if parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0):
+            return value
+    raise _Bad(f"expected an address such as http://10.0.0.5:8080/xxl-job-admin, got {_shown(node)}")
+
+
+def _urls(reader, node) -> tuple:
+    # One text with commas is how the Java executor's xxl.job.admin.addresses is written, and what ${NAME} can hold.
+    if node.id == "scalar" and node.tag.endswith(":str"):
+        found = [reader.scalar(part.strip(), node) for part in node.value.split(",") if part.strip()]
+        return tuple(_url(reader, part).rstrip("/") for part in found)
+    return tuple(value.rstrip("/") for value in _list(_url)(reader, node))
+
+
+def _bind(reader, node) -> typing.Tuple[str, int]:
+    value = _text(reader, node)
+    found = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]*):(\d{1,5})", value, re.ASCII)
+    if not found or int(found[2]) > 65_535:
+        raise _Bad(f'expected host:port such as "0.0.0.0:9999" or "[::]:9999", got {_shown(node)}')
+    return found[1].strip("[]") or "0.0.0.0", int(found[2])
+
+
+def _option(parse, default: str = "", *, raw: bool = False):
+    """A key: its parser and its default as it would be written in YAML ("" means None). `raw`: no ${NAME} in it."""
+    return dataclasses.field(default=None, metadata={"parse": parse, "default": default, "raw": raw})
+
+
+@dataclasses.dataclass(frozen=True)
+class AdminConfig:
+    addresses: tuple = _option(_urls, "[]")
+    access_token: str = _option(_text)
+    access_token_file: str = _option(_path)
+    connect_timeout: float = _option(_positive(_duration), "3s")
+    timeout: float = _option(_positive(_duration), "10s")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExecutorConfig:
+    app_name: str = _option(_text, "xxl-job-executor-sample")
+    bind: tuple = _option(_bind, "0.0.0.0:9999")
+    address: str = _option(_url)
+    data_dir: str = _option(_path, "./data")
+    max_running: int = _option(_whole(1, 1024), "32")
+    max_queued: int = _option(_whole(1, 1_000_000), "10000")
+    drain_timeout: float = _option(_duration, "30s")
+    max_connections: int = _option(_whole(8, 100_000), "1024")
+    log_limit: int = _option(_positive(_size), "64MiB")
+    log_retention: float = _option(_positive(_duration), "30d")
+    allow_no_token: bool = _option(_flag, "false")
+
+
+@dataclasses.dataclass(frozen=True)
+class GlueConfig:
+    enabled: bool = _option(_flag, "false")
+
+
+@dataclasses.dataclass(frozen=True)
+class JobConfig:
+    """One entry of `jobs`. Exactly one of `shell`, `command` and `python` is set; durations in seconds, 0: none."""
+    name: str
+    description: str = _option(_text)
+    shell: str = _option(_text, raw=True)  # the shell expands ${NAME} itself, when the job runs
+    command: tuple = _option(_command)
+    python: str = _option(_entry_point)
+    isolation: str = _option(_choice("process", "thread"), "process")
+    timeout: float = _option(_duration, "0")
+    kill_grace: float = _option(_duration, "5s")
+    cwd: str = _option(_path, ".")
+    env: dict = _option(_variables, "{}")
+    user: str = _option(_text)
+    interpreter: str = _option(_program)
+    pythonpath: tuple = _option(_list(_path), "[]")
+    max_delay: float = _option(_duration, "0")
+    queue_limit: int = _option(_whole(1, 1_000_000), "1000")
+    on_crash: str = _option(_choice("fail", "rerun"), "fail")
+    background: str = _option(_choice("kill", "keep"), "kill")
+
+    @property
+    def what(self) -> str:
+        """What the job runs, on one line."""
+        return self.python or " ".join((self.shell or shlex.join(self.command)).split())
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    file: str
+    admin: AdminConfig
+    executor: ExecutorConfig
+    glue: GlueConfig
+    jobs: typing.Dict[str, JobConfig]
+    warnings: tuple = ()
+
+
+class _ConfigReader:
+    """Walks composed YAML nodes, which still know their file and line, and collects every problem."""
+
+    def __init__(self):
+        import yaml
+        self.yaml, self.resolver = yaml, yaml.resolver.Resolver()
+        self.problems: typing.List[typing.Tuple[str, int, str]] = []
+        self.warnings: typing.List[str] = []
+
+    def problem(self, node, text: str, *, line: int = 0) -> None:
+        self.problems.append((node.start_mark.name, line or node.start_mark.line + 1, text))
+
+    def scalar(self, value: str, node, tag: str = "tag:yaml.org,2002:str"):
+        return self.yaml.ScalarNode(tag, value, node.start_mark, node.end_mark)
+
+    def document(self, file: str):
+        """The root mapping of `file`, or None after a problem."""
+        try:
+            with open(file, encoding="utf-8") as stream:
+                loader = self.yaml.SafeLoader(stream.read())
+            loader.name = file
+            root = loader.get_single_node()
+        except OSError as error:
+            self.problems.append((file, 0, f"cannot be read: {error.strerror}: give a readable file with -c FILE"))
+        except UnicodeDecodeError as error:
+            self.problems.append((file, 0, f"is not UTF-8 at byte {error.start}: save it as UTF-8"))
+        except self.yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            self.problems.append((file, mark.line + 1, f"not YAML: {error.problem or error.context}"))
+        except (self.yaml.YAMLError, RecursionError) as error:
+            self.problems.append((file, 0, f"not YAML: {str(error).splitlines()[0]}"))
+        else:
+            if root is not None and root.id == "mapping":
+                return root
+            self.problems.append((file, 1, "expected a mapping with the keys admin, executor and jobs, got "
+                                  + ("an empty file" if root is None else _shown(root))))
+        return None
+
+    def expand(self, node):
+        """`node` with ${NAME} and ${NAME:-default} replaced; raises _Bad for one that is not set. $${ stands for ${."""
+        if node.id != "scalar" or "${" not in node.value:
+            return node
+
+        def value(found) -> str:
+            if found[0].startswith("$$"):
+                return "${"
+            text = os.environ.get(found[1], "") or found[2]
+            if text is None:
+                raise _Bad(f"the environment variable {found[1]} is empty or not set: set it, or write ${{{found[1]}:-default}}")
+            return text
+        text = re.sub(r"\$\$\{|\$\{(\w+)(?::-([^}]*))?\}", value, node.value)
+        # A plain ${NAME} takes the type of what it holds: a number where a number is expected.
+        tag = node.tag if node.style else self.resolver.resolve(self.yaml.ScalarNode, text, (True, False))
+        return self.scalar(text, node, tag)
+
+    def pairs(self, node, path: str = "") -> list:
+        """The (key, value) nodes of a mapping, merge keys (<<) resolved; a duplicate key is a problem."""
+        seen: typing.Dict[str, int] = {}
+        for key, _ in node.value:
+            if key.id == "scalar" and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    self.problem(key, f"{path}{key.value}: duplicate key, first on line {seen[key.value]}: remove one")
+                seen.setdefault(key.value, key.start_mark.line + 1)
+        try:
+            self.yaml.SafeLoader("").flatten_mapping(node)
+        except self.yaml.MarkedYAMLError as error:
+            self.problem(node, f"{path}<<: {error.problem}")
+        keys = [pair for pair in node.value if pair[0].id == "scalar"]
+        for key, _ in node.value:
+            if key.id != "scalar":
+                self.problem(key, f"{path}: expected a name as key, got {_shown(key)}")
+        return list({key.value: (key, value) for key, value in keys}.values())
+
+    def section(self, kind, node, path: str, **fixed):
+        """An instance of the dataclass `kind` from a mapping; a key that is absent or null has its default."""
+        fields = {field.name: field for field in dataclasses.fields(kind) if field.metadata}
+        values = dict(fixed)
+        given = {}
+        if node is not None and node.id != "mapping":
+            if node.tag != "tag:yaml.org,2002:null":
+                self.problem(node, f"{path}: expected a mapping, got {_shown(node)}")
+        elif node is not None:
+            for key, value in self.pairs(node, path + "."):
+                if key.value in fields:
+                    given[key.value] = value
+                    continue
+                near = difflib.get_close_matches(key.value, fields, 1)
+                hint = f'did you mean "{near[0]}"?' if near else f"known keys: {', '.join(fields)}"
+                self.problem(key, f"{path}.{key.value}: unknown key, {hint}")
+        for name, field in fields.items():
+            parse, default = field.metadata["parse"], field.metadata["default"]
+            try:
+                value = given.get(name)
+                if value is not None and not field.metadata["raw"]:
+                    value = self.expand(value)
+                if value is None or value.tag == "tag:yaml.org,2002:null":
+                    value = self._default(default, node)
+                values[name] = None if value is None else parse(self, value)
+            except _Bad as error:
+                self.problem(given.get(name) or node, f"{path}.{name}: {error}")
+        return kind(**values)
+
+    def _default(self, text: str, node):
+        mark = node.start_mark if node is not None else self.yaml.Mark(self.file, 0, 0, 0, None, None)
+        if text in ("[]", "{}"):
+            kind, tag = (self.yaml.SequenceNode, "seq") if text == "[]" else (self.yaml.MappingNode, "map")
+            return kind(f"tag:yaml.org,2002:{tag}", [], mark, mark)
+        tag = self.resolver.resolve(self.yaml.ScalarNode, text, (True, False))
+        return self.yaml.ScalarNode(tag, text, mark, mark) if text else None
+
+    def job(self, key, node) -> typing.Optional[JobConfig]:
+        path, before = f"jobs.{key.value}", len(self.problems)
+        job = self.section(JobConfig, node, path, name=key.value)
+        if len(self.problems) > before:
+            return None
+        kinds = [kind for kind in ("shell", "command", "python") if getattr(job, kind)]
+        if len(kinds) != 1:
+            got = " and ".join(kinds) if kinds else "none"
+            self.problem(key, f"{path}: expected exactly one of shell, command and python, got {got}")
+            return None
+        given = {name.value: name for name, _ in node.value}
+        for name in ("interpreter", "pythonpath", "isolation"):
+            if name in given and not job.python:
+                self.problem(given[name], f"{path}.{name}: only a python job has it: remove it")
+        for name in ("interpreter", "user", "cwd", "env", "background"):
+            if name in given and job.isolation == "thread":
+                self.problem(given[name], f"{path}.{name}: has no effect with isolation: thread: remove it, or use process")
+        return job
+
+    def jobs(self, node, found: dict, where: dict) -> None:
+        if node is None or node.tag == "tag:yaml.org,2002:null":
+            return
+        if node.id != "mapping":
+            self.problem(node, f"jobs: expected a mapping of job names, got {_shown(node)}")
+            return
+        for key, value in self.pairs(node, "jobs."):
+            if key.value in where:
+                self.problem(key, f"jobs.{key.value}: defined twice, first at {where[key.value]}: rename or remove one")
+                continue
+            where[key.value] = f"{key.start_mark.name}:{key.start_mark.line + 1}"
+            job = self.job(key, value)
+            if job is not None:
+                found[job.name] = job
+
+    def config(self, file: str) -> typing.Optional[Config]:
+        self.file = file
+        root = self.document(file)
+        if root is None:
+            return None
+        parts = {"admin": None, "executor": None, "glue": None, "include": None, "jobs": None}
+        for key, value in self.pairs(root):
+            if key.value in parts:
+                parts[key.value] = value
+            elif not key.value.startswith("x-"):  # x-...: a place for YAML anchors, as in Compose files
+                near = difflib.get_close_matches(key.value, parts, 1)
+                hint = f'did you mean "{near[0]}"?' if near else f"known keys: {', '.join(parts)}"
+                self.problem(key, f"{key.value}: unknown key, {hint}")
+        admin = self.section(AdminConfig, parts["admin"], "admin")
+        if admin.access_token and admin.access_token_file:
+            self.problem(parts["admin"], "admin.access_token_file: access_token is set too: keep one of them")
+        elif admin.access_token_file:
+            try:
+                with open(admin.access_token_file, encoding="utf-8") as stream:
+                    admin = dataclasses.replace(admin, access_token=stream.read().strip())
+            except (OSError, UnicodeDecodeError) as error:
+                self.problem(parts["admin"], f"admin.access_token_file: {admin.access_token_file} cannot be read: {error}")
+        executor = self.section(ExecutorConfig, parts["executor"], "executor")
+        glue = self.section(GlueConfig, parts["glue"], "glue")
+        jobs: typing.Dict[str, JobConfig] = {}
+        where: typing.Dict[str, str] = {}
+        self.jobs(parts["jobs"], jobs, where)
+        self._include(parts["include"], jobs, where)
+        return Config(file, admin, executor, glue, jobs, tuple(self.warnings))
+
+    def _include(self, node, jobs: dict, where: dict) -> None:
+        if node is None or node.tag == "tag:yaml.org,2002:null":
+            return
+        try:
+            patterns = _list(_path)(self, node)
+        except _Bad as error:
+            self.problem(node, f"include: {error}")
+            return
+        for pattern, item in zip(patterns, node.value):
+            files = sorted(glob.glob(pattern))
+            if not files:
+                self.warnings.append(f"{item.start_mark.name}:{item.start_mark.line + 1}: include: {item.value} matches no file")
+            for file in files:
+                root = self.document(file)
+                for key, value in self.pairs(root) if root is not None else ():
+                    if key.value == "jobs":
+                        self.jobs(value, jobs, where)
+                    elif not key.value.startswith("x-"):
+                        self.problem(key, f"{key.value}: an included file may hold only jobs: move it to {self.file}")
+
+
+def find_config(file: typing.Optional[str]) -> str:
+    """The configuration file: `file`, else $XXL_EXECUTOR_CONFIG, else the first of CONFIG_PLACES that exists."""
+    file = file or os.environ.get("XXL_EXECUTOR_CONFIG")
+    if file:
+        return file
+    for place in CONFIG_PLACES:
+        if os.path.exists(place):
+            return place
+    raise ConfigError(f"no configuration: none of {', '.join(CONFIG_PLACES)} exists: give one with -c FILE")
+
+
+def load_config(file: str) -> Config:
+    """Read `file` and its includes. Raises ConfigError with every problem, sorted by file and line."""
+    reader = _ConfigReader()
+    config = reader.config(file)
+    if reader.problems:
+        lines = [f"{name}:{line}: {text}" if line else f"{name}: {text}" for name, line, text in sorted(set(reader.problems))]
+        raise ConfigError("\n".join(lines))
+    return config
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3 metrics
+# ----------------------------------------------------------------------------------------------------------------------
+_BUCKETS = (0.005, 0.02, 0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 14_400)  # seconds: a warm start to a nightly job
+_METRICS = {  # name: (type, help)
+    "runs_total": ("counter", "Finished runs by job handler and result code."),
+    "run_duration_seconds": ("histogram", "Duration of finished runs."),
+    "run_wait_seconds": ("histogram", "Time between the acceptance of a trigger and the start of its run."),
+    "refused_triggers_total": ("counter", "Triggers answered with code 500."),
+    "callback_failures_total": ("counter", "Failed attempts to deliver results."),
+    "registration_failures_total": ("counter", "Failed heartbeats to the admin."),
+    "log_dropped_bytes_total": ("counter", "Bytes of output beyond executor.log_limit or a full disk."),
+    "running": ("gauge", "Runs in progress."),
+    "queued": ("gauge", "Accepted runs that have not started."),
+    "stuck_threads": ("gauge", "Runs in a thread that did not return after their cancellation."),
+    "undelivered_results": ("gauge", "Results that the admin has not acknowledged."),
+    "connections": ("gauge", "Open HTTP connections."),
+    "last_heartbeat_timestamp_seconds": ("gauge", "When the admin last acknowledged a heartbeat."),
+}
+
+
+class Metrics:
+    """Counters, histograms and gauges in the Prometheus text format; any thread may call any method."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._values: typing.Dict[tuple, typing.Any] = {}
+        self._gauges: typing.Dict[str, typing.Callable[[], float]] = {}
+
+    def count(self, name: str, amount: float = 1, **labels: typing.Any) -> None:
+        key = (name, tuple(labels.items()))
+        with self._lock:
+            self._values[key] = self._values.get(key, 0) + amount
+
+    def observe(self, name: str, value: float) -> None:
+        with self._lock:
+            sums = self._values.setdefault((name, ()), [0] * (len(_BUCKETS) + 1) + [0.0])
+            sums[next((i for i, bound in enumerate(_BUCKETS) if value <= bound), len(_BUCKETS))] += 1
+            sums[-1] += value
+
+    def gauge(self, name: str, value: typing.Callable[[], float]) -> None:
+        self._gauges[name] = value
+
+    def render(self) -> str:
+        with self._lock:
+            values = {key: list(value) if isinstance(value, list) else value for key, value in self._values.items()}
+        values.update({(name, ()): value() for name, value in self._gauges.items()})
+        lines = []
+        for name, (kind, text) in _METRICS.items():
+            lines += [f"# HELP xxl_executor_{name} {text}", f"# TYPE xxl_executor_{name} {kind}"]
+            for (found, labels), value in values.items():
+                if found != name:
+                    continue
+                if kind == "histogram":
+                    counts = [sum(value[:i + 1]) for i in range(len(_BUCKETS) + 1)]
+                    bounds = [str(bound) for bound in _BUCKETS] + ["+Inf"]
+                    lines += [f'xxl_executor_{name}_bucket{{le="{b}"}} {c}' for b, c in zip(bounds, counts)]
+                    lines += [f"xxl_executor_{name}_sum {value[-1]:.6f}", f"xxl_executor_{name}_count {counts[-1]}"]
+                else:
+                    shown = ",".join('{}="{}"'.format(key, str(text).replace("\\", r"\\").replace('"', r"\"").replace(
+                        "\n", r"\n")) for key, text in labels)
+                    lines.append(f"xxl_executor_{name}{'{' + shown + '}' if shown else ''} {value}")
+        lines += ["# HELP xxl_executor_build_info Version of the executor and its Python.", "# TYPE xxl_executor_build_info gauge",
+                  f'xxl_executor_build_info{{version="{__version__}",python="{sys.version.split()[0]}"}} 1', ""]
+        return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4 HTTP server
+# ----------------------------------------------------------------------------------------------------------------------
+HEAD_LIMIT, BODY_LIMIT = 16 << 10, 5 << 20  # bytes
+REQUEST_TIMEOUT, IDLE_TIMEOUT, LINGER = 10.0, 120.0, 2.0  # seconds; the admin's client gives up after 3 (10 at most)
+_JSON = "application/json;charset=UTF-8"
+_HEAD_END = re.compile(rb"\r?\n\r?\n")
+_FRAMING = re.compile(rb"^(content-length|transfer-encoding|expect)[ \t]*:[ \t]*([^\r\n]*?)[ \t]*\r?$", re.I | re.M)
+_ONCE = select.EPOLLONESHOT  # whoever got the event owns the connection until it arms it again
+
+
+def envelope(code: int, message: typing.Optional[str] = None, data: typing.Any = None) -> bytes:
+    """The reply that every admin reads: the payload is `content` up to 3.2 and `data` from 3.3."""
+    return json.dumps({"code": code, "msg": message, "content": data, "data": data}, ensure_ascii=False).encode("utf-8", "replace")
+
+
+class HttpError(Exception):
+    """A request that cannot be framed: `status` and a text for the client; the connection is closed after it."""
+
+    def __init__(self, status: int, text: str):
+        super().__init__(text)
+        self.status = status
+
+
+class Connection:
+    """A client socket and the bytes of its current request; owned by one thread at a time (see _ONCE)."""
+    __slots__ = ("sock", "peer", "buffer", "head_end", "total", "out", "deadline", "busy", "close_after", "lingering")
+
+    def __init__(self, sock: socket.socket, peer: str):
+        self.sock, self.peer = sock, peer
+        self.buffer, self.out = bytearray(), b""
+        self.head_end = self.total = 0
+        self.deadline = time.monotonic() + REQUEST_TIMEOUT
+        self.busy = self.close_after = self.lingering = False
+
+    def frame(self) -> typing.Optional[typing.Tuple[bytes, bytes]]:
+        """Take (head, body) of one complete request from the buffer, or None. Raises HttpError."""
+        if not self.head_end:
+            while self.buffer[:1] in (b"\r", b"\n"):  # RFC 9112, 2.2: empty lines before a request are skipped
+                del self.buffer[:1]
+            found = _HEAD_END.search(self.buffer, 0, HEAD_LIMIT)
+            if not found:
+                if len(self.buffer) >= HEAD_LIMIT:
+                    raise HttpError(431, f"the request head is longer than {HEAD_LIMIT} bytes")
+                return None
+            self.head_end = found.end()
+            self.total = self.head_end + self._body_length(bytes(self.buffer[:self.head_end]))
+        if len(self.buffer) < self.total:
+            return None
+        head, body = bytes(self.buffer[:self.head_end]), bytes(self.buffer[self.head_end:self.total])
+        del self.buffer[:self.total]
+        self.head_end = self.total = 0
+        return head, body
+
+    def _body_length(self, head: bytes) -> int:
+        fields = collections.defaultdict(set)
+        for name, value in _FRAMING.findall(head):
+            fields[name.lower()].add(value)
+        lengths = fields[b"content-length"]
+        if fields[b"transfer-encoding"]:
+            if lengths:
+                raise HttpError(400, "Content-Length and Transfer-Encoding exclude each other")
+            raise HttpError(411, "send the body with a Content-Length, without Transfer-Encoding")
+        if len(lengths) > 1 or any(not re.fullmatch(rb"[0-9]{1,18}", value) for value in lengths):
+            raise HttpError(400, "Content-Length is not one whole number")
+        length = int(lengths.pop()) if lengths else 0
+        if length > BODY_LIMIT:
+            raise HttpError(413, f"the body is longer than {BODY_LIMIT} bytes")
+        for expectation in fields[b"expect"]:
+            if expectation.lower() != b"100-continue":
+                raise HttpError(417, "the only expectation that can be met is 100-continue")
+            if length > len(self.buffer) - self.head_end:
+                with contextlib.suppress(OSError):
+                    self.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return length
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    """Parses one complete request and renders its answer into `wfile`; never touches a socket."""
+    protocol_version = "HTTP/1.1"
+
+    def __init__(self, head: bytes, body: bytes, peer: str, answer, closing: bool):
+        self.rfile, self.wfile = io.BytesIO(head), io.BytesIO()
+        self.body, self.client_address, self.closing = body, (peer, 0), closing
+        self.command, self.request_version, self.close_connection = "", self.protocol_version, True
+        self.raw_requestline = self.rfile.readline(HEAD_LIMIT)
+        if self.parse_request():
+            self.reply(*answer(self.command, self.path, self.headers, body))
+
+    def handle_expect_100(self) -> bool:
+        return True  # answered while the body was still missing
+
+    def send_error(self, code, message=None, explain=None) -> None:
+        self.close_connection = True
+        self.reply(code, _JSON, envelope(FAILURE, message or self.responses[code][0]))
+
+    def reply(self, status: int, kind: str, body: bytes) -> None:
+        self.close_connection = self.close_connection or self.closing
+        if self.request_version == "HTTP/0.9":
+            self.request_version = self.protocol_version  # an answer without a status line would mean nothing to anybody
+        self.send_response_only(status)
+        self.send_header("Date", self.date_time_string())
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        if self.close_connection or self.request_version == "HTTP/1.0":
+            self.send_header("Connection", "close" if self.close_connection else "keep-alive")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+
+class HttpServer:
+    """Receives whole requests in one selector thread and has a few threads answer them.
+
+    No connection holds a thread unless its request is complete, and no slow reader holds one either: what a socket does not
+    take at once is sent by the selector. At `max_connections` the listener pauses; connections are never evicted for others.
+    `answer(method, target, headers, body)` returns (status, content type, body) and must not raise.
+    """
+
+    def __init__(self, listener: socket.socket, answer, max_connections: int, threads: int = 8):
+        self._listener, self._answer, self._limit = listener, answer, max_connections
+        listener.setblocking(False)
+        self._ready: queue.SimpleQueue = queue.SimpleQueue()
+        self._epoll = select.epoll()
+        self._wake_read, self._wake_write = os.pipe()
+        self._connections: typing.Dict[int, Connection] = {}
+        self._paused_until = 0.0
+        self._closing = threading.Event()
+        self._threads = [threading.Thread(target=self._select, name="http-selector", daemon=True)]
+        self._threads += [threading.Thread(target=self._work, name=f"http-{i}", daemon=True) for i in range(threads)]
+
+    @property
+    def connections(self) -> int:
+        return len(self._connections)
+
+    def start(self) -> None:
+        self._epoll.register(self._wake_read, select.EPOLLIN)
+        self._epoll.register(self._listener.fileno(), select.EPOLLIN)
+        for thread in self._threads:
+            thread.start()
+
+    def close(self, timeout: float = 3.0) -> None:
+        """Refuse new connections, let requests that are being answered finish, close the rest."""
+        self._closing.set()
+        os.write(self._wake_write, b"x")
+        deadline = time.monotonic() + timeout
+        self._threads[0].join(timeout)
+        for _ in self._threads[1:]:
+            self._ready.put(None)
+        for thread in self._threads[1:]:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        for connection in list(self._connections.values()):
+            self._drop(connection)
+        self._epoll.close()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+
+    def _select(self) -> None:
+        listener = self._listener.fileno()
+        sweep = 0.0
+        stop_at = None
+        while stop_at is None or (self._connections and time.monotonic() < stop_at):
+            now = time.monotonic()
+            if now >= sweep:
+                sweep = self._sweep(now)
+            limits = [limit for limit in (sweep, self._paused_until, stop_at) if limit]
+            events = self._epoll.poll(max(0.0, min(limits) - now + 0.001))
+            if self._paused_until and time.monotonic() >= self._paused_until:
+                self._pause(0.0)
+            for fd, event in events:
+                connection = self._connections.get(fd)
+                if fd == listener:
+                    self._accept()
+                elif connection is not None:
+                    connection.busy = True
+                    self._guarded(self._send if event & select.EPOLLOUT else self._receive, connection)
+                elif fd == self._wake_read and stop_at is None:
+                    self._epoll.unregister(listener)
+                    self._epoll.unregister(fd)
+                    self._listener.close()
+                    stop_at = time.monotonic() + LINGER
+                    for idle in [c for c in list(self._connections.values()) if not c.busy and not c.buffer]:
+                        self._drop(idle)
+            sweep = min(sweep, time.monotonic() + REQUEST_TIMEOUT)  # the soonest that anything armed just now can expire
+
+    def _sweep(self, now: float) -> float:
+        """Close what is past its deadline; returns when to look again."""
+        soonest = now + REQUEST_TIMEOUT
+        for connection in list(self._connections.values()):
+            if connection.busy:
+                continue
+            if connection.deadline <= now:
+                connection.busy = True
+                if connection.buffer and not connection.out and not connection.lingering:
+                    self._guarded(self._fail, connection, HttpError(408, "the request did not arrive in time"))
+                else:
+                    self._drop(connection)
+            soonest = min(soonest, connection.deadline)
+        return max(soonest, now + 0.05)
+
+    def _guarded(self, step, connection: Connection, *arguments) -> None:
+        """No failure of one connection may end a thread that serves them all."""
+        try:
+            step(connection, *arguments)
+        except OSError:
+            self._drop(connection)
+        except Exception:
+            log.exception("HTTP connection from %s dropped: unexpected error, please report it", connection.peer)
+            self._drop(connection)
+
+    def _accept(self) -> None:
+        for _ in range(64):  # then the connections get their turn
+            if len(self._connections) >= self._limit:
+                self._pause(time.monotonic() + IDLE_TIMEOUT)
+                return
+            try:
+                sock, address = self._listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionError):
+                return
+            except OSError as error:  # out of descriptors or memory: the connection stays in the backlog
+                log.warning("cannot accept connections for a moment: %s", error)
+                self._pause(time.monotonic() + 0.5)
+                return
+            sock.setblocking(False)
+            if sock.family != socket.AF_UNIX:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection = Connection(sock, str(address[0]) if address else "")
+            self._connections[sock.fileno()] = connection
+            self._epoll.register(sock.fileno(), select.EPOLLIN | _ONCE)
+
+    def _pause(self, until: float) -> None:
+        """Stop listening until `until` (monotonic seconds) or until a connection closes; 0: listen again."""
+        self._paused_until = until
+        with contextlib.suppress(OSError, ValueError):  # closed meanwhile
+            self._epoll.modify(self._listener.fileno(), 0 if until else select.EPOLLIN)
+
+    def _drop(self, connection: Connection) -> None:
+        self._connections.pop(connection.sock.fileno(), None)
+        connection.sock.close()
+        if self._paused_until and not self._closing.is_set():
+            self._pause(0.0)
+
+    def _arm(self, connection: Connection, event: int, seconds: float) -> None:
+        connection.deadline = time.monotonic() + seconds
+        connection.busy = False
+        self._epoll.modify(connection.sock.fileno(), event | _ONCE)
+
+    def _receive(self, connection: Connection) -> None:
+        data = connection.sock.recv(1 << 16)
+        if not data:
+            self._drop(connection)
+        elif connection.lingering:  # read and forget until the client has seen the answer
+            connection.busy = False
+            self._epoll.modify(connection.sock.fileno(), select.EPOLLIN | _ONCE)
+        else:
+            fresh = not connection.buffer
+            connection.buffer += data
+            self._advance(connection, REQUEST_TIMEOUT if fresh else max(0.0, connection.deadline - time.monotonic()))
+
+    def _advance(self, connection: Connection, patience: float) -> None:
+        """Hand over the next complete request, or wait `patience` seconds for the rest of it."""
+        try:
+            request = connection.frame()
+        except HttpError as error:
+            self._fail(connection, error)
+            return
+        if request:
+            self._ready.put((connection, request))
+        else:
+            self._arm(connection, select.EPOLLIN, patience)
+
+    def _fail(self, connection: Connection, error: HttpError) -> None:
+        body = envelope(FAILURE, str(error))
+        reason = http.server.BaseHTTPRequestHandler.responses[error.status][0]
+        head = f"HTTP/1.1 {error.status} {reason}\r\nContent-Type: {_JSON}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        connection.out, connection.close_after = head.encode() + body, True
+        self._send(connection)
+
+    def _work(self) -> None:
+        for connection, request in iter(self._ready.get, None):
+            self._guarded(self._handle, connection, *request)
+
+    def _handle(self, connection: Connection, head: bytes, body: bytes) -> None:
+        handler = _Handler(head, body, connection.peer, self._answer, self._closing.is_set())
+        connection.out, connection.close_after = handler.wfile.getvalue(), handler.close_connection
+        self._send(connection)
+
+    def _send(self, connection: Connection) -> None:
+        with contextlib.suppress(BlockingIOError):
+            connection.out = connection.out[connection.sock.send(connection.out):]
+        if connection.out:
+            self._arm(connection, select.EPOLLOUT, REQUEST_TIMEOUT)
+        elif connection.close_after:
+            # Closing with unread input would reset the connection and take the answer with it.
+            connection.sock.shutdown(socket.SHUT_WR)
+            connection.lingering = True
+            self._arm(connection, select.EPOLLIN, LINGER)
+        elif connection.buffer:  # pipelined
+            self._advance(connection, REQUEST_TIMEOUT)
+        else:
+            self._arm(connection, select.EPOLLIN, IDLE_TIMEOUT)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5 executor API
+# ----------------------------------------------------------------------------------------------------------------------
+def whole(value: typing.Any, name: str) -> int:
+    """`value` as an int64. Gson writes whole numbers, or text for a long; int() would also take "1_0", " 7 " and "٣"."""
+    if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,19}", value):
+        value = int(value)
+    if isinstance(value, float) and value.is_integer() and abs(value) <= 1 << 53:
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value not in INT64:
+        raise Refused(f"{name}: expected a whole number of 64 bits, got {json.dumps(value)[:100]}")
+    return value
+
+
+def decode(body: bytes) -> dict:
+    """The JSON object of a request; raises Refused."""
+    try:
+        found = json.loads(body.decode("utf-8"))
+    except RecursionError:
+        raise Refused("the body is nested too deeply") from None
+    except ValueError as error:
+        raise Refused(f"the body is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise Refused(f"expected a JSON object, got {json.dumps(found)[:100]}")
+    return found
+
+
+def number(fields: dict, name: str, default: typing.Optional[int] = None) -> int:
+    value = fields.get(name)
+    if value is None:
+        if default is None:
+            raise Refused(f"{name}: missing, expected a whole number")
+        return default
+    return whole(value, name)
+
+
+def text(fields: dict, name: str) -> str:
+    value = fields.get(name)
+    if value is not None and not isinstance(value, str):
+        raise Refused(f"{name}: expected text, got {json.dumps(value)[:100]}")
+    return value or ""
+
+
+def log_date(fields: dict) -> int:
+    """The trigger's own time in ms, under both spellings (logDateTime in 3.5's log request, logDateTim before)."""
+    return number(fields, "logDateTim" if fields.get("logDateTim") is not None else "logDateTime", 0)
+
+
+def decode_trigger(fields: dict) -> Trigger:
+    return Trigger(
+        job_id=number(fields, "jobId"), log_id=number(fields, "logId"), handler=text(fields, "executorHandler"),
+        param=text(fields, "executorParams"), block_strategy=text(fields, "executorBlockStrategy"),
+        timeout=max(0, number(fields, "executorTimeout", 0)), log_date_time=log_date(fields),
+        glue_type=text(fields, "glueType") or "BEAN", shard_index=number(fields, "broadcastIndex", 0),
+        shard_total=number(fields, "broadcastTotal", 1))
+
+
+class Api:
+    """Answers every request; called by the http threads, any number at a time."""
+
+    def __init__(self, config: Config, scheduler, logs, metrics: Metrics, status, learned_path):
+        self.config = config  # replaced as a whole by a reload
+        self._scheduler, self._logs, self._metrics, self._status, self._learned = scheduler, logs, metrics, status, learned_path
+        self.draining = False
+        self._prefix = urllib.parse.urlsplit(config.executor.address or "").path.rstrip("/")
+        self._post = {"/beat": self._beat, "/idleBeat": self._idle_beat, "/run": self._run, "/trigger": self._run,
+                      "/kill": self._kill, "/log": self._log}
+        self._get = {"/health": self._health, "/metrics": self._show_metrics, "/status": self._show_status}
+        self._alive = (200, _JSON, envelope(SUCCESS))
+
+    def answer(self, method: str, target: str, headers, body: bytes) -> typing.Tuple[int, str, bytes]:
+        path = re.sub("/+", "/", target.partition("?")[0])
+        if self._prefix and path.startswith(self._prefix + "/"):
+            path = path[len(self._prefix):]
+        if path in self._post:
+            if method != "POST":
+                return 405, _JSON, envelope(FAILURE, f"{path} takes POST, not {method}")
+            try:
+                self._authorize(headers)
+                return self._post[path](path, body)
+            except Refused as error:
+                if path in ("/run", "/trigger"):
+                    self._metrics.count("refused_triggers_total")
+                    log.warning("refused a trigger: %s", error)
+                return 200, _JSON, envelope(FAILURE, str(error))
+            except Exception as error:
+                log.exception("%s failed unexpectedly, please report it", path)
+                return 200, _JSON, envelope(FAILURE, f"the executor failed: {type(error).__name__}: {error}")
+        if path in self._get:
+            if method not in ("GET", "HEAD"):
+                return 405, _JSON, envelope(FAILURE, f"{path} takes GET, not {method}")
+            try:
+                return self._get[path](headers)
+            except Refused as error:
+                return 403, _JSON, envelope(FAILURE, str(error))
+        return 404, _JSON, envelope(FAILURE, f"no such path; this is an XXL-JOB executor: {', '.join([*self._post, *self._get])}")
+
+    def _authorize(self, headers) -> None:
+        token = self.config.admin.access_token
+        given = headers.get_all("XXL-JOB-ACCESS-TOKEN", [])
+        if token and (len(given) != 1 or not hmac.compare_digest(given[0].encode("utf-8", "replace"), token.encode())):
+            raise Refused("The access token is wrong: give admin and executor the same xxl.job.accessToken / admin.access_token.")
+        for name in headers.get_all("XXL-JOB-APPNAME", []):
+            if name != self.config.executor.app_name:
+                raise Refused(f"this executor is {self.config.executor.app_name}, not {name[:100]}: check its address in the admin")
+
+    def _beat(self, path: str, body: bytes):
+        if self.draining:
+            raise Refused("the executor is stopping")
+        return self._alive
+
+    def _idle_beat(self, path: str, body: bytes):
+        if self.draining:
+            raise Refused("the executor is stopping")
+        if self._scheduler.busy(number(decode(body), "jobId")):
+            raise Refused("job thread is running or has trigger queue.")  # the Java executor's words
+        return self._alive
+
+    def _run(self, path: str, body: bytes):
+        trigger = decode_trigger(decode(body))
+        self._learned(path)
+        if trigger.glue_type != "BEAN":
+            raise Refused(f"{trigger.glue_type}: scripts from the admin are not supported: write the script to this host, list it "
+                          "under jobs in the configuration, and choose BEAN with its name as JobHandler")
+        job = self.config.jobs.get(trigger.handler)
+        if job is None:
+            near = difflib.get_close_matches(trigger.handler, self.config.jobs, 1)
+            hint = f', did you mean "{near[0]}"?' if near else f": add it under jobs in {self.config.file}"
+            raise Refused(f'job handler "{trigger.handler}" not found{hint}')
+        self._scheduler.submit(trigger, job)
+        return self._alive
+
+    def _kill(self, path: str, body: bytes):
+        return 200, _JSON, envelope(SUCCESS, self._scheduler.kill(number(decode(body), "jobId")))
+
+    def _log(self, path: str, body: bytes):
+        fields = decode(body)
+        log_id = number(fields, "logId")
+        page = self._logs.page(log_id, log_date(fields), number(fields, "fromLineNum", 1), ended=not self._scheduler.knows(log_id))
+        return 200, _JSON, envelope(SUCCESS, None, page)
+
+    def _health(self, headers):
+        return (503, _JSON, envelope(FAILURE, "stopping")) if self.draining else self._alive
+
+    def _show_metrics(self, headers):
+        return 200, "text/plain; version=0.0.4; charset=utf-8", self._metrics.render().encode()
+
+    def _show_status(self, headers):
+        self._authorize(headers)
+        return 200, _JSON, json.dumps(self._status(), ensure_ascii=False).encode("utf-8", "replace")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6 scheduling
+# ----------------------------------------------------------------------------------------------------------------------
+class Run:
+    """An accepted trigger on its way; the scheduler's lock guards `state` and `result`."""
+    __slots__ = ("trigger", "job", "state", "result", "control", "accepted", "started", "stuck")
+
+    def __init__(self, trigger: Trigger, job: JobConfig, state: RunState):
+        self.trigger, self.job, self.state = trigger, job, state
+        self.result: typing.Optional[Result] = None
+        self.control = Control()
+        self.accepted = time.monotonic()
+        self.started = 0.0
+        self.stuck = False
+
+
+class Lane:
+    """What runs and waits for one jobId: one run at a time, the rest in order."""
+    __slots__ = ("running", "waiting", "ready")
+
+    def __init__(self):
+        self.running: typing.Optional[Run] = None
+        self.waiting: typing.Deque[Run] = collections.deque()
+        self.ready = False  # it stands in the queue of lanes that a slot may take
+
+
+class Scheduler:
+    """One lane per jobId, lanes served in turn by at most `max_running` slot threads.
+
+    submit, kill, busy and knows: any thread. A run is in the journal as accepted before submit returns and as running before
+    anything of it starts, so no crash can make it start twice. `finished()` is called when a result is stored.
+    """
+
+    def __init__(self, journal, runner, metrics: Metrics, finished, max_running: int, max_queued: int):
+        self._journal, self._runner, self._metrics, self._finished = journal, runner, metrics, finished
+        self._max_running, self._max_queued = max_running, max_queued
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)
+        self._settled = threading.Condition(self._lock)  # a run left ACCEPTING
+        self._lanes: typing.Dict[int, Lane] = {}
+        self._runs: typing.Dict[int, Run] = {}  # by logId: everything between accepted and finished
+        self._ready: typing.Deque[Lane] = collections.deque()
+        self._queued = self._idle = self._threads = 0
+        self._idle_hook: typing.Optional[typing.Callable[[], None]] = None  # set while draining
+        self.recent: typing.Dict[str, typing.Deque[int]] = {}  # the last result codes of each handler
+
+    def submit(self, trigger: Trigger, job: JobConfig) -> None:
+        """Accept `trigger`, or raise Refused. A logId that is known already is accepted again and starts nothing."""
+        try:
+            run = self._reserve(trigger, job)
+        except Refused:
+            if self._journal.knows(trigger.log_id):
+                return
+            raise
+        if run is None:
+            return
+        try:
+            fresh = self._journal.accept(trigger)
+        except JournalError as error:
+            self._withdraw(run)
+            raise Refused(f"the executor cannot store the trigger: {error}") from None
+        if not fresh:
+            self._withdraw(run)
+            return
+        log.info("accepted %s param=%.200r", trigger, trigger.param)
+        dropped: typing.List[Run] = []
+        with self._lock:
+            lane = self._lanes[trigger.job_id]
+            if trigger.block_strategy == "COVER_EARLY":
+                while lane.waiting[0] is not run:
+                    dropped.append(lane.waiting.popleft())
+                self._queued -= len(dropped)
+                if lane.running is not None:
+                    lane.running.control.cancel(FAILURE, f"covered by run {trigger.log_id}")
+            run.state = RunState.ACCEPTED
+            self._settled.notify_all()
+            self._offer(lane)
+        self._end_waiting(dropped, f"covered by run {trigger.log_id}")
+
+    def resume(self, trigger: Trigger, job: JobConfig) -> None:
+        """Queue a run that the journal already holds as accepted, at start, before any trigger can come."""
+        with self._lock:
+            lane = self._lanes.setdefault(trigger.job_id, Lane())
+            self._runs[trigger.log_id] = run = Run(trigger, job, RunState.ACCEPTED)
+            lane.waiting.append(run)
+            self._queued += 1
+            self._offer(lane)
+
+    def _reserve(self, trigger: Trigger, job: JobConfig) -> typing.Optional[Run]:
+        """A place in the lane that cannot start yet; None when this logId is known already. Raises Refused."""
+        delay = time.time() - trigger.log_date_time / 1000
+        if job.max_delay and trigger.log_date_time and delay > job.max_delay:
+            raise Refused(f"the trigger is {seconds_text(delay)} old, more than max_delay {seconds_text(job.max_delay)}")
+        with self._lock:
+            known = self._runs.get(trigger.log_id)
+            if known is not None:
+                self._settled.wait_for(lambda: known.state is not RunState.ACCEPTING)
+                if self._runs.get(trigger.log_id) is known:
+                    return None
+            if self._idle_hook is not None:
+                raise Refused("the executor is stopping")
+            lane = self._lanes.get(trigger.job_id) or Lane()
+            if lane.running is not None and lane.running.stuck:
+                raise Refused(f"run {lane.running.trigger.log_id} of this job does not return from its thread: restart the executor, "
+                              "and let the job watch Context.cancelled or use isolation: process")
+            if trigger.block_strategy == "DISCARD_LATER" and (lane.running or lane.waiting):
+                raise Refused("block strategy effect: DISCARD_LATER, the job is running or waiting")
+            if len(lane.waiting) >= job.queue_limit and trigger.block_strategy != "COVER_EARLY":
+                raise Refused(f"{len(lane.waiting)} triggers of this job wait already: queue_limit is {job.queue_limit}")
+            if self._queued >= self._max_queued:
+                raise Refused(f"{self._queued} triggers wait already: executor.max_queued is {self._max_queued}")
+            self._lanes[trigger.job_id] = lane
+            self._runs[trigger.log_id] = run = Run(trigger, job, RunState.ACCEPTING)
+            lane.waiting.append(run)
+            self._queued += 1
+            return run
+
+    def _withdraw(self, run: Run) -> None:
+        with self._lock:
+            lane = self._lanes[run.trigger.job_id]
+            lane.waiting.remove(run)
+            self._queued -= 1
+            del self._runs[run.trigger.log_id]
+            run.state = RunState.FINISHED
+            self._settled.notify_all()
+            self._offer(lane)
+
+    def _offer(self, lane: Lane) -> None:
+        """With the lock held: queue `lane` for a slot when its next run may start."""
+        if self._idle_hook is not None or lane.ready or lane.running is not None:
+            return
+        if not lane.waiting or lane.waiting[0].state is RunState.ACCEPTING:
+            return
+        lane.ready = True
+        self._ready.append(lane)
+        if self._idle:
+            self._idle -= 1
+            self._work.notify()
+        elif self._threads < self._max_running:
+            self._threads += 1
+            try:
+                threading.Thread(target=self._slot, name=f"slot-{self._threads}", daemon=True).start()
+            except RuntimeError as error:  # the run waits for the next slot that gets free
+                self._threads -= 1
+                log.error("cannot start another thread, %d slots instead of %d: %s", self._threads, self._max_running, error)
+
+    def start(self) -> None:
+        """Start the first slot, so that a shortage of threads later can never leave none."""
+        self._threads += 1
+        threading.Thread(target=self._slot, name="slot-1", daemon=True).start()
+
+    def _slot(self) -> None:
+        while True:
+            with self._lock:
+                while not self._ready or self._idle_hook is not None:
+                    self._idle += 1
+                    self._work.wait()
+                lane = self._ready.popleft()
+                lane.ready = False
+                if not lane.waiting or lane.waiting[0].state is RunState.ACCEPTING:
+                    continue  # killed or covered meanwhile
+                run = lane.running = lane.waiting.popleft()
+                self._queued -= 1
+            try:
+                result = self._execute(run)
+            except Exception as error:  # a slot thread must survive whatever a run does
+                log.exception("unexpected error, please report it: %s", run.trigger)
+                result = Result(FAILURE, f"the executor failed: {type(error).__name__}: {error}")
+            self._finish(run, result)
+            with self._lock:
+                lane.running = None
+                if lane.waiting:
+                    self._offer(lane)
+                else:
+                    self._lanes.pop(run.trigger.job_id, None)
+                if self._idle_hook is not None and not any(lane.running for lane in self._lanes.values()):
+                    self._idle_hook()
+
+    def _execute(self, run: Run) -> Result:
+        waited = time.monotonic() - run.accepted
+        if run.job.max_delay and waited > run.job.max_delay:
+            return Result(FAILURE, f"waited {seconds_text(waited)}, more than max_delay {seconds_text(run.job.max_delay)}")
+        try:
+            self._journal.start(run.trigger.log_id)
+        except JournalError as error:
+            return Result(FAILURE, f"not started, the executor cannot store the start: {error}")
+        with self._lock:
+            run.state, run.started = RunState.RUNNING, time.monotonic()
+        self._metrics.observe("run_wait_seconds", waited)
+        run.control.stuck_hook = lambda: self._give_up(run)
+        return self._runner.run(run.trigger, run.job, run.control)
+
+    def _give_up(self, run: Run) -> None:
+        """A thread did not return from a cancelled run: report the run; its lane stays closed, so that nothing overlaps."""
+        with self._lock:
+            if run.result is not None:
+                return
+            run.stuck = True
+            lane = self._lanes[run.trigger.job_id]
+            waiting = [other for other in lane.waiting if other.state is RunState.ACCEPTED]
+            for other in waiting:
+                lane.waiting.remove(other)
+            self._queued -= len(waiting)
+        log.error("thread of %s does not return; its slot is lost until it does or the executor restarts", run.trigger)
+        self._finish(run, Result(run.control.result.code, f"{run.control.result.message}; its thread did not return"))
+        self._end_waiting(waiting, f"run {run.trigger.log_id} of this job does not return from its thread")
+
+    def _finish(self, run: Run, result: Result) -> None:
+        self._store([(run, result)])
+
+    def _end_waiting(self, runs: typing.List[Run], message: str) -> None:
+        self._store([(run, Result(FAILURE, message)) for run in runs])
+
+    def _store(self, ends: typing.List[typing.Tuple[Run, Result]]) -> None:
+        with self._lock:
+            ends = [(run, result) for run, result in ends if run.result is None]  # one that was given up may come back
+            for run, result in ends:
+                run.result, run.state = result, RunState.FINISHED
+                self.recent.setdefault(run.trigger.handler, collections.deque(maxlen=10)).append(result.code)
+        if not ends:
+            return
+        self._journal.finish([(run.trigger, result) for run, result in ends])
+        with self._lock:
+            for run, _ in ends:
+                self._runs.pop(run.trigger.log_id, None)
+        for run, result in ends:
+            took = time.monotonic() - run.started if run.started else 0.0
+            self._metrics.count("runs_total", job=run.trigger.handler, code=result.code)
+            self._metrics.observe("run_duration_seconds", took)
+            log.info("finished %s code=%d in %s: %.200s", run.trigger, result.code, seconds_text(took), result.message)
+        self._finished()
+
+    def kill(self, job_id: int) -> str:
+        """End what runs and drop what waits for `job_id`; returns what was found. Does not wait for the processes."""
+        with self._lock:
+            lane = self._lanes.get(job_id)
+            if lane is None:
+                return "nothing was running"
+            waiting = [run for run in lane.waiting if run.state is RunState.ACCEPTED]
+            for run in waiting:
+                lane.waiting.remove(run)
+            self._queued -= len(waiting)
+            running = lane.running
+            if running is not None:
+                running.control.cancel(FAILURE, "killed by the admin")
+            elif not lane.waiting:
+                del self._lanes[job_id]
+        self._end_waiting(waiting, "killed by the admin before it started")
+        return f"killed {int(running is not None)} running, dropped {len(waiting)} waiting"
+
+    def busy(self, job_id: int) -> bool:
+        with self._lock:
+            return job_id in self._lanes
+
+    def knows(self, log_id: int) -> bool:
+        """Whether this run waits or runs."""
+        return log_id in self._runs
+
+    def drain(self, idle_hook: typing.Callable[[], None]) -> None:
+        """Start nothing more; `idle_hook` is called (from any thread) when nothing runs."""
+        with self._lock:
+            self._idle_hook = idle_hook
+            if not any(lane.running for lane in self._lanes.values()):
+                idle_hook()
+
+    def cancel_all(self, message: str) -> float:
+        """End everything that runs; returns the seconds it may take until the processes are gone."""
+        with self._lock:
+            running = [lane.running for lane in self._lanes.values() if lane.running is not None]
+            for run in running:
+                run.control.cancel(FAILURE, message)
+        return max([run.job.kill_grace for run in running], default=0.0) + KILL_LIMIT
+
+    def snapshot(self) -> dict:
+        """What runs and waits, for `status`."""
+        now = time.monotonic()
+        with self._lock:
+            runs = list(self._runs.values())
+            running = [{"job": run.trigger.handler, "jobId": run.trigger.job_id, "logId": run.trigger.log_id, "stuck": run.stuck,
+                        "seconds": round(now - run.started, 3)} for lane in self._lanes.values()
+                       for run in [lane.running] if run is not None and run.started]
+        waiting = collections.Counter(run.trigger.handler for run in runs if not run.started and run.result is None)
+        return {"running": running, "queued": dict(waiting), "recent": {name: list(codes) for name, codes in list(self.recent.items())}}
+
+    def register(self) -> None:
+        """Publish the gauges of this section."""
+        self._metrics.gauge("running", lambda: len(self.snapshot()["running"]))
+        self._metrics.gauge("queued", lambda: self._queued)
+        self._metrics.gauge("stuck_threads", lambda: sum(run["stuck"] for run in self.snapshot()["running"]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7 job process
+# ----------------------------------------------------------------------------------------------------------------------
+KILL_LIMIT = 10.0      # seconds that SIGKILL is repeated for a tree that keeps forking
+PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
+_OWN: typing.Set[int] = set()  # direct children that somebody here waits for; all others are orphans that jobs left
+
+
+class Control:
+    """How a run is cancelled from another thread; the first reason wins."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._act: typing.Optional[typing.Callable[[], None]] = None
+        self.result: typing.Optional[Result] = None
+        self.stuck_hook: typing.Callable[[], None] = lambda: None
+
+    def cancel(self, code: int, message: str) -> None:
+        with self._lock:
+            if self.result is None:
+                self.result = Result(code, message)
+                if self._act is not None:
+                    self._act()
+
+    def attach(self, act: typing.Optional[typing.Callable[[], None]]) -> None:
+        """`act` is called once when the run is cancelled, at once when it is already; None detaches."""
+        with self._lock:
+            self._act = act
+            if act is not None and self.result is not None:
+                act()
+
+
+class Context:
+    """What a Python job gets as its argument.
+
+    job_id, log_id, handler, param, shard_index, shard_total, trigger_time (ms since the epoch), timeout (seconds, 0: none).
+    `cancelled` is a threading.Event, set when a job with `isolation: thread` is killed or timed out: return soon then.
+    A job in a process is ended by SIGTERM instead.
+    """
+
+    def __init__(self, fields: dict, write: typing.Callable[[str], typing.Any]):
+        self.job_id: int = fields["job_id"]
+        self.log_id: int = fields["log_id"]
+        self.handler: str = fields["handler"]
+        self.param: str = fields["param"]
+        self.shard_index: int = fields["shard_index"]
+        self.shard_total: int = fields["shard_total"]
+        self.trigger_time: int = fields["log_date_time"]
+        self.timeout: float = fields["timeout"]
+        self.cancelled = threading.Event()
+        self._write = write
+
+    def log(self, text: typing.Any) -> None:
+        """Write one line with the time into the run's log; any thread."""
+        self._write(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
+
+    def params(self) -> typing.Dict[str, typing.Any]:
+        """The parameter as a dict: a JSON object, `id=1&active=true`, or `key=value` words. Raises ValueError."""
+        if not self.param.strip():
+            return {}
+        with contextlib.suppress(ValueError):
+            found = json.loads(self.param)
+            if isinstance(found, dict):
+                return found
+        with contextlib.suppress(ValueError):
+            if not re.search(r"\s", self.param.strip()):
+                return dict(urllib.parse.parse_qsl(self.param.strip(), keep_blank_values=True, strict_parsing=True))
+            words = [word.partition("=") for word in shlex.split(self.param)]
+            if all(key and equals for key, equals, _ in words):
+                return {key: value for key, _, value in words}
+        raise ValueError(f'expected a JSON object, "id=1&active=true" or key=value words as parameter, got {self.param!r}')
+
+
+def call_entry_point(entry_point: str, context: Context) -> str:
+    """Import `module:function` and call it, with `context` if it takes an argument; returns its result as text."""
+    module, _, name = entry_point.partition(":")
+    function = getattr(importlib.import_module(module), name)
+    value = function(context) if inspect.signature(function).parameters else function()
+    if inspect.iscoroutine(value):
+        import asyncio
+        value = asyncio.run(value)
+    return "" if value is None else str(value)
+
+
+# -- the Python server: a process that imports nothing of the jobs and forks one child per run
+
+def serve_python(fd: int) -> typing.Optional[typing.Callable[[], int]]:
+    """Fork a child for every request on the socket `fd` and report its pid and status; returns the work in each child.
+
+    A request is 8 bytes of length, that many bytes of JSON, and two descriptors: for output and for the report.
+    Ends when the daemon closes the socket.
+    """
+    marker = ctypes.CDLL(None).getenv
+    marker.restype = ctypes.c_void_p
+    marker_at = marker(MARKER.encode())
+    server = socket.socket(fileno=fd)
+    wake_read, wake_write = socket.socketpair()
+    for end in (wake_read, wake_write):
+        end.setblocking(False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(wake_write.fileno(), warn_on_full_buffer=False)
+    reports: typing.Dict[int, int] = {}
+    while True:
+        ready, _, _ = select.select([server, wake_read], [], [])
+        if wake_read in ready:
+            wake_read.recv(4096)
+            for pid in list(reports):
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    _report(reports[pid], status=os.waitstatus_to_exitcode(status))
+                    os.close(reports.pop(pid))
+        if server not in ready:
+            continue
+        head, fds, _, _ = socket.recv_fds(server, 8, 2)
+        if not head:
+            return None
+        while len(head) < 8:
+            head += server.recv(8 - len(head))
+        body = bytearray()
+        while len(body) < int.from_bytes(head, "big"):
+            part = server.recv(1 << 20)
+            if not part:
+                return None
+            body += part
+        request = json.loads(body)
+        try:
+            pid = os.fork()
+        except OSError as error:
+            _report(fds[1], message=f"cannot fork: {error.strerror}", status=1)
+            os.close(fds[1])
+        else:
+            if pid == 0:
+                signal.set_wakeup_fd(-1)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                for other in (*reports.values(), server.detach(), wake_read.detach(), wake_write.detach()):
+                    os.close(other)
+                # /proc/PID/environ of a process that did not exec shows the memory it inherited: write the marker there.
+                ctypes.memmove(marker_at, request["env"][MARKER].encode(), len(request["env"][MARKER]))
+                return lambda: _python_child(request, *fds)
+            _report(fds[1], pid=pid)
+            reports[pid] = fds[1]
+        os.close(fds[0])
+
+
+def _report(fd: int, **fields: typing.Any) -> None:
+    with contextlib.suppress(OSError):  # the daemon is gone
+        os.write(fd, json.dumps(fields).encode() + b"\n")
+
+
+def _python_child(request: dict, output: int, report: int) -> int:
+    """In the forked child: become the job, call it, report its return value or its exception; returns the exit status."""
+    os.set_inheritable(report, False)
+    try:
+        os.setsid()
+        null = os.open(os.devnull, os.O_RDONLY)
+        for source, target in ((null, 0), (output, 1), (output, 2)):
+            os.dup2(source, target)
+        os.close(null)
+        os.close(output)
+        sys.stdout = open(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
+        sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
+        if request["user"]:
+            user = pwd.getpwnam(request["user"])
+            os.initgroups(user.pw_name, user.pw_gid)
+            os.setgid(user.pw_gid)
+            os.setuid(user.pw_uid)
+        os.environ.clear()
+        os.environ.update(request["env"])
+        os.chdir(request["cwd"])
+        sys.path[:0] = [*request["pythonpath"], request["cwd"]]
+        sys.argv = [request["entry_point"]]
+        context = Context(request["context"], sys.stdout.write)
+        message = call_entry_point(request["entry_point"], context)
+        _report(report, message=message[-MESSAGE_LIMIT:])
+        return 0
+    except SystemExit as error:
+        if error.code is None or isinstance(error.code, int):
+            return error.code or 0
+        print(error.code, file=sys.stderr)
+        return 1
+    except BaseException as error:
+        traceback.print_exception(type(error), error, _own_frames(error.__traceback__))
+        _report(report, message=traceback.format_exception_only(type(error), error)[-1].strip()[-MESSAGE_LIMIT:])
+        return 1
+
+
+def _own_frames(trace):
+    """The traceback from the first frame that is not of this file: the author of a job looks for his own lines."""
+    first = trace
+    while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
+        trace = trace.tb_next
+    return trace or first
+
+
+# -- processes and their descendants
+
+class Child:
+    """A job process that subprocess started: `fd` is readable when it has ended."""
+
+    def __init__(self, popen: subprocess.Popen):
+        self._popen, self.pid, self.message = popen, popen.pid, ""
+        _OWN.add(popen.pid)
+        self.fd = os.pidfd_open(popen.pid)
+
+    def poll(self) -> typing.Optional[int]:
+        """The exit status, negative for a signal, or None while it runs."""
+        return self._popen.poll()
+
+    def close(self) -> None:
+        os.close(self.fd)
+        _OWN.discard(self.pid)
+
+
+class ForkedChild:
+    """A job process that a Python server forked: `fd` carries its reports."""
+
+    def __init__(self, fd: int):
+        self.fd, self.pid, self.message, self._data, self._status = fd, 0, "", b"", None
+        while not self.pid and self._status is None:
+            self.poll()
+
+    def poll(self) -> typing.Optional[int]:
+        data = os.read(self.fd, 1 << 16)
+        self._data += data
+        if not data and self._status is None:
+            self._status, self.message = 1, "the Python server of this job ended unexpectedly"
+        *lines, self._data = self._data.split(b"\n")
+        for fields in map(json.loads, lines):
+            self.pid = fields.get("pid", self.pid)
+            self.message = fields.get("message", self.message)
+            self._status = fields.get("status", self._status)
+        return self._status
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+class PythonServer:
+    """A warm interpreter for `python` jobs, started on first use and again when it is gone; any thread."""
+
+    def __init__(self, interpreter: str, environment: typing.Dict[str, str]):
+        self._interpreter, self._environment = interpreter, environment
+        self._lock = threading.Lock()
+        self._socket: typing.Optional[socket.socket] = None
+        self._popen: typing.Optional[subprocess.Popen] = None
+
+    def start(self) -> None:
+        """Raises OSError when the interpreter cannot be started."""
+        with self._lock:
+            if self._popen is not None and self._popen.poll() is None:
+                return
+            self._close()
+            ours, theirs = socket.socketpair()
+            with theirs:
+                try:
+                    self._popen = subprocess.Popen(
+                        [self._interpreter, os.path.abspath(__file__), "--serve-python", str(theirs.fileno())], cwd="/",
+                        pass_fds=[theirs.fileno()], env=self._environment, stdin=subprocess.DEVNULL, start_new_session=True)
+                except OSError:
+                    ours.close()
+                    raise
+            _OWN.add(self._popen.pid)
+            self._socket = ours
+
+    def spawn(self, request: dict, output: int) -> ForkedChild:
+        """Fork a child whose output goes to the descriptor `output`. Raises OSError."""
+        body = json.dumps(request).encode()
+        for attempt in (1, 2):  # a server that died is noticed at the latest when it is used
+            self.start()
+            read, write = os.pipe()
+            try:
+                with self._lock:
+                    socket.send_fds(self._socket, [len(body).to_bytes(8, "big")], [output, write])
+                    self._socket.sendall(body)
+                return ForkedChild(read)
+            except (BrokenPipeError, ConnectionResetError):
+                os.close(read)
+                self._popen.wait()
+                if attempt == 2:
+                    raise
+            finally:
+                os.close(write)
+
+    def _close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+        if self._popen is not None:
+            self._popen.wait()
+            _OWN.discard(self._popen.pid)
+            self._popen = None
+
+    def close(self) -> None:
+        with self._lock:
+            self._close()
+
+
+def _process_stat(pid: int) -> typing.Optional[typing.Tuple[str, int, int, int]]:
+    """(state, parent, session, start time) of a process, or None when it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as stream:
+            fields = stream.read().rpartition(b") ")[2].split()
+    except OSError:
+        return None
+    return (fields[0].decode(), int(fields[1]), int(fields[3]), int(fields[19])) if fields else None
+
+
+def family(marker: str, session: int = 0) -> typing.Dict[int, int]:
+    """{pid: start time} of living processes whose environment holds `marker` or whose session is `session`, and of all their
+    descendants. `marker` may be the beginning of one: then every run that it begins."""
+    needle = f"\0{MARKER}={marker}".encode()
+    stats = {int(name): _process_stat(int(name)) for name in os.listdir("/proc") if name.isdigit()}
+    children = collections.defaultdict(list)
+    members = []
+    for pid, found in stats.items():
+        if found is None or pid == os.getpid():
+            continue
+        children[found[1]].append(pid)
+        if session and found[2] == session:  # 0 is the session of all that came from outside a PID namespace
+            members.append(pid)
+            continue
+        with contextlib.suppress(OSError):
+            with open(f"/proc/{pid}/environ", "rb", buffering=0) as stream:
+                if needle in b"\0" + stream.read(1 << 20):
+                    members.append(pid)
+    for pid in members:  # grows while it is walked
+        members += [child for child in children[pid] if child not in members]
+    return {pid: stats[pid][3] for pid in members if stats[pid][0] not in "ZX"}
+
+
+def send_signal(members: typing.Dict[int, int], number: int) -> typing.List[int]:
+    """Signal processes found by `family`; returns a pidfd of each, to wait for and to close. A PID that changed hands since
+    is left alone: the descriptor is opened first, then the start time is compared."""
+    fds = []
+    for pid, started in members.items():
+        with contextlib.suppress(OSError):
+            fd = os.pidfd_open(pid)
+            found = _process_stat(pid)
+            if found is None or found[3] != started:
+                os.close(fd)
+                continue
+            fds.append(fd)
+            signal.pidfd_send_signal(fd, number)
+            if number == signal.SIGTERM:
+                signal.pidfd_send_signal(fd, signal.SIGCONT)  # a stopped process could not act on it
+    return fds
+
+
+def await_exit(fds: typing.List[int], seconds: float) -> None:
+    """Wait until every process behind these pidfds has ended, at most `seconds`; closes them."""
+    deadline, poller, waiting = time.monotonic() + seconds, select.poll(), set(fds)
+    for fd in fds:
+        poller.register(fd, select.POLLIN)
+    while waiting and time.monotonic() < deadline:
+        for fd, _ in poller.poll(max(0.0, deadline - time.monotonic()) * 1000 + 1):
+            poller.unregister(fd)
+            waiting.discard(fd)
+    for fd in fds:
+        os.close(fd)
+
+
+def kill_family(marker: str, session: int = 0) -> typing.List[int]:
+    """SIGKILL until two passes find nobody, at most KILL_LIMIT; returns the pids that were still there, [] as it should be."""
+    deadline, empty = time.monotonic() + KILL_LIMIT, 0
+    members: typing.Dict[int, int] = {}
+    while empty < 2 and time.monotonic() < deadline:
+        members = family(marker, session)
+        empty = 0 if members else empty + 1
+        await_exit(send_signal(members, signal.SIGKILL), 0.5)
+        reap_orphans()
+    return sorted(members)
+
+
+def reap_orphans() -> bool:
+    """Reap what jobs left and has ended; True when some orphan is alive. Any thread.
+
+    The daemon is a subreaper: orphans become children of its main thread, so that one small file tells about all of them.
+    """
+    try:
+        with open(f"/proc/self/task/{os.getpid()}/children", "rb", buffering=0) as stream:
+            orphans = set(map(int, stream.read().split())) - _OWN
+    except OSError:  # a kernel without CONFIG_PROC_CHILDREN: have the caller look everywhere
+        return True
+    alive = False
+    for pid in orphans:
+        with contextlib.suppress(ChildProcessError):  # another thread was faster
+            alive |= os.waitpid(pid, os.WNOHANG)[0] == 0
+    return alive
+
+
+class _ThreadOutput(io.TextIOBase):
+    """sys.stdout while jobs may run in threads: what such a thread prints goes into its run's log."""
+
+    def __init__(self, original):
+        self.original, self.local = original, threading.local()
+
+    def write(self, text: str) -> int:
+        sink = getattr(self.local, "sink", None)
+        return sink(text) if sink is not None else self.original.write(text)
+
+    def flush(self) -> None:
+        self.original.flush()
+
+
+class Runner:
+    """Runs one job to its end, tree and all, in the calling thread; any number of threads at a time."""
+
+    def __init__(self, logs, identity: str, scratch: str, metrics: Metrics):
+        self._logs, self._identity, self._scratch, self._metrics = logs, identity, scratch, metrics
+        self._environment = {name: value for name, value in os.environ.items() if not SECRETS.fullmatch(name)}
+        self._servers: typing.Dict[str, PythonServer] = {}
+        self._lock = threading.Lock()
+        self._output: typing.Optional[_ThreadOutput] = None
+        os.makedirs(scratch, 0o711, exist_ok=True)
+        if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+            raise ExecutorError(f"cannot become the reaper of orphans: {os.strerror(ctypes.get_errno())}: Linux 5.3 is needed")
+
+    def prepare(self, jobs: typing.Iterable[JobConfig]) -> None:
+        """Warm up what `jobs` need, so that their first start is as fast as the others."""
+        for job in jobs:
+            if job.python and job.isolation == "process":
+                try:
+                    self._server(job).start()
+                except OSError as error:
+                    log.warning("jobs.%s.interpreter: %s cannot be started: %s", job.name, job.interpreter, error.strerror)
+            elif job.python and self._output is None:
+                self._output = sys.stdout = _ThreadOutput(sys.stdout)
+
+    def close(self) -> None:
+        for server in self._servers.values():
+            server.close()
+        if self._output is not None:
+            sys.stdout = self._output.original
+
+    def _server(self, job: JobConfig) -> PythonServer:
+        interpreter = job.interpreter or sys.executable
+        with self._lock:
+            if interpreter not in self._servers:
+                marker = self._marker(0, False)
+                self._servers[interpreter] = PythonServer(interpreter, {**self._environment, MARKER: marker})
+            return self._servers[interpreter]
+
+    def _marker(self, log_id: int, keep: bool) -> str:
+        """Always of one length (see serve_python); `+` for a job whose background processes may stay when it has finished."""
+        return f"{self._identity}{'+' if keep else '-'}{log_id:020d}"
+
+    def run(self, trigger: Trigger, job: JobConfig, control: Control) -> Result:
+        began = time.monotonic()
+        limits = [limit for limit in (job.timeout, trigger.timeout) if limit]
+        timeout = min(limits, default=0)
+        out = self._logs.open(trigger)
+        try:
+            work = self._run_thread if job.isolation == "thread" else self._run_process
+            result = work(trigger, job, control, timeout, out)
+        except BaseException as error:
+            result = Result(FAILURE, f"the executor failed: {type(error).__name__}: {error}")
+            raise
+        finally:
+            shown = " ".join(result.message.split())[:500]
+            out.end(f"{'succeeded' if result.code == SUCCESS else 'failed'} after {seconds_text(time.monotonic() - began)}: "
+                    f"code {result.code}{', ' + shown if shown else ''}")
+            if out.dropped:
+                self._metrics.count("log_dropped_bytes_total", out.dropped)
+        return dataclasses.replace(result, message=clip(result.message))
+
+    def _header(self, out, trigger: Trigger, job: JobConfig, timeout: float, pid: str) -> None:
+        log.info("started %s pid=%s timeout=%s", trigger, pid, seconds_text(timeout) if timeout else "none")
+        out.note(f"{trigger} shard={trigger.shard_index}/{trigger.shard_total} "
+                 f"timeout={seconds_text(timeout) if timeout else 'none'} pid={pid} param={json.dumps(trigger.param, ensure_ascii=False)}")
+
+    # -- in a process
+
+    def _run_process(self, trigger: Trigger, job: JobConfig, control: Control, timeout: float, out) -> Result:
+        marker = self._marker(trigger.log_id, job.background == "keep")
+        result_file = os.path.join(self._scratch, f"{trigger.log_id}.result")
+        read, write = os.pipe()
+        wake_read, wake_write = os.pipe()
+        child = None
+        try:
+            try:
+                child = self._spawn(trigger, job, timeout, marker, result_file, write)
+            except (OSError, ValueError, KeyError) as error:
+                self._header(out, trigger, job, timeout, "none")
+                return Result(FAILURE, self._spawn_failure(job, trigger, error), 127)
+            finally:
+                os.close(write)
+            self._header(out, trigger, job, timeout, str(child.pid))
+            control.attach(lambda: os.write(wake_write, b"x"))
+            status = self._supervise(child, control, timeout, job.kill_grace, marker, read, wake_read, out)
+            control.attach(None)
+            if (job.background == "kill" or control.result is not None) and reap_orphans():
+                await_exit(send_signal(family(marker, child.pid), signal.SIGTERM), job.kill_grace)
+                survivors = kill_family(marker, child.pid)
+                if survivors:
+                    log.error("processes %s of %s cannot be killed", survivors, trigger)
+            self._pump_rest(read, out)
+            return self._result(status, child.message or self._read_result(result_file), control, out)
+        finally:
+            control.attach(None)
+            if child is not None:
+                child.close()
+            for fd in (read, wake_read, wake_write):
+                os.close(fd)
+            with contextlib.suppress(OSError):
+                os.unlink(result_file)
+
+    def _spawn(self, trigger: Trigger, job: JobConfig, timeout: float, marker: str, result_file: str, output: int):
+        shards = {"shard_index": str(trigger.shard_index), "shard_total": str(trigger.shard_total)}
+        environment = {
+            **self._environment, **job.env, MARKER: marker, "XXL_JOB_ID": str(trigger.job_id), "XXL_JOB_LOG_ID": str(trigger.log_id),
+            "XXL_JOB_HANDLER": trigger.handler, "XXL_JOB_PARAM": trigger.param, "XXL_JOB_SHARD_INDEX": shards["shard_index"],
+            "XXL_JOB_SHARD_TOTAL": shards["shard_total"], "XXL_JOB_TRIGGER_TIME": str(trigger.log_date_time),
+            "XXL_JOB_TIMEOUT": f"{timeout:g}", "XXL_JOB_RESULT_FILE": result_file}
+        user = pwd.getpwnam(job.user) if job.user else None
+        if user:  # the directory is not his to write
+            fd = os.open(result_file, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+            os.fchown(fd, user.pw_uid, user.pw_gid)
+            os.close(fd)
+            environment.update(HOME=user.pw_dir, USER=user.pw_name, LOGNAME=user.pw_name)
+        if job.python:
+            context = {**dataclasses.asdict(trigger), "timeout": timeout}
+            return self._server(job).spawn({
+                "entry_point": job.python, "pythonpath": job.pythonpath, "cwd": job.cwd, "user": job.user, "env": environment,
+                "context": context}, output)
+        if job.shell:
+            command = ["/bin/sh", "-c", job.shell, job.name, trigger.param, shards["shard_index"], shards["shard_total"]]
+        else:
+            values = {"param": trigger.param, **shards}
+            command = [re.sub(r"\{(param|shard_index|shard_total)\}", lambda found: values[found[1]], word) for word in job.command]
+        # Without user= and preexec_fn subprocess uses vfork, which costs the same however large the daemon is.
+        as_user = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": os.getgrouplist(user.pw_name, user.pw_gid)} if user else {}
+        return Child(subprocess.Popen(command, cwd=job.cwd, env=environment, stdin=subprocess.DEVNULL, stdout=output,
+                                      stderr=output, start_new_session=True, **as_user))
+
+    def _spawn_failure(self, job: JobConfig, trigger: Trigger, error: Exception) -> str:
+        if isinstance(error, KeyError):
+            return f"cannot start: there is no user {job.user} on this host (jobs.{job.name}.user)"
+        if isinstance(error, ValueError):
+            return "cannot start: the parameter holds a NUL or a character that no command line can carry"
+        if not os.path.isdir(job.cwd):
+            return f"cannot start: the directory {job.cwd} does not exist (jobs.{job.name}.cwd)"
+        if getattr(error, "errno", 0) == 7:  # E2BIG
+            return f"cannot start: the parameter of {len(trigger.param.encode())} bytes is longer than the kernel passes to a program"
+        if job.user and isinstance(error, PermissionError):
+            return f"cannot start: this executor may not become the user {job.user}: run it as root, or remove jobs.{job.name}.user"
+        program = job.interpreter or sys.executable if job.python else job.command[0] if job.command else "/bin/sh"
+        return f"cannot start {program}: {getattr(error, 'strerror', None) or error}"
+
+    def _supervise(self, child, control: Control, timeout: float, grace: float, marker: str, read: int, wake: int, out) -> int:
+        """Pump the output into the log until the child has ended; end it when it is cancelled or out of time."""
+        poller = select.poll()
+        for fd in (read, child.fd, wake):
+            poller.register(fd, select.POLLIN)
+        deadline = time.monotonic() + timeout if timeout else None
+        terminating = killed = False
+        while True:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            ready = {fd for fd, _ in poller.poll(None if left is None else left * 1000 + 1)}
+            if child.fd in ready:
+                status = child.poll()
+                if status is not None:
+                    return status
+            if read in ready:
+                data = os.read(read, 1 << 16)
+                if data:
+                    out.write(data)
+                else:
+                    poller.unregister(read)
+            if deadline is not None and time.monotonic() >= deadline and not terminating:
+                control.cancel(TIMEOUT, f"timed out after {seconds_text(timeout)}")
+            if control.result is not None and not terminating:
+                terminating, deadline = True, time.monotonic() + grace
+                poller.unregister(wake)
+                await_exit(send_signal(family(marker, child.pid), signal.SIGTERM), 0)
+            elif terminating and not killed and time.monotonic() >= deadline:
+                killed, deadline = True, None
+                kill_family(marker, child.pid)
+
+    def _pump_rest(self, read: int, out) -> None:
+        """What is in the pipe now; a process that was kept may go on writing into it, so never until its end."""
+        os.set_blocking(read, False)
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(64):
+                data = os.read(read, 1 << 16)
+                if not data:
+                    break
+                out.write(data)
+
+    def _read_result(self, file: str) -> str:
+        try:
+            fd = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            return ""
+        with open(fd, "rb") as stream:
+            found = os.fstat(fd)
+            if not stat.S_ISREG(found.st_mode):
+                return ""
+            stream.seek(max(0, found.st_size - 4 * MESSAGE_LIMIT))
+            return stream.read(4 * MESSAGE_LIMIT).decode("utf-8", "replace").strip().replace("\0", "\ufffd")
+
+    def _result(self, status: int, message: str, control: Control, out) -> Result:
+        if control.result is not None:
+            return dataclasses.replace(control.result, exit_status=124 if control.result.code == TIMEOUT else 137)
+        if status == 0:
+            return Result(SUCCESS, message or out.last_line(), 0)
+        if status < 0:
+            return Result(FAILURE, f"killed by signal {-status}", 128 - status)
+        if message:
+            return Result(FAILURE, message, status)
+        last = out.last_line()
+        return Result(FAILURE, f"exit status {status}: {last}" if last else f"exit status {status}", status)
+
+    # -- in a thread of the daemon
+
+    def _run_thread(self, trigger: Trigger, job: JobConfig, control: Control, timeout: float, out) -> Result:
+        def sink(text: str) -> int:
+            out.write(text.encode("utf-8", "backslashreplace"))
+            return len(text)
+        self._header(out, trigger, job, timeout, f"{os.getpid()} thread={threading.current_thread().name}")
+        context = Context({**dataclasses.asdict(trigger), "timeout": timeout}, sink)
+        timers = []
+
+        def later(seconds: float, act, *arguments) -> None:
+            timers.append(threading.Timer(seconds, act, arguments))
+            timers[-1].daemon = True
+            timers[-1].start()
+
+        def cancelled() -> None:
+            context.cancelled.set()
+            later(job.kill_grace, control.stuck_hook)
+        control.attach(cancelled)
+        if timeout:
+            later(timeout, control.cancel, TIMEOUT, f"timed out after {seconds_text(timeout)}")
+        for entry in (job.cwd, *reversed(job.pythonpath)):
+            if entry not in sys.path:
+                sys.path.insert(0, entry)
+        if self._output is not None:
+            self._output.local.sink = sink
+        try:
+            result = Result(SUCCESS, call_entry_point(job.python, context) or out.last_line())
+        except BaseException as error:  # sys.exit() in a job must not end a slot thread
+            traceback.print_exception(type(error), error, _own_frames(error.__traceback__), file=_Sink(sink))
+            status = error.code if isinstance(error, SystemExit) else 1
+            message = traceback.format_exception_only(type(error), error)[-1].strip()
+            result = Result(SUCCESS, out.last_line()) if status in (None, 0) else Result(FAILURE, message)
+        finally:
+            if self._output is not None:
+                self._output.local.sink = None
+            control.attach(None)
+            for timer in timers:
+                timer.cancel()
+        return control.result or result
+
+
+class _Sink(io.TextIOBase):
+    """A text stream over a function."""
+
+    def __init__(self, write):
+        self.write = write
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 8 job logs
+# ----------------------------------------------------------------------------------------------------------------------
+PAGE_LIMIT = 4 << 20  # bytes of one reply to /log
+_CHUNK = 1 << 16
+_INDEXED_FILES = 256  # how many files the positions of lines are remembered for
+
+
+class RunLog:
+    """The log of one run; written by its slot thread, and by the threads of a Python job in a thread."""
+
+    def __init__(self, fd: int, limit: int):
+        self._fd, self._limit, self._lock = fd, limit, threading.Lock()
+        self._left = limit
+        self._tail = b""
+        self.dropped = 0
+
+    def write(self, data: bytes) -> None:
+        """Append output; what is beyond the limit or cannot be written is counted and dropped, the run goes on."""
+        with self._lock:
+            self._tail = data[-4096:] if len(data) >= 4096 else (self._tail + data)[-4096:]
+            part = data[:self._left]
+            if part:
+                self._left -= len(part)
+                self._append(part)
+            if len(part) < len(data):
+                if self._left == 0 and not self.dropped:
+                    self._append(f"\n----- output beyond executor.log_limit ({self._limit} bytes) is dropped -----\n".encode())
+                self.dropped += len(data) - len(part)
+
+    def _append(self, data: bytes) -> None:
+        try:
+            while data and self._fd >= 0:
+                data = data[os.write(self._fd, data):]
+        except OSError as error:
+            if not self.dropped:
+                log.error("cannot write a job log, output is dropped: %s", error.strerror)
+            self.dropped += len(data)
+
+    def note(self, text: str) -> None:
+        with self._lock:
+            self._append(f"----- {datetime.datetime.now():%Y-%m-%d %H:%M:%S} {text} -----\n".encode("utf-8", "replace"))
+
+    def end(self, text: str) -> None:
+        """Write the last note, on a line of its own, and close the file."""
+        with self._lock:
+            if self._tail and not self._tail.endswith(b"\n") and not self.dropped:
+                self._append(b"\n")
+        self.note(text)
+        with self._lock:
+            if self._fd >= 0:
+                os.close(self._fd)
+            self._fd = -1
+
+    def last_line(self) -> str:
+        """The last line of output that is not empty."""
+        lines = self._tail.decode("utf-8", "replace").replace("\0", "\ufffd").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+class JobLogs:
+    """Files `yyyy-MM-dd/<logId>.log` below one directory: written with a cap, read by page, pruned by age; any thread."""
+
+    def __init__(self, directory: str, limit: int, retention: float):
+        self.directory, self._limit, self._retention = directory, limit, retention
+        os.makedirs(directory, 0o750, exist_ok=True)
+        self._lock = threading.Lock()
+        # (logId, inode): [(line, offset), ...], about one for each _CHUNK, the last one where the last page ended
+        self._index: typing.Dict[tuple, list] = collections.OrderedDict()
+
+    def _place(self, log_id: int, log_date_time: int) -> typing.Tuple[str, str]:
+        """(directory, name): both made of numbers only, so that no request can point elsewhere."""
+        try:
+            day = datetime.date.fromtimestamp(log_date_time / 1000)
+        except (ValueError, OverflowError, OSError):
+            raise Refused(f"logDateTime: {log_date_time} is no time in ms since 1970") from None
+        return os.path.join(self.directory, day.isoformat()), f"{log_id}.log"
+
+    def _open(self, log_id: int, log_date_time: int, flags: int) -> int:
+        directory, name = self._place(log_id, log_date_time)
+        if flags & os.O_CREAT:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(directory, 0o750)
+        parent = os.open(directory, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640, dir_fd=parent)
+        finally:
+            os.close(parent)
+
+    def open(self, trigger: Trigger) -> RunLog:
+        """The log to append to; one that drops everything when the file cannot be opened (full disk)."""
+        try:
+            fd = self._open(trigger.log_id, trigger.log_date_time or int(time.time() * 1000), os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        except (OSError, Refused) as error:
+            log.error("cannot open the log of %s, its output is dropped: %s", trigger, error)
+            fd = -1
+        return RunLog(fd, self._limit)
+
+    def page(self, log_id: int, log_date_time: int, first: int, *, ended: bool, most: int = 0, limit: int = PAGE_LIMIT) -> dict:
+        """Lines from `first` (1 is the first) of a run, at most `most` (0: no bound) and `limit` bytes, as the admin reads them.
+
+        `ended` must have been looked up before the call: what is read then is the end. Raises Refused.
+        """
+        first = max(1, first)
+        try:
+            fd = self._open(log_id, log_date_time, os.O_RDONLY)
+        except OSError as error:
+            where = os.path.join(*self._place(log_id, log_date_time))
+            text = f"no log: {where} on {socket.gethostname()}: {error.strerror}; it may have been pruned after log_retention"
+            return self._page(first, first - 1, text if ended and first == 1 else "", ended)
+        try:
+            size = os.fstat(fd).st_size
+            key = (log_id, os.fstat(fd).st_ino)
+            if ended and first == 1 and size > limit and not most:
+                return self._long(fd, key, size, limit, os.path.join(*self._place(log_id, log_date_time)))
+            line, start = self._seek(fd, key, first, size)
+            if line < first:
+                return self._page(first, first - 1, "", ended)
+            data = self._read(fd, start, min(limit, size - start), most)
+            at_end = start + len(data) >= size
+            whole_lines = data if ended and at_end else data[:data.rfind(b"\n") + 1]
+            if not whole_lines and len(data) >= limit:
+                _, after = self._seek(fd, key, first + 1, size)
+                if after <= start:  # the line has not ended yet
+                    return self._page(first, first - 1, "", ended)
+                shown = data + f" ... [line of {after - start} bytes, cut]\n".encode()
+                return self._page(first, first, self._decode(shown), ended and after >= size)
+            lines = whole_lines.count(b"\n") + (not whole_lines.endswith(b"\n") and bool(whole_lines))
+            self._remember(key, first + lines, start + len(whole_lines))
+            return self._page(first, first + lines - 1, self._decode(whole_lines), ended and start + len(whole_lines) >= size)
+        finally:
+            os.close(fd)
+
+    @staticmethod
+    def _page(first: int, last: int, content: str, end: bool) -> dict:
+        return {"fromLineNum": first, "toLineNum": last, "logContent": content, "isEnd": end}
+
+    @staticmethod
+    def _decode(data: bytes) -> str:
+        return data.decode("utf-8", "replace").replace("\0", "\ufffd")
+
+    @staticmethod
+    def _read(fd: int, start: int, limit: int, most: int) -> bytes:
+        parts, got, lines = [], 0, 0
+        while got < limit and not (most and lines >= most):
+            part = os.pread(fd, min(_CHUNK, limit - got), start + got)
+            if not part:
+                break
+            parts.append(part)
+            got += len(part)
+            lines += part.count(b"\n") if most else 0
+        data = b"".join(parts)
+        if most and lines > most:
+            data = data[:len(data) - len(data.split(b"\n", most)[-1])]
+        return data
+
+    def _long(self, fd: int, key: tuple, size: int, limit: int, where: str) -> dict:
+        """A finished log beyond the limit: the admin asks for it once, so it gets the head, a notice and the tail."""
+        head, tail = os.pread(fd, limit // 2, 0), os.pread(fd, limit // 2, size - limit // 2)
+        head = head[:head.rfind(b"\n") + 1] or head
+        tail = tail[tail.find(b"\n") + 1:] or tail
+        lines = self._seek(fd, key, sys.maxsize, size)[0] - tail.endswith(b"\n")
+        left_out = size - len(head) - len(tail)
+        notice = f"\n----- {left_out} bytes are left out here; the whole log is {where} on {socket.gethostname()} -----\n\n"
+        return self._page(1, lines, self._decode(head) + notice + self._decode(tail), True)
+
+    def _seek(self, fd: int, key: tuple, line: int, size: int) -> typing.Tuple[int, int]:
+        """(line, offset) where `line` begins, or of the last line that begins before `size`; reads only from the next known
+        position on."""
+        with self._lock:
+            known = [mark for mark in self._index.get(key, ()) if mark[0] <= line and mark[1] <= size]
+        at, offset = max(known, default=(1, 0))
+        while at < line and offset < size:
+            data = os.pread(fd, min(_CHUNK, size - offset), offset)
+            if not data:
+                break
+            count = data.count(b"\n")
+            if at + count < line:
+                at, offset = at + count, offset + len(data)
+                self._remember(key, at, offset - len(data) + data.rfind(b"\n") + 1)
+                continue
+            parts = data.split(b"\n", line - at)
+            return line, offset + len(data) - len(parts[-1])
+        return at, offset
+
+    def _remember(self, key: tuple, line: int, offset: int) -> None:
+        """Note that `line` begins at `offset`."""
+        with self._lock:
+            marks = self._index.setdefault(key, [])
+            self._index.move_to_end(key)
+            if len(self._index) > _INDEXED_FILES:
+                self._index.popitem(last=False)
+            if len(marks) > 1 and marks[-1][1] - marks[-2][1] < _CHUNK:
+                marks.pop()
+            if not marks or offset > marks[-1][1]:
+                marks.append((line, offset))
+
+    def prune(self) -> int:
+        """Remove logs older than the retention; returns how many."""
+        oldest, removed = time.time() - self._retention, 0
+        last_day = datetime.date.fromtimestamp(oldest).isoformat()
+        for day in os.scandir(self.directory):
+            if not re.fullmatch(r"\d{4}-\d\d-\d\d", day.name) or day.name > last_day or not day.is_dir(follow_symlinks=False):
+                continue
+            for file in os.scandir(day.path):
+                with contextlib.suppress(OSError):
+                    if file.stat(follow_symlinks=False).st_mtime < oldest:
+                        os.unlink(file.path)
+                        removed += 1
+            with contextlib.suppress(OSError):  # not empty
+                os.rmdir(day.path)
+        return removed
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 9 journal
+# ----------------------------------------------------------------------------------------------------------------------
+_SCHEMA = """
+PRAGMA journal_mode = WAL;
+PRAGMA synchronous = FULL;
+PRAGMA journal_size_limit = 16777216;
+CREATE TABLE IF NOT EXISTS runs (
+  log_id INTEGER PRIMARY KEY, log_date_time INTEGER NOT NULL, state TEXT NOT NULL, accepted REAL NOT NULL,
+  trigger TEXT, starts INTEGER NOT NULL DEFAULT 0, code INTEGER, message TEXT, finished REAL);
+CREATE INDEX IF NOT EXISTS runs_by_state ON runs (state, finished) WHERE state <> 'delivered';
+CREATE INDEX IF NOT EXISTS runs_delivered ON runs (finished) WHERE state = 'delivered';
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT);
+"""
+
+
+class _Write:
+    """One thread's part of the next transaction."""
+    __slots__ = ("work", "value", "error", "done")
+
+    def __init__(self, work):
+        self.work, self.value, self.error, self.done = work, None, None, False
+
+
+class Journal:
+    """Runs and undelivered results in SQLite; any thread may call any method.
+
+    Group commit: whoever gets the lock commits all that waits for it as one transaction, the others find theirs done.
+    All methods that write raise JournalError when nothing could be stored, except `finish`, which then keeps the results in
+    memory until `store_held` succeeds.
+    """
+
+    def __init__(self, file: str):
+        self._file, self._lock = file, threading.Lock()
+        self._waiting: typing.Deque[_Write] = collections.deque()
+        self._held: typing.List[typing.Tuple[int, Result]] = []
+        try:
+            self._open()
+        except sqlite3.OperationalError as error:  # permissions, a full disk: the file may be fine
+            raise ExecutorError(f"{file}: cannot be opened: {error}") from None
+        except sqlite3.DatabaseError as error:
+            aside = f"{file}.broken-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+            for suffix in ("", "-wal", "-shm"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.replace(file + suffix, aside + suffix)
+            log.error("the journal %s is broken (%s): moved to %s, starting with an empty one; the admin will show runs that "
+                      "were in it as running", file, error, aside)
+            self._open()
+
+    def _open(self) -> None:
+        self._db = sqlite3.connect(self._file, isolation_level=None, check_same_thread=False, timeout=5)
+        try:
+            self._db.executescript(_SCHEMA)
+            found = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if found != "ok":
+                raise sqlite3.DatabaseError(found)
+        except sqlite3.Error:
+            self._db.close()
+            raise
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+
+    def _write(self, work: typing.Callable[[sqlite3.Connection], typing.Any]) -> typing.Any:
+        write = _Write(work)
+        self._waiting.append(write)
+        with self._lock:
+            if not write.done:
+                self._commit()
+        if write.error is not None:
+            raise JournalError(f"{self._file}: {write.error}")
+        return write.value
+
+    def _commit(self) -> None:
+        batch = []
+        with contextlib.suppress(IndexError):
+            while True:
+                batch.append(self._waiting.popleft())
+        error = None
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            for write in batch:
+                write.value = write.work(self._db)
+            self._db.execute("COMMIT")
+        except Exception as found:
+            error = found
+            with contextlib.suppress(sqlite3.Error):
+                self._db.execute("ROLLBACK")
+        for write in batch:
+            write.error, write.done = error, True
+
+    def _read(self, query: str, *values: typing.Any) -> list:
+        with self._lock:
+            try:
+                return self._db.execute(query, values).fetchall()
+            except sqlite3.Error as error:
+                raise JournalError(f"{self._file}: {error}") from None
+
+    def accept(self, trigger: Trigger) -> bool:
+        """Store a new run; False when its logId is known."""
+        row = (trigger.log_id, trigger.log_date_time, RunState.ACCEPTED.value, time.time(), json.dumps(vars(trigger)))
+        return self._write(lambda db: db.execute(
+            "INSERT OR IGNORE INTO runs (log_id, log_date_time, state, accepted, trigger) VALUES (?, ?, ?, ?, ?)", row).rowcount == 1)
+
+    def start(self, log_id: int) -> None:
+        """accepted -> running; committed before anything of the run starts, so that it never starts twice."""
+        if self._write(lambda db: db.execute(
+                "UPDATE runs SET state = 'running', starts = starts + 1 WHERE log_id = ? AND state = 'accepted'",
+                (log_id,)).rowcount) != 1:
+            raise JournalError(f"run {log_id} is not waiting to be started")
+
+    def restart(self, log_id: int) -> None:
+        """running -> accepted, for a run that a crash interrupted and that its job wants again."""
+        self._write(lambda db: db.execute(
+            "UPDATE runs SET state = 'accepted', accepted = ? WHERE log_id = ? AND state = 'running'", (time.time(), log_id)))
+
+    def finish(self, ends: typing.Sequence[typing.Tuple[Trigger, Result]]) -> None:
+        """accepted | running -> finished. What cannot be stored now is held."""
+        results = [(trigger.log_id, result) for trigger, result in ends]
+        try:
+            self._store(results)
+        except JournalError as error:
+            log.error("cannot store %d results, holding them until it works again: %s", len(results), error)
+            with self._lock:
+                self._held += results
+
+    def _store(self, results: typing.List[typing.Tuple[int, Result]]) -> None:
+        rows = [(result.code, result.message, time.time(), log_id) for log_id, result in results]
+        self._write(lambda db: db.executemany(
+            "UPDATE runs SET state = 'finished', code = ?, message = ?, finished = ?, trigger = NULL "
+            "WHERE log_id = ? AND state IN ('accepted', 'running')", rows))
+
+    def store_held(self) -> bool:
+        """Try again to store what `finish` could not; False when some is still held."""
+        with self._lock:
+            held, self._held = self._held, []
+        if held:
+            try:
+                self._store(held)
+                log.info("stored %d held results", len(held))
+            except JournalError:
+                with self._lock:
+                    self._held += held
+        return not self._held
+
+    def undelivered(self, limit: int) -> typing.List[typing.Tuple[int, int, int, str, float]]:
+        """(logId, log_date_time, code, message, finished) of results that wait for the admin, the oldest first."""
+        return self._read("SELECT log_id, log_date_time, code, message, finished FROM runs WHERE state = 'finished' "
+                          "ORDER BY finished LIMIT ?", limit)
+
+    def settle(self, log_ids: typing.Iterable[int], state: RunState) -> None:
+        """finished -> delivered or dead."""
+        rows = [(state.value, log_id) for log_id in log_ids]
+        self._write(lambda db: db.executemany(
+            "UPDATE runs SET state = ? WHERE log_id = ? AND state = 'finished'", rows))
+
+    def knows(self, log_id: int) -> bool:
+        return bool(self._read("SELECT 1 FROM runs WHERE log_id = ?", log_id))
+
+    def unfinished(self) -> typing.List[typing.Tuple[Trigger, RunState, float, int]]:
+        """(trigger, state, when accepted, how often started) of every run without a result; read once, at start."""
+        rows = self._read("SELECT trigger, state, accepted, starts FROM runs WHERE state IN ('accepted', 'running') ORDER BY accepted")
+        return [(Trigger(**json.loads(trigger)), RunState(state), accepted, starts) for trigger, state, accepted, starts in rows]
+
+    def counts(self) -> typing.Dict[str, typing.Any]:
+        """How many results are undelivered and dead, and when the oldest undelivered one was finished."""
+        rows = self._read("SELECT state, count(*), min(finished) FROM runs WHERE state IN ('finished', 'dead') GROUP BY state")
+        found = {state: (count, oldest) for state, count, oldest in rows}
+        count, oldest = found.get("finished", (0, None))
+        return {"undelivered": count + len(self._held), "oldest": oldest, "dead": found.get("dead", (0, None))[0]}
+
+    def fact(self, name: str) -> str:
+        """What was learned about the admin, "" when nothing was."""
+        rows = self._read("SELECT value FROM facts WHERE name = ?", name)
+        return rows[0][0] if rows else ""
+
+    def learn(self, name: str, value: str) -> None:
+        self._write(lambda db: db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value)))
+
+    def prune(self) -> int:
+        """Forget delivered runs after REPEAT_WINDOW, dead ones after four times DEAD_AFTER; returns how many."""
+        now, removed = time.time(), 0
+        for state, age in ((RunState.DELIVERED, REPEAT_WINDOW), (RunState.DEAD, 4 * DEAD_AFTER)):
+            count = 1
+            while count:  # in parts: triggers wait for the lock meanwhile
+                count = self._write(lambda db: db.execute(
+                    "DELETE FROM runs WHERE log_id IN (SELECT log_id FROM runs WHERE state = ? AND finished < ? LIMIT 1000)",
+                    (state.value, now - age)).rowcount)
+                removed += count
+        return removed
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 10 callbacks
+# ----------------------------------------------------------------------------------------------------------------------
+BATCH = 100  # results in one request
+
+
+def backoff(failures: int) -> float:
+    """Seconds before the next attempt: 1 s to 60 s, with jitter so that many executors do not come at once."""
+    return max(1.0, min(60.0, 2.0 ** min(failures - 1, 6)) * random.uniform(0.5, 1.0))
+
+
+class Callbacks:
+    """One thread delivers finished results from the journal in batches and tries again until each is acknowledged.
+
+    wake: any thread. A batch that the admin refuses is split until the bad result is alone; that one is tried again with a
+    backoff of its own, so that it holds back nobody.
+    """
+
+    def __init__(self, journal, admin, metrics: Metrics):
+        self._journal, self._admin, self._metrics = journal, admin, metrics
+        self._wake, self._closing = threading.Event(), False
+        self._refused: typing.Dict[int, typing.Tuple[int, float]] = {}  # logId: (refusals, monotonic time of the next attempt)
+        self._failures = self._refusals = 0
+        self._retry_at = 0.0
+        self.last_error = ""
+        self._thread = threading.Thread(target=self._loop, name="callback", daemon=True)
+
+    def start(self) -> None:
+        self._wake.set()
+        self._thread.start()
+
+    def wake(self) -> None:
+        self._wake.set()
+
+    def retry(self) -> None:
+        """The admin answers again: do not wait for the end of a backoff."""
+        if self._failures:
+            self._retry_at = 0.0
+            self._wake.set()
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Deliver what is left, for at most `timeout` seconds; the rest waits in the journal."""
+        self._closing = True
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+
+    def _loop(self) -> None:
+        wait: typing.Optional[float] = None
+        while True:
+            self._wake.wait(wait)
+            self._wake.clear()
+            closing = self._closing
+            try:
+                wait = self._deliver()
+            except JournalError as error:
+                log.error("cannot read results: %s", error)
+                wait = 1.0
+            except Exception:
+                log.exception("the callback thread goes on after an unexpected error, please report it")
+                wait = 10.0
+            if closing:
+                return
+
+    def _deliver(self) -> typing.Optional[float]:
+        """Send what is due; returns the seconds until something else is, None when nothing waits."""
+        stored = self._journal.store_held()
+        while True:
+            now = time.monotonic()
+            if now < self._retry_at:
+                return self._retry_at - now if stored else 1.0
+            rows = self._journal.undelivered(BATCH + len(self._refused))
+            rows = self._bury(rows)
+            due = [row for row in rows if self._refused.get(row[0], (0, 0.0))[1] <= now][:BATCH]
+            if not due:
+                waits = [at - now for _, at in self._refused.values()] + ([] if stored else [1.0])
+                return max(0.05, min(waits)) if waits else None
+            self._refusals = 0
+            try:
+                self._send(due)
+                self._failures, self.last_error = 0, ""
+            except (AdminUnreachable, AdminRefused) as error:
+                self._failures += 1
+                self._metrics.count("callback_failures_total")
+                wait = backoff(self._failures)
+                self._retry_at = time.monotonic() + wait
+                if str(error) != self.last_error:  # an outage is told once, not once a minute
+                    log.warning("cannot deliver %d results, next attempt in %.0f s: %s", len(due), wait, error)
+                self.last_error = str(error)
+
+    def _bury(self, rows: list) -> list:
+        oldest = time.time() - DEAD_AFTER
+        dead = [row[0] for row in rows if row[4] < oldest]
+        if dead:
+            log.error("giving up %d results that the admin did not take for %d days: logId=%s", len(dead), DEAD_AFTER // 86_400,
+                      ",".join(map(str, dead)))
+            self._journal.settle(dead, RunState.DEAD)
+            for log_id in dead:
+                self._refused.pop(log_id, None)
+        return [row for row in rows if row[4] >= oldest]
+
+    def _send(self, rows: list) -> None:
+        try:
+            self._admin.callback(rows)
+        except AdminRefused as error:
+            if len(rows) > 1:
+                self._send(rows[:len(rows) // 2])
+                self._send(rows[len(rows) // 2:])
+                return
+            self._refusals += 1
+            if self._refusals == 3:  # three single ones and none taken: it is not the results
+                raise
+            count = self._refused.get(rows[0][0], (0, 0.0))[0] + 1
+            self._refused[rows[0][0]] = (count, time.monotonic() + backoff(count))
+            self._metrics.count("callback_failures_total")
+            log.warning("the admin refuses the result of logId=%d, trying again later: %s", rows[0][0], error)
+            self.last_error = str(error)
+            return
+        self._refusals = -1_000_000  # this admin takes results: whatever else it refuses is about the result itself
+        self._journal.settle([row[0] for row in rows], RunState.DELIVERED)
+        for row in rows:
+            self._refused.pop(row[0], None)
+        log.info("delivered %d results: logId=%s", len(rows), ",".join(str(row[0]) for row in rows))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 11 admin client
+# ----------------------------------------------------------------------------------------------------------------------
+REPLY_LIMIT = 64 << 10  # bytes of an admin's answer that are read
+
+
+class Address:
+    """One address of the admin and its health."""
+
+    def __init__(self, url: str):
+        self.url, self.failures, self.last_error = url, 0, ""
+        self.not_before = self.failed_at = self.last_success = 0.0  # monotonic; last_success: seconds since the epoch
+
+
+class _Link:
+    """A requests session to one address, used by one thread, whose exchanges end in time whatever the other side does.
+
+    requests limits each read, not the exchange, and its resolver obeys no limit at all: so names are resolved in a thread
+    that can be left behind, and a timer shuts the socket down.
+    """
+
+    def __init__(self, url: str, connect_timeout: float, timeout: float):
+        import requests
+        import urllib3
+        self._url, self._connect_timeout, self._timeout = url, connect_timeout, timeout
+        self._errors = (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError)
+        self._socket: typing.Optional[socket.socket] = None
+        self._expired = False
+        self._session = requests.Session()
+        # Once, not for each request: the environment's proxies and CA bundle; .netrc has no business with an admin.
+        self._session.trust_env = False
+        self._session.proxies = requests.utils.get_environ_proxies(url)
+        self._session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
+        link = self
+
+        class Http(urllib3.connection.HTTPConnection):
+            def _new_conn(self):
+                return link._connect(self.host, self.port)
+
+        class Https(urllib3.connection.HTTPSConnection):
+            def _new_conn(self):
+                return link._connect(self.host, self.port)
+
+        class HttpPool(urllib3.HTTPConnectionPool):
+            ConnectionCls = Http
+
+        class HttpsPool(urllib3.HTTPSConnectionPool):
+            ConnectionCls = Https
+        for prefix in ("http://", "https://"):
+            adapter = requests.adapters.HTTPAdapter(pool_connections=1, pool_maxsize=1, max_retries=0)
+            adapter.poolmanager.pool_classes_by_scheme = {"http": HttpPool, "https": HttpsPool}
+            self._session.mount(prefix, adapter)
+
+    def _connect(self, host: str, port: int) -> socket.socket:
+        deadline = time.monotonic() + self._connect_timeout
+        error: Exception = OSError(f"{host} has no address")
+        for family_, kind, protocol, _, target in resolve(host, port, self._connect_timeout):
+            sock = socket.socket(family_, kind, protocol)
+            try:
+                sock.settimeout(max(0.01, deadline - time.monotonic()))
+                sock.connect(target)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            except OSError as found:
+                sock.close()
+                error = found
+                continue
+            if self._socket is not None:
+                self._socket.close()
+            self._socket = sock.dup()  # stays usable for the timer when TLS wraps the original
+            return sock
+        raise error
+
+    def _expire(self) -> None:
+        self._expired = True
+        with contextlib.suppress(OSError, AttributeError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def post(self, path: str, headers: typing.Dict[str, str], body: bytes) -> typing.Tuple[int, bytes]:
+        """(HTTP status, at most REPLY_LIMIT + 1 bytes). Raises AdminUnreachable."""
+        self._expired = False
+        timer = threading.Timer(self._timeout, self._expire)
+        timer.daemon = True
+        timer.start()
+        try:
+            with self._session.post(self._url + path, data=body, headers=headers, timeout=(self._connect_timeout, self._timeout),
+                                    stream=True, allow_redirects=False) as reply:
+                data = b""
+                for part in reply.iter_content(8192):
+                    data += part
+                    if len(data) > REPLY_LIMIT:
+                        break
+                return reply.status_code, data
+        except self._errors as error:
+            if self._expired:
+                raise AdminUnreachable(f"{self._url}{path}: no complete answer within {seconds_text(self._timeout)}") from None
+            reason = str(getattr(error, "args", None) and getattr(error.args[0], "reason", None) or error)
+            raise AdminUnreachable(f"{self._url}{path}: {reason.rpartition(': ')[2] or type(error).__name__}") from None
+        finally:
+            timer.cancel()
+
+    def close(self) -> None:
+        self._session.close()
+        if self._socket is not None:
+            self._socket.close()
+
+
+def resolve(host: str, port: int, seconds: float) -> list:
+    """socket.getaddrinfo within `seconds`; a resolver that hangs keeps a thread of its own, not the caller's. Raises OSError."""
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(host.partition("%")[0])
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    box: queue.SimpleQueue = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            box.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except OSError as error:
+            box.put(error)
+    threading.Thread(target=work, name="resolver", daemon=True).start()
+    try:
+        found = box.get(timeout=seconds)
+    except queue.Empty:
+        raise OSError(f"{host} was not resolved within {seconds_text(seconds)}") from None
+    if isinstance(found, OSError):
+        raise OSError(f"{host}: {found.strerror or found}")
+    return found
+
+
+class AdminClient:
+    """Calls the admin at the first address that answers; any thread, each with connections of its own.
+
+    Typed failures: AdminUnreachable when no address gave an answer, AdminRefused when one answered anything but code 200.
+    """
+
+    def __init__(self, config: Config, dialect: str, learn: typing.Callable[[str, str], None]):
+        self.addresses = [Address(url) for url in config.admin.addresses]
+        self._config, self._learn = config, learn
+        self._dialect = dialect or "array"  # or "wrapper", from 3.5
+        self._local = threading.local()
+        self._links: typing.List[_Link] = []
+        self._headers = {"Content-Type": "application/json;charset=UTF-8", "XXL-JOB-APPNAME": config.executor.app_name,
+                         "XXL-JOB-ACCESS-TOKEN": config.admin.access_token or ""}  # 3.3.0 insists on it, even when empty
+
+    def registry(self, address: str, remove: bool = False) -> None:
+        """Register `address`, or take it back. Tries every address that was not tried within the last second."""
+        body = {"registryGroup": "EXECUTOR", "registryKey": self._config.executor.app_name, "registryValue": address}
+        self._call("/api/registryRemove" if remove else "/api/registry", body, eager=True)
+
+    def callback(self, rows: typing.Sequence[tuple]) -> None:
+        """Deliver (logId, log_date_time, code, message, ...) rows; returns only after an unambiguous acknowledgement."""
+        items = [{"logId": row[0], "logDateTim": row[1], "logDateTime": row[1], "handleCode": row[2], "handleMsg": row[3],
+                  "executeResult": {"code": row[2], "msg": row[3]}} for row in rows]  # all spellings, 2.2.0's too
+        bodies = {"array": items, "wrapper": {"callbackList": items}}
+        dialect = self._dialect
+        try:
+            self._call("/api/callback", bodies[dialect])
+        except AdminRefused:
+            other = "wrapper" if dialect == "array" else "array"
+            try:
+                self._call("/api/callback", bodies[other])
+            except (AdminRefused, AdminUnreachable):
+                pass
+            else:
+                self._set_dialect(other)
+                return
+            raise
+
+    def learned(self, path: str) -> None:
+        """What the admin called: only a 3.5 calls /trigger, only older ones /run."""
+        self._set_dialect("wrapper" if path == "/trigger" else "array")
+
+    def _set_dialect(self, dialect: str) -> None:
+        if dialect != self._dialect:
+            self._dialect = dialect
+            log.info("the admin speaks the dialect of version %s", "3.5" if dialect == "wrapper" else "3.4 or older")
+            with contextlib.suppress(JournalError):
+                self._learn("dialect", dialect)
+
+    def _call(self, path: str, body: typing.Any, eager: bool = False) -> None:
+        now = time.monotonic()
+        candidates = [a for a in self.addresses if now >= (a.failed_at + 1.0 if eager and a.failures else a.not_before)]
+        data = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
+        failure: ExecutorError = AdminUnreachable(next((a.last_error for a in self.addresses if a.last_error), "no admin.addresses"))
+        for address in sorted(candidates, key=lambda a: a.not_before > now):
+            try:
+                status, reply = self._link(address.url).post(path, self._headers, data)
+            except AdminUnreachable as error:
+                address.failures += 1
+                address.failed_at, address.last_error = time.monotonic(), str(error)
+                address.not_before = address.failed_at + backoff(address.failures)
+                failure = error
+                continue
+            address.failures, address.not_before = 0, 0.0
+            code, message = self._verdict(status, reply)
+            if code == SUCCESS:
+                address.last_error, address.last_success = "", time.time()
+                return
+            failure = AdminRefused(f"{address.url}{path}: {message}")
+            address.last_error = str(failure)
+            if code is not None:  # one cluster: the others would say the same
+                break
+        raise failure
+
+    @staticmethod
+    def _verdict(status: int, reply: bytes) -> typing.Tuple[typing.Optional[int], str]:
+        """(code, reason) of an answer; code None when it is no envelope at all, as from a proxy or an error page."""
+        if status != 200:
+            return None, f"HTTP status {status}"
+        if len(reply) > REPLY_LIMIT:
+            return None, f"an answer of more than {REPLY_LIMIT} bytes"
+        try:
+            found = json.loads(reply)
+            code = found["code"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return None, f"no XXL-JOB answer: {reply[:60]!r}"
+        if type(code) is not int:
+            return None, f"no XXL-JOB answer: {reply[:60]!r}"
+        return code, f"code {code}: {str(found.get('msg'))[:500]}"
+
+    def _link(self, url: str) -> _Link:
+        links = self._local.__dict__.setdefault("links", {})
+        if url not in links:
+            links[url] = _Link(url, self._config.admin.connect_timeout, self._config.admin.timeout)
+            self._links.append(links[url])
+        return links[url]
+
+    def close(self) -> None:
+        """After the threads that call have ended."""
+        for link in self._links:
+            link.close()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 12 registration
+# ----------------------------------------------------------------------------------------------------------------------
+def facing_address(url: str, seconds: float) -> str:
+    """The IP address of the interface that faces `url`. Raises OSError while it cannot be told."""
+    parts = urllib.parse.urlsplit(url)
+    family_, _, _, _, target = resolve(parts.hostname, parts.port or (443 if parts.scheme == "https" else 80), seconds)[0]
+    with socket.socket(family_, socket.SOCK_DGRAM) as probe:
+        probe.connect(target)  # sends nothing
+        return probe.getsockname()[0]
+
+
+class Registration:
+    """The heartbeat thread: registers at start and every REGISTRY_INTERVAL, takes it back at the end; no failure ends it."""
+
+    def __init__(self, config: Config, admin, metrics: Metrics, port: int, recovered: typing.Callable[[], None]):
+        self._config, self._admin, self._metrics, self._port, self._recovered = config, admin, metrics, port, recovered
+        self._stop = threading.Event()
+        self._failures = 0
+        self.address = ""  # once known never changed: the admin compares it as text with where it sent its runs
+        self.registered = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="registration", daemon=True)
+        metrics.gauge("last_heartbeat_timestamp_seconds", lambda: max([a.last_success for a in admin.addresses], default=0.0))
+
+    def start(self) -> None:
+        if self._admin.addresses:
+            self._thread.start()
+
+    def close(self) -> None:
+        """Have the thread take the registration back and end; `join` waits for that."""
+        self._stop.set()
+
+    def join(self, seconds: float) -> None:
+        if self._thread.is_alive():
+            self._thread.join(seconds)
+
+    def _loop(self) -> None:
+        wait = 0.0
+        while not self._stop.wait(wait):
+            began = time.monotonic()
+            try:
+                self._register()
+                wait = max(1.0, REGISTRY_INTERVAL - (time.monotonic() - began))
+            except Exception as error:
+                wait = min(self._failed(error), REGISTRY_INTERVAL)
+        if self.registered.is_set():
+            try:
+                self._admin.registry(self.address, remove=True)
+                log.info("took back the registration of %s", self.address)
+            except Exception as error:
+                log.warning("could not take back the registration of %s, the admin forgets it by itself: %s", self.address, error)
+
+    def _register(self) -> None:
+        if not self.address:
+            self.address = self._config.executor.address or self._own_address()
+        self._admin.registry(self.address)
+        if self._failures or not self.registered.is_set():
+            log.info("registered %s as %s", self.address, self._config.executor.app_name)
+        self._failures = 0
+        self.registered.set()
+        self._recovered()
+
+    def _own_address(self) -> str:
+        host = self._config.executor.bind[0]
+        if ipaddress_unspecified(host):
+            error: Exception = OSError("no admin.addresses")
+            for admin in self._admin.addresses:
+                try:
+                    host = facing_address(admin.url, self._config.admin.connect_timeout)
+                    break
+                except OSError as found:
+                    error = found
+            else:
+                raise error
+        return f"http://{f'[{host}]' if ':' in host else host}:{self._port}/"
+
+    def _failed(self, error: Exception) -> float:
+        self._failures += 1
+        self._metrics.count("registration_failures_total")
+        wait = backoff(self._failures)
+        if not isinstance(error, (OSError, ExecutorError)):
+            log.exception("the registration thread goes on after an unexpected error, please report it")
+        elif self._failures == 1:
+            log.warning("cannot register at the admin, trying again until it works: %s", error)
+        return wait
+
+
+def ipaddress_unspecified(host: str) -> bool:
+    """Whether `host` means all interfaces."""
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 13 systemd
+# ----------------------------------------------------------------------------------------------------------------------
+def notify(state: str) -> None:
+    """Tell systemd, as sd_notify(3) does; nothing happens without $NOTIFY_SOCKET."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address[:1] in ("/", "@"):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+            sock.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 14 daemon
+# ----------------------------------------------------------------------------------------------------------------------
+HOUSEKEEPING = 3600.0  # seconds between two prunings of logs and journal
+LOOPBACK = ("localhost", "127.", "::1")
+
+
+class DataDir:
+    """The locked data directory: one daemon at a time, and an identity by which its processes are known after a crash."""
+
+    def __init__(self, path: str):
+        self.path = path
+        try:
+            os.makedirs(path, 0o750, exist_ok=True)
+            self._fd = os.open(os.path.join(path, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        except OSError as error:
+            raise ExecutorError(f"executor.data_dir: {error.filename}: {error.strerror}: choose a directory this user may write") from None
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            owner = os.pread(self._fd, 4096, 0).decode().split()[1:2]
+            os.close(self._fd)
+            raise ExecutorError(f"executor.data_dir: {path} is in use by another executor (pid {''.join(owner) or 'unknown'}): "
+                                "stop it, or give this one a data_dir of its own") from None
+        found = os.pread(self._fd, 4096, 0).decode("ascii", "replace").split()
+        valid = found and re.fullmatch(r"[0-9a-f]{16}", found[0])
+        self.identity = found[0] if valid else secrets.token_hex(8)
+        self.publish("")
+
+    def publish(self, url: str) -> None:
+        """Note this process and where it listens, for `status` and for whoever is refused by the lock."""
+        data = f"{self.identity} {os.getpid()} {url}\n".encode()
+        os.pwrite(self._fd, data, 0)
+        os.ftruncate(self._fd, len(data))
+
+    def close(self) -> None:
+        self.publish("")
+        os.close(self._fd)
+
+    @staticmethod
+    def url(path: str) -> str:
+        """Where the daemon with this data_dir listens, "" when it is not running."""
+        with contextlib.suppress(OSError, IndexError), open(os.path.join(path, "lock"), encoding="ascii") as stream:
+            return stream.read().split()[2]
+        return ""
+
+
+class Daemon:
+    """Builds everything, starts it in order, stops it in reverse; used by the main thread only."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self._started = time.time()
+        self._signals_read, self._signals_write = os.pipe()
+        os.set_blocking(self._signals_write, False)
+        self._reap_at: typing.Optional[float] = None
+        self._housekeeping_at = time.monotonic()
+
+    def start(self) -> None:
+        """Raises ExecutorError; nothing runs then."""
+        config = self.config
+        refuse_unsafe(config)
+        with contextlib.ExitStack() as undo:
+            listener = listen(config.executor.bind)
+            undo.callback(listener.close)
+            self._data = DataDir(config.executor.data_dir)
+            undo.callback(self._data.close)
+            self._journal = Journal(os.path.join(self._data.path, "journal.db"))
+            undo.callback(self._journal.close)
+            self._logs = JobLogs(os.path.join(self._data.path, "logs"), config.executor.log_limit, config.executor.log_retention)
+            self.metrics = Metrics()
+            self._runner = Runner(self._logs, self._data.identity, os.path.join(self._data.path, "run"), self.metrics)
+            undo.callback(self._runner.close)
+            self._kill_leftovers()
+            self._admin = AdminClient(config, self._journal.fact("dialect"), self._journal.learn)
+            self._callbacks = Callbacks(self._journal, self._admin, self.metrics)
+            self._scheduler = Scheduler(self._journal, self._runner, self.metrics, self._callbacks.wake,
+                                        config.executor.max_running, config.executor.max_queued)
+            self._scheduler.register()
+            self.port = listener.getsockname()[1]
+            self._registration = Registration(config, self._admin, self.metrics, self.port, self._callbacks.retry)
+            self._api = Api(config, self._scheduler, self._logs, self.metrics, self.status, self._admin.learned)
+            self._http = HttpServer(listener, self._api.answer, config.executor.max_connections)
+            self.metrics.gauge("connections", lambda: self._http.connections)
+            self.metrics.gauge("undelivered_results", lambda: self._journal.counts()["undelivered"])
+            undo.pop_all()
+        self._runner.prepare(config.jobs.values())
+        self._scheduler.start()
+        self._recover()
+        self._http.start()
+        host = config.executor.bind[0]
+        host = "127.0.0.1" if host == "0.0.0.0" else "::1" if host == "::" else host
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}/"
+        self._data.publish(self.url)
+        self._registration.start()
+        if self._admin.addresses:
+            self._callbacks.start()
+        log.info("listening on %s:%d, %d jobs, %s", *config.executor.bind[:1], self.port, len(config.jobs),
+                 "admin " + ", ".join(config.admin.addresses) if config.admin.addresses else "no admin")
+        notify(f"READY=1\nSTATUS=listening on {self.url}, {len(config.jobs)} jobs")
+
+    def _kill_leftovers(self) -> None:
+        """End what an executor that crashed left running; what finished jobs were allowed to leave stays."""
+        running = {trigger.log_id for trigger, state, _, _ in self._journal.unfinished() if state is RunState.RUNNING}
+        found = family(f"{self._data.identity}-")
+        kept = {log_id: family(f"{self._data.identity}+{log_id:020d}") for log_id in running}
+        if found or any(kept.values()):
+            log.warning("ending %d processes that jobs of an earlier executor left", len(found) + sum(map(len, kept.values())))
+            survivors = kill_family(f"{self._data.identity}-")
+            for log_id in running:
+                survivors += kill_family(f"{self._data.identity}+{log_id:020d}")
+            if survivors:
+                log.error("processes %s cannot be ended: end them by hand", survivors)
+
+    def _recover(self) -> None:
+        """Runs that the last executor did not finish: start again, or report."""
+        for trigger, state, accepted, starts in self._journal.unfinished():
+            job = self.config.jobs.get(trigger.handler)
+            message = ""
+            if state is RunState.RUNNING:
+                message = "executor restarted while the job ran"
+                out = self._logs.open(trigger)
+                if job is not None and job.on_crash == "rerun" and starts < 3:
+                    out.end(f"{message}; it is run again")
+                    self._journal.restart(trigger.log_id)
+                    message = ""
+                else:
+                    out.end(f"failed: {message}")
+            elif time.time() - accepted > RESUME_WINDOW:
+                message = f"accepted {seconds_text(time.time() - accepted)} before the executor restarted, too long ago to start now"
+            if not message and job is None:
+                message = f'job handler "{trigger.handler}" was removed before the run started'
+            if message:
+                log.warning("failed %s: %s", trigger, message)
+                self._journal.finish([(trigger, Result(FAILURE, message))])
+            else:
+                log.info("resumed %s", trigger)
+                self._scheduler.resume(trigger, job)
+
+    def status(self) -> dict:
+        """Everything that `status` shows; any thread."""
+        now, wall = time.monotonic(), time.time()
+        counts = self._journal.counts()
+        addresses = [{"address": a.url, "ok": not a.last_error, "error": a.last_error, "lastSuccess": a.last_success or None,
+                      "nextAttempt": round(max(0.0, a.not_before - now), 1)} for a in self._admin.addresses]
+        return {"version": __version__, "pid": os.getpid(), "app": self.config.executor.app_name, "started": self._started,
+                "uptime": round(wall - self._started, 1), "address": self._registration.address, "draining": self._api.draining,
+                "registered": self._registration.registered.is_set(), "jobs": sorted(self.config.jobs), **self._scheduler.snapshot(),
+                "undelivered": counts["undelivered"], "dead": counts["dead"], "connections": self._http.connections,
+                "oldestUndelivered": round(wall - counts["oldest"], 1) if counts["oldest"] else None,
+                "lastFailure": self._callbacks.last_error, "admins": addresses}
+
+    # -- the main thread's loop
+
+    def serve(self) -> None:
+        """Handle signals until one asks for the end, then stop."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+            signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(self._signals_write, warn_on_full_buffer=False)
+        while not self._next({signal.SIGTERM, signal.SIGINT}, None):
+            pass
+        self.stop()
+
+    def _next(self, wanted: typing.Set[int], deadline: typing.Optional[float]) -> bool:
+        """Wait for signals or other wake-ups until `deadline` (monotonic); True when one of `wanted` came."""
+        limits = [limit for limit in (deadline, self._reap_at, self._housekeeping_at) if limit is not None]
+        poller = select.poll()
+        poller.register(self._signals_read, select.POLLIN)
+        got = b""
+        if poller.poll(max(0.0, min(limits) - time.monotonic()) * 1000 + 1):
+            got = os.read(self._signals_read, 4096)
+        if self._reap_at is not None and time.monotonic() >= self._reap_at:
+            self._reap_at = None
+            signal.signal(signal.SIGCHLD, lambda *_: None)
+            reap_orphans()
+        elif signal.SIGCHLD in got:
+            # Each job that ends raises one, and the slots reap theirs themselves: once a second is enough for orphans.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            self._reap_at = time.monotonic() + 1.0
+        if time.monotonic() >= self._housekeeping_at:
+            self._housekeeping_at = time.monotonic() + HOUSEKEEPING
+            self._prune()
+        if signal.SIGHUP in got and not self._api.draining:
+            self.reload()
+        return bool(wanted.intersection(got))
+
+    def _prune(self) -> None:
+        try:
+            logs, runs = self._logs.prune(), self._journal.prune()
+        except (OSError, JournalError) as error:
+            log.warning("cannot prune: %s", error)
+        else:
+            if logs or runs:
+                log.info("pruned %d logs and %d runs", logs, runs)
+
+    def reload(self) -> None:
+        """Take over `jobs` from the configuration file; a bad file changes nothing."""
+        notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        old = self.config
+        try:
+            new = load_config(old.file)
+        except ConfigError as error:
+            first, *more = str(error).splitlines()
+            log.error("reload failed, the old jobs stay: %s%s", first, f" (and {len(more)} more, see check)" if more else "")
+        else:
+            for warning in new.warnings:
+                log.warning("%s", warning)
+            for part in ("admin", "executor", "glue"):
+                if getattr(old, part) != getattr(new, part):
+                    log.warning("%s has changed in %s: that takes effect at a restart, a reload takes over only jobs", part, old.file)
+            added, removed = sorted(new.jobs.keys() - old.jobs.keys()), sorted(old.jobs.keys() - new.jobs.keys())
+            changed = sorted(name for name in old.jobs.keys() & new.jobs.keys() if old.jobs[name] != new.jobs[name])
+            self.config = self._api.config = dataclasses.replace(old, jobs=new.jobs)
+            self._runner.prepare(new.jobs.values())
+            log.info("reloaded %s: %d jobs, added %s, changed %s, removed %s", old.file, len(new.jobs),
+                     *(", ".join(names) or "none" for names in (added, changed, removed)))
+        notify("READY=1")
+
+    def stop(self) -> None:
+        """Drain, end what still runs, deliver, close. A signal that comes meanwhile ends the draining."""
+        hurry = {signal.SIGTERM, signal.SIGINT}
+        log.info("stopping: no new runs, up to %s for those that run", seconds_text(self.config.executor.drain_timeout))
+        notify("STOPPING=1")
+        self._api.draining = True
+        self._registration.close()
+        idle = threading.Event()
+
+        def idle_hook() -> None:
+            idle.set()
+            with contextlib.suppress(OSError):
+                os.write(self._signals_write, b"\0")
+        self._scheduler.drain(idle_hook)
+        deadline = time.monotonic() + self.config.executor.drain_timeout
+        while not idle.is_set() and time.monotonic() < deadline and not self._next(hurry, deadline):
+            pass
+        if not idle.is_set():
+            deadline = time.monotonic() + self._scheduler.cancel_all("killed: the executor stopped")
+            while not idle.is_set() and time.monotonic() < deadline:
+                self._next(hurry, deadline)
+        self._registration.join(self.config.admin.timeout)
+        self._callbacks.close()
+        left = self._journal.counts()["undelivered"]
+        self._http.close()
+        self._runner.close()
+        kill_family(f"{self._data.identity}-")
+        self._admin.close()
+        self._journal.close()
+        self._data.close()
+        signal.set_wakeup_fd(-1)
+        for fd in (self._signals_read, self._signals_write):
+            os.close(fd)
+        log.info("stopped, %s", f"{left} results wait for the next start" if left else "every result is delivered")
+
+
+def listen(bind: typing.Tuple[str, int]) -> socket.socket:
+    """The listening socket. Raises ExecutorError."""
+    host, port = bind
+    try:
+        family_, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.socket(family_, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family_ == socket.AF_INET6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            listener.bind(target)
+            listener.listen(1024)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise ExecutorError(f"executor.bind: cannot listen on {host}:{port}: {error.strerror}: choose a free port of this host") from None
+    return listener
+
+
+def refuse_unsafe(config: Config) -> None:
+    """Raises ConfigError when anybody on the network could run jobs; warns of the token that every attacker knows."""
+    token = config.admin.access_token
+    host = config.executor.bind[0]
+    if not token and not config.executor.allow_no_token and not host.startswith(LOOPBACK):
+        raise ConfigError(f"{config.file}: admin.access_token: is empty, and executor.bind {host} is open to the network: set a token, "
+                          "bind to 127.0.0.1, or set executor.allow_no_token: true when a firewall keeps others out")
+    if token == "default_token":
+        log.warning("ACCESS TOKEN IS default_token, which every attacker tries first: set another xxl.job.accessToken in the admin "
+                    "and admin.access_token here")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 15 CLI
+# ----------------------------------------------------------------------------------------------------------------------
+class LoopbackAdmin:
+    """An xxl-job-admin on 127.0.0.1 for `demo` and the tests: it answers as `version` does and keeps what it received.
+
+    version: "2.2.0", "2.3" (to 3.2), "3.3" (to 3.4) or "3.5". `behave(path, body)` may return (HTTP status, bytes) to answer
+    something else. Any thread may call any method; `changed` is notified of every request.
+    """
+
+    def __init__(self, version: str = "3.5", token: str = "", port: int = 0):
+        self.version, self.token = version, token
+        self.behave: typing.Callable[[str, bytes], typing.Any] = lambda path, body: None
+        self.changed = threading.Condition()
+        self.requests: typing.List[typing.Tuple[str, dict, bytes]] = []
+        self.registry: typing.List[str] = []
+        self.results: typing.Dict[int, typing.List[dict]] = {}
+        self._next_id = int(time.time() * 1000) % 1_000_000_000
+        admin = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True
+
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                status, reply = admin._answer(self.path, {name.lower(): value for name, value in self.headers.items()}, body)
+                head = f"HTTP/1.1 {status} -\r\nContent-Type: application/json\r\nContent-Length: {len(reply)}\r\n\r\n"
+                self.wfile.write(head.encode() + reply)
+
+            def log_message(self, *arguments):
+                pass
+
+        class Server(http.server.ThreadingHTTPServer):
+            daemon_threads = True
+            request_queue_size = 128
+
+            def handle_error(self, request, client_address):
+                pass  # a client that went away
+        self._server = Server(("127.0.0.1", port), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}" + ("" if version == "3.5" else "/xxl-job-admin")
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), name="loopback-admin", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def _answer(self, path: str, headers: dict, body: bytes) -> typing.Tuple[int, bytes]:
+        own = self.behave(path, body)
+        if own is None:
+            try:
+                own = self._accept(path, headers, body)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                own = 200, self._envelope(FAILURE, f"openapi invoke error: {error}" if self.version == "3.5" else str(error))
+        with self.changed:
+            self.requests.append((path, headers, body))
+            self.changed.notify_all()
+        return own
+
+    def _envelope(self, code: int, message: typing.Optional[str] = None) -> bytes:
+        return json.dumps({"code": code, "msg": message, "data" if self.version >= "3.3" else "content": None}).encode()
+
+    def _accept(self, path: str, headers: dict, body: bytes) -> typing.Tuple[int, bytes]:
+        if self.version == "3.3" and "xxl-job-access-token" not in headers:
+            return 400, b""
+        if headers.get("xxl-job-access-token", "") != self.token:
+            return 200, self._envelope(FAILURE, "The access token is wrong.")
+        if self.version == "3.5" and not headers.get("xxl-job-appname"):
+            return 200, self._envelope(FAILURE, "The app name is missing.")
+        fields = json.loads(body)
+        call = path.rpartition("/")[2]
+        if call == "callback":
+            if self.version == "3.5":
+                fields = fields["callbackList"]
+            for item in [dict(item) for item in fields]:
+                code = item["executeResult"]["code"] if self.version == "2.2.0" else item["handleCode"]
+                with self.changed:
+                    self.results.setdefault(item["logId"], []).append({**item, "code": code})
+        elif call in ("registry", "registryRemove"):
+            with self.changed:
+                if fields["registryValue"] in self.registry:
+                    self.registry.remove(fields["registryValue"])
+                if call == "registry":
+                    self.registry.append(fields["registryValue"])
+        else:
+            return 404, b""
+        return 200, self._envelope(SUCCESS)
+
+    def call(self, address: str, path: str, body: typing.Any = None, **headers: str) -> dict:
+        """POST to an executor as this version does; returns its envelope."""
+        import requests
+        data = json.dumps(body).encode() if body is not None else b""
+        if self.token:
+            headers.setdefault("XXL-JOB-ACCESS-TOKEN", self.token)
+        with requests.post(address.rstrip("/") + path, data=data, headers=headers, timeout=10) as reply:
+            return reply.json()
+
+    def trigger(self, address: str, handler: str, **fields: typing.Any) -> typing.Tuple[int, dict]:
+        """Trigger `handler` with defaults for all that `fields` leaves out; returns (logId, the executor's envelope)."""
+        with self.changed:
+            self._next_id += 1
+            log_id = fields.get("logId", self._next_id)
+        body = {"jobId": 1, "logId": log_id, "executorHandler": handler, "executorParams": "", "glueType": "BEAN", "executorTimeout": 0,
+                "executorBlockStrategy": "SERIAL_EXECUTION", "logDateTime": int(time.time() * 1000), "broadcastIndex": 0,
+                "broadcastTotal": 1, **fields}
+        return log_id, self.call(address, "/trigger" if self.version == "3.5" else "/run", body)
+
+    def wait(self, predicate: typing.Callable[[], typing.Any], seconds: float) -> typing.Any:
+        """The first true value of `predicate`, looked at whenever a request came; None after `seconds`."""
+        with self.changed:
+            return self.changed.wait_for(predicate, seconds)
+
+
+def print_table(head: typing.Sequence[str], rows: typing.Iterable[typing.Sequence[typing.Any]], stream=None) -> None:
+    """Aligned columns; on a terminal the last one is cut so that a row stays a line."""
+    stream = stream or sys.stdout
+    lines = [list(map(str, row)) for row in [head, *rows]]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    most = shutil.get_terminal_size().columns if stream.isatty() else 10_000
+    for line in lines:
+        shown = "  ".join([cell.ljust(width) for cell, width in zip(line[:-1], widths)] + [line[-1]])
+        print(shown if len(shown) <= most else shown[:most - 3] + "...", file=stream)
+
+
+def cmd_run(arguments: argparse.Namespace) -> int:
+    config = load_config(find_config(arguments.config))
+    for warning in config.warnings:
+        log.warning("%s", warning)
+    daemon = Daemon(config)
+    daemon.start()
+    daemon.serve()
+    return 0
+
+
+def cmd_check(arguments: argparse.Namespace) -> int:
+    config = load_config(find_config(arguments.config))
+    for warning in config.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    refuse_unsafe(config)
+    kinds = {job.name: "shell" if job.shell else "command" if job.command else f"python ({job.isolation})" for job in config.jobs.values()}
+    print_table(("JOB", "KIND", "TIMEOUT", "DESCRIPTION"), (
+        (job.name, kinds[job.name], seconds_text(job.timeout) if job.timeout else "-", job.description or job.what)
+        for job in config.jobs.values()))
+    print(f"\n{config.file} is fine: {len(config.jobs)} jobs")
+    return 0
+
+
+class _Progress:
+    """The demo's table: redrawn in place on a terminal, a line an event elsewhere."""
+
+    def __init__(self, names: typing.Sequence[str]):
+        self.names, self.width = names, max(map(len, names), default=3)
+        self.live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self.color = self.live and not os.environ.get("NO_COLOR")
+        self.drawn = 0
+        self.lines: typing.Dict[str, str] = {}
+
+    def row(self, name: str, state: str, seconds: float, message: str) -> str:
+        shown = f"{name:<{self.width}}  {state:<9}  {seconds:6.1f} s  {' '.join(message.split())}".rstrip()
+        if self.live:
+            shown = shown[:shutil.get_terminal_size().columns - 1]
+        tint = {"succeeded": "32", "running": "36", "queued": "2"}.get(state, "31")
+        return shown.replace(state, f"\x1b[{tint}m{state}\x1b[0m", 1) if self.color else shown
+
+    def show(self, rows: typing.List[typing.Tuple[str, str, float, str]]) -> None:
+        if self.live:
+            up = f"\x1b[{self.drawn}A" if self.drawn else ""
+            sys.stdout.write(up + "".join(f"\x1b[2K{self.row(*row)}\n" for row in rows))
+            self.drawn = len(rows)
+        else:
+            for row in rows:
+                if self.lines.get(row[0]) != row[1]:
+                    self.lines[row[0]] = row[1]
+                    print(self.row(*row))
+        sys.stdout.flush()
+
+
+def cmd_demo(arguments: argparse.Namespace) -> int:
+    config = load_config(find_config(arguments.config))
+    if not config.jobs:
+        raise ConfigError(f"{config.file}: jobs: expected at least one job to show")
+    logging.getLogger().setLevel(logging.WARNING)
+    with tempfile.TemporaryDirectory(prefix="xxl-demo-") as data_dir, contextlib.ExitStack() as cleanup:
+        admin = LoopbackAdmin()
+        cleanup.callback(admin.close)
+        executor = dataclasses.replace(config.executor, bind=("127.0.0.1", 0), address=None, data_dir=data_dir)
+        daemon = Daemon(dataclasses.replace(config, admin=dataclasses.replace(config.admin, addresses=(admin.url,), access_token=""),
+                                            executor=executor))
+        daemon.start()
+        cleanup.callback(daemon.stop)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+        print(f"An admin on {admin.url} and an executor on {daemon.url} are running, on this machine only.")
+        if not admin.wait(lambda: admin.registry, 30):
+            raise ExecutorError("the executor did not register within 30 s")
+        print(f"{config.executor.app_name} has registered. Triggering {len(config.jobs)} jobs of {config.file}:\n", flush=True)
+        runs = {}
+        for number, name in enumerate(config.jobs, 1):
+            log_id, reply = admin.trigger(daemon.url, name, jobId=number)
+            if reply["code"] != SUCCESS:
+                raise ExecutorError(f"the trigger of {name} was refused: {reply['msg']}")
+            runs[name] = (log_id, time.monotonic())
+        results = _demo_progress(admin, daemon, runs)
+        print(f"\n{len(results)} runs, {sum(code == SUCCESS for code in results)} succeeded, every result arrived at the admin.")
+        if not arguments.once:
+            print(f"Still serving on {daemon.url}; Ctrl-C ends it.", flush=True)
+            with contextlib.suppress(KeyboardInterrupt):
+                threading.Event().wait()
+    return 0
+
+
+def _demo_progress(admin: LoopbackAdmin, daemon: Daemon, runs: dict) -> typing.List[int]:
+    """Show the runs until the admin has a result of each; returns their codes."""
+    progress, ended = _Progress(list(runs)), {}
+    words = {SUCCESS: "succeeded", FAILURE: "failed", TIMEOUT: "timed out"}
+    while True:
+        running = {run["logId"]: run["seconds"] for run in daemon.status()["running"]}
+        rows = []
+        for name, (log_id, began) in runs.items():
+            if log_id in admin.results and name not in ended:
+                item = admin.results[log_id][0]
+                ended[name] = (name, words[item["handleCode"]], time.monotonic() - began, item["handleMsg"], item["handleCode"])
+            state = "running" if log_id in running else "queued"
+            rows.append(ended[name][:4] if name in ended else (name, state, running.get(log_id, 0.0), ""))
+        progress.show(rows)
+        if len(ended) == len(runs):
+            return [row[4] for row in ended.values()]
+        count = len(ended)
+        admin.wait(lambda: sum(log_id in admin.results for log_id, _ in runs.values()) > count, 0.5 if progress.live else 5)
+
+
+class _Terminal:
+    """The place of JobLogs for `exec`: output goes to stdout, notes to stderr."""
+
+    class Log(RunLog):
+        def note(self, text: str) -> None:
+            print(f"----- {text} -----", file=sys.stderr, flush=True)
+
+    def open(self, trigger: Trigger) -> RunLog:
+        return self.Log(os.dup(1), sys.maxsize)
+
+
+def cmd_exec(arguments: argparse.Namespace) -> int:
+    config = load_config(find_config(arguments.config))
+    job = config.jobs.get(arguments.job)
+    if job is None:
+        raise ConfigError(f'{config.file}: there is no job "{arguments.job}": known are {", ".join(config.jobs) or "none"}')
+    logging.getLogger().setLevel(logging.WARNING)
+    shard, total = arguments.shard
+    trigger = Trigger(0, 0, job.name, arguments.param, timeout=0, log_date_time=int(time.time() * 1000), shard_index=shard, shard_total=total)
+    if arguments.timeout is not None:
+        job = dataclasses.replace(job, timeout=min(filter(None, (job.timeout, arguments.timeout)), default=0))
+    box: typing.List[Result] = []
+    with tempfile.TemporaryDirectory(prefix="xxl-exec-") as scratch:
+        os.chmod(scratch, 0o711)
+        runner = Runner(_Terminal(), secrets.token_hex(8), scratch, Metrics())
+        runner.prepare([job])
+        control = Control()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: threading.Thread(target=control.cancel, args=(FAILURE, "interrupted"), daemon=True).start())
+        # Not in the main thread: its children are the orphans of the job, and it has signals to handle.
+        thread = threading.Thread(target=lambda: box.append(runner.run(trigger, job, control)), daemon=True)
+        thread.start()
+        thread.join()
+        runner.close()
+    if not box:
+        return 1
+    status = box[0].exit_status
+    return status if status is not None else {SUCCESS: 0, TIMEOUT: 124}.get(box[0].code, 1)
+
+
+def cmd_status(arguments: argparse.Namespace) -> int:
+    import requests
+    config = load_config(find_config(arguments.config))
+    url = DataDir.url(config.executor.data_dir)
+    if not url:
+        raise ExecutorError(f"no executor is running with data_dir {config.executor.data_dir}")
+    headers = {"XXL-JOB-ACCESS-TOKEN": config.admin.access_token} if config.admin.access_token else {}
+    try:
+        with requests.get(url + "status", headers=headers, timeout=5) as reply:
+            found = reply.json()
+    except (requests.RequestException, ValueError) as error:
+        raise ExecutorError(f"the executor on {url} does not answer: {error}") from None
+    if "version" not in found:
+        raise ExecutorError(f"the executor on {url} refuses: {found.get('msg')}")
+    if arguments.json:
+        print(json.dumps(found, ensure_ascii=False, indent=2))
+    else:
+        print_status(found)
+    return 0
+
+
+def print_status(found: dict) -> None:
+    marks = {SUCCESS: ".", FAILURE: "F", TIMEOUT: "T"}
+    state = "stopping" if found["draining"] else "registered" if found["registered"] else "not registered"
+    print(f"{found['app']} {found['version']}  {state}  pid {found['pid']}  up {seconds_text(found['uptime'])}  {found['address']}\n")
+    running = collections.Counter(run["job"] for run in found["running"])
+    print_table(("JOB", "LAST RESULTS", "RUNNING", "WAITING"), (
+        (name, "".join(marks.get(code, "?") for code in found["recent"].get(name, [])) or "-", running[name],
+         found["queued"].get(name, 0)) for name in found["jobs"]))
+    print("\nlast results, newest on the right: . succeeded, F failed, T timed out")
+    if found["running"]:
+        print()
+        print_table(("RUNNING", "LOGID", "FOR"), ((run["job"], run["logId"], seconds_text(run["seconds"])
+                                                   + (" (cancelled, but its thread does not return)" if run["stuck"] else ""))
+                                                  for run in found["running"]))
+    oldest = f", the oldest for {seconds_text(found['oldestUndelivered'])}" if found["oldestUndelivered"] else ""
+    print(f"\n{found['undelivered']} results undelivered{oldest}" + (f", {found['dead']} given up" if found["dead"] else ""))
+    if found["lastFailure"]:
+        print(f"last failure: {found['lastFailure']}")
+    for admin in found["admins"]:
+        since = f"last answer {seconds_text(time.time() - admin['lastSuccess'])} ago" if admin["lastSuccess"] else "no answer yet"
+        print(f"admin {admin['address']}: {'ok, ' if admin['ok'] else ''}{since}{'; ' + admin['error'] if admin['error'] else ''}")
+
+
+def _shard(text: str) -> typing.Tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", text, re.ASCII)
+    if not found or int(found[1]) >= int(found[2]):
+        raise argparse.ArgumentTypeError(f'expected index/total such as 0/3, got "{text}"')
+    return int(found[1]), int(found[2])
+
+
+def _seconds(text: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text, re.ASCII)
+    if not found:
+        raise argparse.ArgumentTypeError(f'expected a duration such as 90, 90s or 10m, got "{text}"')
+    return float(found[1]) * _UNITS[found[2]]
+
+
+def parser() -> argparse.ArgumentParser:
+    kind = argparse.RawDescriptionHelpFormatter
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("-c", "--config", metavar="FILE", default=argparse.SUPPRESS,
+                        help="configuration; default $XXL_EXECUTOR_CONFIG, " + ", ".join(CONFIG_PLACES))
+    top = argparse.ArgumentParser(prog="xxl-executor", parents=[common], formatter_class=kind,
+                                  description="An XXL-JOB executor for shell and Python jobs.", epilog="""examples:
+  xxl-executor -c config.yaml                    run the daemon (as systemd or a container does)
+  xxl-executor -c config.yaml check              validate the configuration, list the jobs
+  xxl-executor -c config.example.yaml demo       see every job run against an admin on this machine
+  xxl-executor exec report --param day=monday    one job in the foreground
+
+exit status: 0 fine, 1 failed, 2 bad usage or configuration""")
+    top.add_argument("--version", action="version", version=f"xxl-executor {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND")
+
+    def command(name: str, text: str, example: str, function) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", parents=[common],
+                                    formatter_class=kind, epilog=f"example:\n  xxl-executor {example}")
+        added.set_defaults(function=function)
+        return added
+    command("run", "serve until SIGTERM (the default)", "-c /etc/xxl-executor/config.yaml run", cmd_run)
+    command("check", "validate the configuration and list the jobs", "-c config.yaml check", cmd_check)
+    demo = command("demo", "run every job once against an admin on this machine", "-c config.example.yaml demo --once", cmd_demo)
+    demo.add_argument("--once", action="store_true", help="end when every result has arrived, instead of serving until Ctrl-C")
+    one = command("exec", "run one job in the foreground; needs no admin and no daemon",
+                  "exec report --param day=monday --shard 0/3 --timeout 5m", cmd_exec)
+    one.add_argument("job", metavar="JOB")
+    one.add_argument("--param", default="", help="the parameter, as the admin would send it")
+    one.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="shard index and total, default 0/1")
+    one.add_argument("--timeout", type=_seconds, metavar="T", help="such as 90, 90s or 10m; the job's own applies too")
+    status = command("status", "show what the running daemon does", "status --json", cmd_status)
+    status.add_argument("--json", action="store_true", help="for programs")
+    return top
+
+
+def set_up_logging() -> None:
+    """One line an event on stderr; under systemd with a priority and without the time, which the journal has."""
+    handler = logging.StreamHandler(sys.stderr)
+    if os.environ.get("JOURNAL_STREAM"):
+        class Formatter(logging.Formatter):
+            def format(self, record):
+                level = 3 if record.levelno >= logging.ERROR else 4 if record.levelno >= logging.WARNING else 6
+                return f"<{level}>" + super().format(record).replace("\n", f"\n<{level}>")
+        handler.setFormatter(Formatter("%(message)s"))
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s.%(msecs)03d %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # not shown, so not looked up
+    logging._srcfile = None  # documented in the logging HOWTO, "Optimization": do not look for the caller of each line
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.getLogger("urllib3").setLevel(logging.ERROR)
+
+
+def main(argv: typing.Optional[typing.Sequence[str]] = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["--serve-python"]:
+        sys.modules.setdefault("xxl_executor", sys.modules["__main__"])  # so that a job can import Context
+        work = serve_python(int(argv[1]))
+        return work() if work is not None else 0
+    arguments = parser().parse_args(argv)
+    arguments.config = getattr(arguments, "config", None)
+    set_up_logging()
+    try:
+        return getattr(arguments, "function", cmd_run)(arguments)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except (ExecutorError, BrokenPipeError) as error:
+        print(f"xxl-executor: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
