@@ -1,0 +1,215 @@
+"""What all tests share: the daemon as a subprocess, the product's own loopback admin, and a watch over what is left behind."""
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import requests
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = ROOT / "xxl_executor.py"
+sys.path.insert(0, str(ROOT))
+
+import xxl_executor  # noqa: E402
+
+
+def wait_until(predicate, seconds=10.0, what="the condition"):
+    """The first true value of `predicate`; fails after `seconds`."""
+    deadline, pause = time.monotonic() + seconds, threading.Event()
+    while True:
+        value = predicate()
+        if value:
+            return value
+        if time.monotonic() >= deadline:
+            pytest.fail(f"{what} did not come within {seconds} s")
+        pause.wait(0.01)
+
+
+def alive(pid):
+    """Whether process `pid` runs; a zombie does not."""
+    found = xxl_executor._process_stat(pid)
+    return found is not None and found[0] not in "ZX"
+
+
+class Executor:
+    """The daemon under test: `python xxl_executor.py -c FILE run` on a free port, its stderr in a file."""
+
+    def __init__(self, directory, config, *, env=None, arguments=("run",), flags=("-W", "error", "-X", "dev")):
+        self.directory, self.flags, self.arguments = directory, flags, arguments
+        self.env = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
+        self.file = directory / "config.yaml"
+        self.data = directory / "data"
+        self.stderr = directory / "stderr.txt"
+        self.process = None
+        self.session = requests.Session()
+        self.session.trust_env = False
+        self.write(config)
+
+    def write(self, config):
+        self.file.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+    def start(self, *, wait=True):
+        self.errors = open(self.stderr, "ab")
+        self.process = subprocess.Popen([sys.executable, *self.flags, str(PROGRAM), "-c", str(self.file), *self.arguments],
+                                        env=self.env, stdin=subprocess.DEVNULL, stdout=self.errors, stderr=self.errors,
+                                        cwd=self.directory, start_new_session=True)
+        self.errors.close()
+        if wait:
+            wait_until(lambda: self.url or self.process.poll() is not None, 20, "the start of the daemon")
+            assert self.process.poll() is None, self.log
+        return self
+
+    @property
+    def url(self):
+        """Where the daemon listens, without a slash at the end; "" before it does."""
+        with contextlib.suppress(OSError, ValueError):
+            _, pid, url = (self.data / "lock").read_text().split()
+            if self.process is not None and int(pid) == self.process.pid:
+                return url.rstrip("/")
+        return ""
+
+    @property
+    def port(self):
+        return int(self.url.rpartition(":")[2])
+
+    @property
+    def identity(self):
+        """The beginning of the marker of every process of this daemon."""
+        return (self.data / "lock").read_text().split()[0]
+
+    @property
+    def log(self):
+        return self.stderr.read_text(encoding="utf-8", errors="replace")
+
+    def post(self, path, body=None, **headers):
+        """The envelope of a POST; `body` is JSON, or bytes as they are."""
+        data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+        reply = self.session.post(self.url + path, data=data, headers=headers, timeout=20)
+        assert reply.status_code == 200, reply.text
+        return reply.json()
+
+    def status(self, **headers):
+        return self.session.get(self.url + "/status", headers=headers, timeout=20).json()
+
+    def page(self, log_id, date, first=1):
+        """A log page, as the admin asks for it."""
+        return self.post("/log", {"logId": log_id, "logDateTim": date, "fromLineNum": first})["content"]
+
+    def log_text(self, log_id):
+        """The whole log file of a run."""
+        return next((self.data / "logs").glob(f"*/{log_id}.log")).read_text(encoding="utf-8", errors="replace")
+
+    def signal(self, number):
+        self.process.send_signal(number)
+
+    def stop(self, seconds=30):
+        """SIGTERM, wait; returns the exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.wait(seconds)
+
+    def wait(self, seconds=30):
+        status = self.process.wait(seconds)
+        return status
+
+    def kill(self):
+        """SIGKILL, as a crash or the OOM killer does."""
+        self.process.kill()
+        self.process.wait(10)
+
+    def family(self):
+        """What is alive of this daemon's jobs and servers."""
+        return xxl_executor.family(self.identity)
+
+    def close(self):
+        self.session.close()
+        if self.process is not None and self.process.poll() is None:
+            self.stop()
+
+
+@pytest.fixture
+def executor(tmp_path):
+    """A factory: executor(jobs={...}, admin=LoopbackAdmin or None, executor={...}, admin_options={...}, env={...}, start=True).
+
+    Every daemon it made is stopped at the end; then none of its processes may live, and it may have warned of no resource.
+    """
+    made = []
+
+    def make(jobs=None, *, admin=None, executor=None, admin_options=None, env=None, start=True, directory=None, **others):
+        place = directory or tmp_path / (f"executor{len(made)}" if made else "executor")
+        place.mkdir(exist_ok=True)
+        config = {
+            "admin": {"addresses": [admin.url] if admin else [], "access_token": admin.token if admin else "", **(admin_options or {})},
+            "executor": {"bind": "127.0.0.1:0", "data_dir": "./data", "drain_timeout": "5s", **(executor or {})},
+            "jobs": jobs or {}, **others}
+        made.append(Executor(place, config, env=env))
+        return made[-1].start() if start else made[-1]
+
+    yield make
+    for daemon in made:
+        daemon.close()
+    for daemon in made:
+        if (daemon.data / "lock").exists():
+            wait_until(lambda: not daemon.family(), 5, f"the end of every process of {daemon.file}")
+        if daemon.stderr.exists():
+            assert not re.search(r"ResourceWarning|Traceback|unexpected error", daemon.log), daemon.log
+
+
+@pytest.fixture
+def loopback():
+    """A factory of loopback admins: loopback(version="3.5", token="")."""
+    with contextlib.ExitStack() as stack:
+        def make(version="3.5", token="", port=0):
+            admin = xxl_executor.LoopbackAdmin(version, token, port)
+            stack.callback(admin.close)
+            return admin
+        yield make
+
+
+@pytest.fixture
+def admin(loopback):
+    """One loopback admin that speaks 3.5."""
+    return loopback()
+
+
+def result_of(admin, log_id, seconds=15):
+    """The one result that the admin has of `log_id`; waits for it."""
+    assert admin.wait(lambda: log_id in admin.results, seconds), f"no result of {log_id} within {seconds} s"
+    return admin.results[log_id][0]
+
+
+def run_job(daemon, admin, handler, seconds=15, **fields):
+    """Trigger, expect acceptance, and return (logId, result)."""
+    log_id, reply = admin.trigger(daemon.url, handler, **fields)
+    assert reply["code"] == 200, reply
+    return log_id, result_of(admin, log_id, seconds)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left():
+    """No test may leave a thread, a child process or a descriptor behind."""
+    def children():
+        found = set()
+        for task in os.listdir("/proc/self/task"):
+            with contextlib.suppress(OSError):
+                found |= set(map(int, Path(f"/proc/self/task/{task}/children").read_text().split()))
+        return {pid for pid in found if alive(pid)}
+
+    def descriptors():
+        found = {}
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+        return {fd: target for fd, target in found.items() if not target.startswith("/proc/")}
+    threads, before, fds = set(threading.enumerate()), children(), descriptors()
+    yield
+    wait_until(lambda: set(threading.enumerate()) <= threads, 5, "the end of the test's threads")
+    wait_until(lambda: children() <= before, 5, "the end of the test's children")
+    wait_until(lambda: descriptors().keys() <= fds.keys(), 5, f"the closing of {descriptors().items() - fds.items()}")
