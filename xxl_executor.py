@@ -29,6 +29,7 @@ import dataclasses
 import datetime
 import difflib
 import enum
+import errno
 import fcntl
 import glob
 import hashlib
@@ -186,6 +187,13 @@ def _text(reader, node) -> str:
     return _scalar(node, "str", expected="text")
 
 
+def _token(reader, node) -> str:
+    value = _text(reader, node)
+    if not re.fullmatch(r"[!-~]*", value):
+        raise _Bad("expected printable ASCII without spaces, as an HTTP header carries it")
+    return value
+
+
 def _flag(reader, node) -> bool:
     return _scalar(node, "bool", expected="true or false").lower() in ("true", "yes", "on")
 
@@ -309,7 +317,7 @@ def _option(parse, default: str = "", *, raw: bool = False):
 @dataclasses.dataclass(frozen=True)
 class AdminConfig:
     addresses: tuple = _option(_urls, "[]")
-    access_token: str = _option(_text)
+    access_token: str = _option(_token)
     access_token_file: str = _option(_path)
     connect_timeout: float = _option(_positive(_duration), "3s")
     timeout: float = _option(_positive(_duration), "10s")
@@ -492,7 +500,7 @@ class _ConfigReader:
             got = " and ".join(kinds) if kinds else "none"
             self.problem(key, f"{path}: expected exactly one of shell, command and python, got {got}")
             return None
-        given = {name.value: name for name, _ in node.value}
+        given = {name.value: name for name, value in node.value if value.tag != "tag:yaml.org,2002:null"}
         for name in ("interpreter", "pythonpath", "isolation"):
             if name in given and not job.python:
                 self.problem(given[name], f"{path}.{name}: only a python job has it: remove it")
@@ -1058,7 +1066,7 @@ class Api:
     def _authorize(self, headers) -> None:
         token = self.config.admin.access_token
         given = headers.get_all("XXL-JOB-ACCESS-TOKEN", [])
-        if token and (len(given) != 1 or not hmac.compare_digest(given[0].encode("utf-8", "replace"), token.encode())):
+        if token and (len(given) != 1 or not hmac.compare_digest(given[0].encode("latin-1", "replace"), token.encode())):
             raise Refused("The access token is wrong: give admin and executor the same xxl.job.accessToken / admin.access_token.")
         for name in headers.get_all("XXL-JOB-APPNAME", []):
             if name != self.config.executor.app_name:
@@ -1174,20 +1182,18 @@ class Scheduler:
         if not fresh:
             self._withdraw(run)
             return
-        log.info("accepted %s param=%.200r", trigger, trigger.param)
+        log.info("accepted %s", trigger)
         dropped: typing.List[Run] = []
         with self._lock:
             lane = self._lanes[trigger.job_id]
             if trigger.block_strategy == "COVER_EARLY":
-                while lane.waiting[0] is not run:
-                    dropped.append(lane.waiting.popleft())
-                self._queued -= len(dropped)
+                dropped = self._drop_waiting(lane)
                 if lane.running is not None:
                     lane.running.control.cancel(FAILURE, f"covered by run {trigger.log_id}")
             run.state = RunState.ACCEPTED
             self._settled.notify_all()
             self._offer(lane)
-        self._end_waiting(dropped, f"covered by run {trigger.log_id}")
+        self._finish(dropped, Result(FAILURE, f"covered by run {trigger.log_id}"))
 
     def resume(self, trigger: Trigger, job: JobConfig) -> None:
         """Queue a run that the journal already holds as accepted, at start, before any trigger can come."""
@@ -1235,7 +1241,18 @@ class Scheduler:
             del self._runs[run.trigger.log_id]
             run.state = RunState.FINISHED
             self._settled.notify_all()
-            self._offer(lane)
+            if lane.waiting:
+                self._offer(lane)
+            elif lane.running is None:
+                del self._lanes[run.trigger.job_id]
+
+    def _drop_waiting(self, lane: Lane) -> typing.List[Run]:
+        """With the lock held: take what was accepted and waits out of `lane`; what is not accepted yet comes after it."""
+        dropped = [run for run in lane.waiting if run.state is RunState.ACCEPTED]
+        for run in dropped:
+            lane.waiting.remove(run)
+        self._queued -= len(dropped)
+        return dropped
 
     def _offer(self, lane: Lane) -> None:
         """With the lock held: queue `lane` for a slot when its next run may start."""
@@ -1278,7 +1295,7 @@ class Scheduler:
             except Exception as error:  # a slot thread must survive whatever a run does
                 log.exception("unexpected error, please report it: %s", run.trigger)
                 result = Result(FAILURE, f"the executor failed: {type(error).__name__}: {error}")
-            self._finish(run, result)
+            self._finish([run], result)
             with self._lock:
                 lane.running = None
                 if lane.waiting:
@@ -1308,34 +1325,25 @@ class Scheduler:
             if run.result is not None:
                 return
             run.stuck = True
-            lane = self._lanes[run.trigger.job_id]
-            waiting = [other for other in lane.waiting if other.state is RunState.ACCEPTED]
-            for other in waiting:
-                lane.waiting.remove(other)
-            self._queued -= len(waiting)
+            waiting = self._drop_waiting(self._lanes[run.trigger.job_id])
         log.error("thread of %s does not return; its slot is lost until it does or the executor restarts", run.trigger)
-        self._finish(run, Result(run.control.result.code, f"{run.control.result.message}; its thread did not return"))
-        self._end_waiting(waiting, f"run {run.trigger.log_id} of this job does not return from its thread")
+        self._finish([run], Result(run.control.result.code, f"{run.control.result.message}; its thread did not return"))
+        self._finish(waiting, Result(FAILURE, f"run {run.trigger.log_id} of this job does not return from its thread"))
 
-    def _finish(self, run: Run, result: Result) -> None:
-        self._store([(run, result)])
-
-    def _end_waiting(self, runs: typing.List[Run], message: str) -> None:
-        self._store([(run, Result(FAILURE, message)) for run in runs])
-
-    def _store(self, ends: typing.List[typing.Tuple[Run, Result]]) -> None:
+    def _finish(self, runs: typing.Sequence[Run], result: Result) -> None:
+        """Store `result` of `runs` that have none yet; a run that was given up may come back."""
         with self._lock:
-            ends = [(run, result) for run, result in ends if run.result is None]  # one that was given up may come back
-            for run, result in ends:
+            runs = [run for run in runs if run.result is None]
+            for run in runs:
                 run.result, run.state = result, RunState.FINISHED
                 self.recent.setdefault(run.trigger.handler, collections.deque(maxlen=10)).append(result.code)
-        if not ends:
+        if not runs:
             return
-        self._journal.finish([(run.trigger, result) for run, result in ends])
+        self._journal.finish([run.trigger for run in runs], result)
         with self._lock:
-            for run, _ in ends:
+            for run in runs:
                 self._runs.pop(run.trigger.log_id, None)
-        for run, result in ends:
+        for run in runs:
             took = time.monotonic() - run.started if run.started else 0.0
             self._metrics.count("runs_total", job=run.trigger.handler, code=result.code)
             self._metrics.observe("run_duration_seconds", took)
@@ -1348,16 +1356,12 @@ class Scheduler:
             lane = self._lanes.get(job_id)
             if lane is None:
                 return "nothing was running"
-            waiting = [run for run in lane.waiting if run.state is RunState.ACCEPTED]
-            for run in waiting:
-                lane.waiting.remove(run)
-            self._queued -= len(waiting)
-            running = lane.running
+            waiting, running = self._drop_waiting(lane), lane.running
             if running is not None:
                 running.control.cancel(FAILURE, "killed by the admin")
             elif not lane.waiting:
                 del self._lanes[job_id]
-        self._end_waiting(waiting, "killed by the admin before it started")
+        self._finish(waiting, Result(FAILURE, "killed by the admin before it started"))
         return f"killed {int(running is not None)} running, dropped {len(waiting)} waiting"
 
     def busy(self, job_id: int) -> bool:
@@ -1404,6 +1408,7 @@ class Scheduler:
 # ----------------------------------------------------------------------------------------------------------------------
 # 7 job process
 # ----------------------------------------------------------------------------------------------------------------------
+_CHUNK = 1 << 16       # bytes; what one read of a pipe or file asks for
 KILL_LIMIT = 10.0      # seconds that SIGKILL is repeated for a tree that keeps forking
 PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 _OWN: typing.Set[int] = set()  # direct children that somebody here waits for; all others are orphans that jobs left
@@ -1809,8 +1814,8 @@ class Runner:
     """Runs one job to its end, tree and all, in the calling thread; any number of threads at a time."""
 
     def __init__(self, logs, identity: str, scratch: str, metrics: Metrics):
-        self._logs, self._identity, self._scratch, self._metrics = logs, identity, scratch, metrics
-        self._environment = {name: value for name, value in os.environ.items() if not SECRETS.fullmatch(name)}
+        self._logs, self._identity, self.scratch, self._metrics = logs, identity, scratch, metrics
+        self.environment = {name: value for name, value in os.environ.items() if not SECRETS.fullmatch(name)}
         self._servers: typing.Dict[str, PythonServer] = {}
         self._lock = threading.Lock()
         self._output: typing.Optional[_ThreadOutput] = None
@@ -1823,7 +1828,7 @@ class Runner:
         for job in jobs:
             if job.python and job.isolation == "process":
                 try:
-                    self._server(job).start()
+                    self.server(job).start()
                 except OSError as error:
                     log.warning("jobs.%s.interpreter: %s cannot be started: %s", job.name, job.interpreter, error.strerror)
             elif job.python and self._output is None:
@@ -1835,29 +1840,29 @@ class Runner:
         if self._output is not None:
             sys.stdout = self._output.original
 
-    def _server(self, job: JobConfig) -> PythonServer:
+    def server(self, job: JobConfig) -> PythonServer:
+        """The Python server of the interpreter that `job` wants."""
         interpreter = job.interpreter or sys.executable
         with self._lock:
             if interpreter not in self._servers:
-                marker = self._marker(0, False)
-                self._servers[interpreter] = PythonServer(interpreter, {**self._environment, MARKER: marker})
+                self._servers[interpreter] = PythonServer(interpreter, {**self.environment, MARKER: self.marker(0, False)})
             return self._servers[interpreter]
 
-    def _marker(self, log_id: int, keep: bool) -> str:
+    def marker(self, log_id: int, keep: bool) -> str:
         """Always of one length (see serve_python); `+` for a job whose background processes may stay when it has finished."""
         return f"{self._identity}{'+' if keep else '-'}{log_id:020d}"
 
     def run(self, trigger: Trigger, job: JobConfig, control: Control) -> Result:
         began = time.monotonic()
-        limits = [limit for limit in (job.timeout, trigger.timeout) if limit]
-        timeout = min(limits, default=0)
+        timeout = min([limit for limit in (job.timeout, trigger.timeout) if limit], default=0)
         out = self._logs.open(trigger)
+        result = Result(FAILURE, "the executor failed, see its log")
         try:
-            work = self._run_thread if job.isolation == "thread" else self._run_process
-            result = work(trigger, job, control, timeout, out)
-        except BaseException as error:
-            result = Result(FAILURE, f"the executor failed: {type(error).__name__}: {error}")
-            raise
+            if job.isolation == "thread":
+                sink = self._output.local if self._output is not None else threading.local()
+                result = run_in_thread(trigger, job, control, timeout, out, sink)
+            else:
+                result = ProcessRun(self, trigger, job, control, timeout, out).run()
         finally:
             shown = " ".join(result.message.split())[:500]
             out.end(f"{'succeeded' if result.code == SUCCESS else 'failed'} after {seconds_text(time.monotonic() - began)}: "
@@ -1866,67 +1871,75 @@ class Runner:
                 self._metrics.count("log_dropped_bytes_total", out.dropped)
         return dataclasses.replace(result, message=clip(result.message))
 
-    def _header(self, out, trigger: Trigger, job: JobConfig, timeout: float, pid: str) -> None:
-        log.info("started %s pid=%s timeout=%s", trigger, pid, seconds_text(timeout) if timeout else "none")
-        out.note(f"{trigger} shard={trigger.shard_index}/{trigger.shard_total} "
-                 f"timeout={seconds_text(timeout) if timeout else 'none'} pid={pid} param={json.dumps(trigger.param, ensure_ascii=False)}")
 
-    # -- in a process
+def note_start(out, trigger: Trigger, timeout: float, where: str) -> None:
+    """Tell the daemon's log and the run's log that the run starts in `where`."""
+    limit = seconds_text(timeout) if timeout else "none"
+    log.info("started %s %s timeout=%s", trigger, where, limit)
+    out.note(f"{trigger} shard={trigger.shard_index}/{trigger.shard_total} timeout={limit} {where} "
+             f"param={json.dumps(trigger.param, ensure_ascii=False)}")
 
-    def _run_process(self, trigger: Trigger, job: JobConfig, control: Control, timeout: float, out) -> Result:
-        marker = self._marker(trigger.log_id, job.background == "keep")
-        result_file = os.path.join(self._scratch, f"{trigger.log_id}.result")
+
+class ProcessRun:
+    """One run in a process of its own: spawn, pump the output, end the whole tree; used by one slot thread."""
+
+    def __init__(self, runner: Runner, trigger: Trigger, job: JobConfig, control: Control, timeout: float, out):
+        self._runner, self._trigger, self._job, self._control = runner, trigger, job, control
+        self._timeout, self._out = timeout, out
+        self._marker = runner.marker(trigger.log_id, job.background == "keep")
+        self._result_file = os.path.join(runner.scratch, f"{trigger.log_id}.result")
+        self._kill_at: typing.Optional[float] = None  # monotonic; set when the run is being ended
+
+    def run(self) -> Result:
         read, write = os.pipe()
         wake_read, wake_write = os.pipe()
         child = None
         try:
             try:
-                child = self._spawn(trigger, job, timeout, marker, result_file, write)
+                child = self._spawn(write)
             except (OSError, ValueError, KeyError) as error:
-                self._header(out, trigger, job, timeout, "none")
-                return Result(FAILURE, self._spawn_failure(job, trigger, error), 127)
+                note_start(self._out, self._trigger, self._timeout, "pid=none")
+                return Result(FAILURE, self._spawn_failure(error), 127)
             finally:
                 os.close(write)
-            self._header(out, trigger, job, timeout, str(child.pid))
-            control.attach(lambda: os.write(wake_write, b"x"))
-            status = self._supervise(child, control, timeout, job.kill_grace, marker, read, wake_read, out)
-            control.attach(None)
-            if (job.background == "kill" or control.result is not None) and reap_orphans():
-                await_exit(send_signal(family(marker, child.pid), signal.SIGTERM), job.kill_grace)
-                survivors = kill_family(marker, child.pid)
-                if survivors:
-                    log.error("processes %s of %s cannot be killed", survivors, trigger)
-            self._pump_rest(read, out)
-            return self._result(status, child.message or self._read_result(result_file), control, out)
+            note_start(self._out, self._trigger, self._timeout, f"pid={child.pid}")
+            self._control.attach(lambda: os.write(wake_write, b"x"))
+            status = self._supervise(child, read, wake_read)
+            self._control.attach(None)
+            if (self._job.background == "kill" or self._control.result is not None) and reap_orphans():
+                self._end_leftovers(child.pid)
+            self._pump_rest(read)
+            return self._result(status, child.message or self._read_result())
         finally:
-            control.attach(None)
+            self._control.attach(None)
             if child is not None:
                 child.close()
             for fd in (read, wake_read, wake_write):
                 os.close(fd)
             with contextlib.suppress(OSError):
-                os.unlink(result_file)
+                os.unlink(self._result_file)
 
-    def _spawn(self, trigger: Trigger, job: JobConfig, timeout: float, marker: str, result_file: str, output: int):
+    def _spawn(self, output: int):
+        trigger, job = self._trigger, self._job
         shards = {"shard_index": str(trigger.shard_index), "shard_total": str(trigger.shard_total)}
         environment = {
-            **self._environment, **job.env, MARKER: marker, "XXL_JOB_ID": str(trigger.job_id), "XXL_JOB_LOG_ID": str(trigger.log_id),
-            "XXL_JOB_HANDLER": trigger.handler, "XXL_JOB_PARAM": trigger.param, "XXL_JOB_SHARD_INDEX": shards["shard_index"],
-            "XXL_JOB_SHARD_TOTAL": shards["shard_total"], "XXL_JOB_TRIGGER_TIME": str(trigger.log_date_time),
-            "XXL_JOB_TIMEOUT": f"{timeout:g}", "XXL_JOB_RESULT_FILE": result_file}
+            **self._runner.environment, **job.env, MARKER: self._marker, "XXL_JOB_ID": str(trigger.job_id),
+            "XXL_JOB_LOG_ID": str(trigger.log_id), "XXL_JOB_HANDLER": trigger.handler, "XXL_JOB_PARAM": trigger.param,
+            "XXL_JOB_SHARD_INDEX": shards["shard_index"], "XXL_JOB_SHARD_TOTAL": shards["shard_total"],
+            "XXL_JOB_TRIGGER_TIME": str(trigger.log_date_time), "XXL_JOB_TIMEOUT": str(self._timeout),
+            "XXL_JOB_RESULT_FILE": self._result_file}
         user = pwd.getpwnam(job.user) if job.user else None
         if user:  # the directory is not his to write
-            fd = os.open(result_file, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+            fd = os.open(self._result_file, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
             os.fchown(fd, user.pw_uid, user.pw_gid)
             os.close(fd)
             environment.update(HOME=user.pw_dir, USER=user.pw_name, LOGNAME=user.pw_name)
         if job.python:
-            context = {**dataclasses.asdict(trigger), "timeout": timeout}
-            return self._server(job).spawn({
+            return self._runner.server(job).spawn({
                 "entry_point": job.python, "pythonpath": job.pythonpath, "cwd": job.cwd, "user": job.user, "env": environment,
-                "context": context}, output)
+                "context": {**vars(trigger), "timeout": self._timeout}}, output)
         if job.shell:
-            command = ["/bin/sh", "-c", job.shell, job.name, trigger.param, shards["shard_index"], shards["shard_total"]]
+            command = ["/bin/sh", "-c", job.shell, job.name, trigger.param, *shards.values()]
         else:
             values = {"param": trigger.param, **shards}
             command = [re.sub(r"\{(param|shard_index|shard_total)\}", lambda found: values[found[1]], word) for word in job.command]
@@ -1935,27 +1948,32 @@ class Runner:
         return Child(subprocess.Popen(command, cwd=job.cwd, env=environment, stdin=subprocess.DEVNULL, stdout=output,
                                       stderr=output, start_new_session=True, **as_user))
 
-    def _spawn_failure(self, job: JobConfig, trigger: Trigger, error: Exception) -> str:
+    def _spawn_failure(self, error: Exception) -> str:
+        job = self._job
         if isinstance(error, KeyError):
             return f"cannot start: there is no user {job.user} on this host (jobs.{job.name}.user)"
         if isinstance(error, ValueError):
             return "cannot start: the parameter holds a NUL or a character that no command line can carry"
         if not os.path.isdir(job.cwd):
             return f"cannot start: the directory {job.cwd} does not exist (jobs.{job.name}.cwd)"
-        if getattr(error, "errno", 0) == 7:  # E2BIG
-            return f"cannot start: the parameter of {len(trigger.param.encode())} bytes is longer than the kernel passes to a program"
+        if error.errno == errno.E2BIG:
+            size = len(self._trigger.param.encode("utf-8", "replace"))
+            return f"cannot start: the parameter of {size} bytes is longer than the kernel passes to a program"
         if job.user and isinstance(error, PermissionError):
             return f"cannot start: this executor may not become the user {job.user}: run it as root, or remove jobs.{job.name}.user"
         program = job.interpreter or sys.executable if job.python else job.command[0] if job.command else "/bin/sh"
-        return f"cannot start {program}: {getattr(error, 'strerror', None) or error}"
+        return f"cannot start {program}: {error.strerror or error}"
 
-    def _supervise(self, child, control: Control, timeout: float, grace: float, marker: str, read: int, wake: int, out) -> int:
-        """Pump the output into the log until the child has ended; end it when it is cancelled or out of time."""
+    def _supervise(self, child, read: int, wake: int) -> typing.Optional[int]:
+        """Pump the output into the log until the child has ended, and end it when it is cancelled or out of time.
+
+        Returns the exit status, negative for a signal; None for a process that even SIGKILL did not end (a dead NFS server).
+        """
         poller = select.poll()
         for fd in (read, child.fd, wake):
             poller.register(fd, select.POLLIN)
-        deadline = time.monotonic() + timeout if timeout else None
-        terminating = killed = False
+        deadline = time.monotonic() + self._timeout if self._timeout else None
+        killed = False
         while True:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             ready = {fd for fd, _ in poller.poll(None if left is None else left * 1000 + 1)}
@@ -1964,34 +1982,45 @@ class Runner:
                 if status is not None:
                     return status
             if read in ready:
-                data = os.read(read, 1 << 16)
+                data = os.read(read, _CHUNK)
                 if data:
-                    out.write(data)
+                    self._out.write(data)
                 else:
                     poller.unregister(read)
-            if deadline is not None and time.monotonic() >= deadline and not terminating:
-                control.cancel(TIMEOUT, f"timed out after {seconds_text(timeout)}")
-            if control.result is not None and not terminating:
-                terminating, deadline = True, time.monotonic() + grace
+            if deadline is not None and time.monotonic() >= deadline:
+                if killed:
+                    return None
+                if self._kill_at is None:
+                    self._control.cancel(TIMEOUT, f"timed out after {seconds_text(self._timeout)}")
+                else:
+                    killed, deadline = True, time.monotonic() + KILL_LIMIT
+                    kill_family(self._marker, child.pid)
+            if self._control.result is not None and self._kill_at is None:
+                self._kill_at = deadline = time.monotonic() + self._job.kill_grace
                 poller.unregister(wake)
-                await_exit(send_signal(family(marker, child.pid), signal.SIGTERM), 0)
-            elif terminating and not killed and time.monotonic() >= deadline:
-                killed, deadline = True, None
-                kill_family(marker, child.pid)
+                await_exit(send_signal(family(self._marker, child.pid), signal.SIGTERM), 0)
 
-    def _pump_rest(self, read: int, out) -> None:
+    def _end_leftovers(self, session: int) -> None:
+        """What is left of the tree gets SIGTERM, the rest of the grace, and SIGKILL."""
+        grace = self._job.kill_grace if self._kill_at is None else max(0.0, self._kill_at - time.monotonic())
+        await_exit(send_signal(family(self._marker, session), signal.SIGTERM), grace)
+        survivors = kill_family(self._marker, session)
+        if survivors:
+            log.error("processes %s of %s cannot be killed", survivors, self._trigger)
+
+    def _pump_rest(self, read: int) -> None:
         """What is in the pipe now; a process that was kept may go on writing into it, so never until its end."""
         os.set_blocking(read, False)
         with contextlib.suppress(BlockingIOError):
             for _ in range(64):
-                data = os.read(read, 1 << 16)
+                data = os.read(read, _CHUNK)
                 if not data:
                     break
-                out.write(data)
+                self._out.write(data)
 
-    def _read_result(self, file: str) -> str:
+    def _read_result(self) -> str:
         try:
-            fd = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            fd = os.open(self._result_file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:
             return ""
         with open(fd, "rb") as stream:
@@ -2001,72 +2030,65 @@ class Runner:
             stream.seek(max(0, found.st_size - 4 * MESSAGE_LIMIT))
             return stream.read(4 * MESSAGE_LIMIT).decode("utf-8", "replace").strip().replace("\0", "\ufffd")
 
-    def _result(self, status: int, message: str, control: Control, out) -> Result:
-        if control.result is not None:
-            return dataclasses.replace(control.result, exit_status=124 if control.result.code == TIMEOUT else 137)
+    def _result(self, status: typing.Optional[int], message: str) -> Result:
+        ended = self._control.result
+        if ended is not None:
+            message = ended.message if status is not None else f"{ended.message}; its process cannot be killed"
+            return Result(ended.code, message, 124 if ended.code == TIMEOUT else 137)
         if status == 0:
-            return Result(SUCCESS, message or out.last_line(), 0)
+            return Result(SUCCESS, message or self._out.last_line(), 0)
         if status < 0:
             return Result(FAILURE, f"killed by signal {-status}", 128 - status)
         if message:
             return Result(FAILURE, message, status)
-        last = out.last_line()
+        last = self._out.last_line()
         return Result(FAILURE, f"exit status {status}: {last}" if last else f"exit status {status}", status)
 
-    # -- in a thread of the daemon
 
-    def _run_thread(self, trigger: Trigger, job: JobConfig, control: Control, timeout: float, out) -> Result:
-        def sink(text: str) -> int:
-            out.write(text.encode("utf-8", "backslashreplace"))
-            return len(text)
-        self._header(out, trigger, job, timeout, f"{os.getpid()} thread={threading.current_thread().name}")
-        context = Context({**dataclasses.asdict(trigger), "timeout": timeout}, sink)
-        timers = []
+def run_in_thread(trigger: Trigger, job: JobConfig, control: Control, timeout: float, out, local) -> Result:
+    """One run in the calling thread, cooperative: `Context.cancelled` asks it to return. `local.sink` takes what it prints."""
+    def sink(text: str) -> int:
+        out.write(text.encode("utf-8", "backslashreplace"))
+        return len(text)
 
-        def later(seconds: float, act, *arguments) -> None:
-            timers.append(threading.Timer(seconds, act, arguments))
-            timers[-1].daemon = True
-            timers[-1].start()
+    def later(seconds: float, act, *arguments) -> None:
+        timers.append(threading.Timer(seconds, act, arguments))
+        timers[-1].daemon = True
+        timers[-1].start()
 
-        def cancelled() -> None:
-            context.cancelled.set()
-            later(job.kill_grace, control.stuck_hook)
-        control.attach(cancelled)
-        if timeout:
-            later(timeout, control.cancel, TIMEOUT, f"timed out after {seconds_text(timeout)}")
-        for entry in (job.cwd, *reversed(job.pythonpath)):
-            if entry not in sys.path:
-                sys.path.insert(0, entry)
-        if self._output is not None:
-            self._output.local.sink = sink
-        try:
-            result = Result(SUCCESS, call_entry_point(job.python, context) or out.last_line())
-        except BaseException as error:  # sys.exit() in a job must not end a slot thread
-            traceback.print_exception(type(error), error, _own_frames(error.__traceback__), file=_Sink(sink))
-            status = error.code if isinstance(error, SystemExit) else 1
-            message = traceback.format_exception_only(type(error), error)[-1].strip()
-            result = Result(SUCCESS, out.last_line()) if status in (None, 0) else Result(FAILURE, message)
-        finally:
-            if self._output is not None:
-                self._output.local.sink = None
-            control.attach(None)
-            for timer in timers:
-                timer.cancel()
-        return control.result or result
-
-
-class _Sink(io.TextIOBase):
-    """A text stream over a function."""
-
-    def __init__(self, write):
-        self.write = write
+    def cancelled() -> None:
+        context.cancelled.set()
+        later(job.kill_grace, control.stuck_hook)
+    note_start(out, trigger, timeout, f"pid={os.getpid()} thread={threading.current_thread().name}")
+    context = Context({**vars(trigger), "timeout": timeout}, sink)
+    timers: typing.List[threading.Timer] = []
+    control.attach(cancelled)
+    if timeout:
+        later(timeout, control.cancel, TIMEOUT, f"timed out after {seconds_text(timeout)}")
+    for entry in (job.cwd, *reversed(job.pythonpath)):
+        if entry not in sys.path:
+            sys.path.insert(0, entry)
+    local.sink = sink
+    try:
+        result = Result(SUCCESS, call_entry_point(job.python, context) or out.last_line())
+    except BaseException as error:  # sys.exit() in a job must not end a slot thread
+        if isinstance(error, SystemExit) and error.code in (None, 0):
+            result = Result(SUCCESS, out.last_line())
+        else:
+            sink("".join(traceback.format_exception(type(error), error, _own_frames(error.__traceback__))))
+            result = Result(FAILURE, traceback.format_exception_only(type(error), error)[-1].strip())
+    finally:
+        local.sink = None
+        control.attach(None)
+        for timer in timers:
+            timer.cancel()
+    return control.result or result
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 8 job logs
 # ----------------------------------------------------------------------------------------------------------------------
 PAGE_LIMIT = 4 << 20  # bytes of one reply to /log
-_CHUNK = 1 << 16
 _INDEXED_FILES = 256  # how many files the positions of lines are remembered for
 
 
@@ -2393,9 +2415,9 @@ class Journal:
         self._write(lambda db: db.execute(
             "UPDATE runs SET state = 'accepted', accepted = ? WHERE log_id = ? AND state = 'running'", (time.time(), log_id)))
 
-    def finish(self, ends: typing.Sequence[typing.Tuple[Trigger, Result]]) -> None:
-        """accepted | running -> finished. What cannot be stored now is held."""
-        results = [(trigger.log_id, result) for trigger, result in ends]
+    def finish(self, triggers: typing.Sequence[Trigger], result: Result) -> None:
+        """accepted | running -> finished, all with `result`. What cannot be stored now is held."""
+        results = [(trigger.log_id, result) for trigger in triggers]
         try:
             self._store(results)
         except JournalError as error:
@@ -2489,7 +2511,7 @@ class Callbacks:
 
     def __init__(self, journal, admin, metrics: Metrics):
         self._journal, self._admin, self._metrics = journal, admin, metrics
-        self._wake, self._closing = threading.Event(), False
+        self._wake, self._closing, self._abandoned = threading.Event(), False, False
         self._refused: typing.Dict[int, typing.Tuple[int, float]] = {}  # logId: (refusals, monotonic time of the next attempt)
         self._failures = self._refusals = 0
         self._retry_at = 0.0
@@ -2515,6 +2537,7 @@ class Callbacks:
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join(timeout)
+        self._abandoned = True
 
     def _loop(self) -> None:
         wait: typing.Optional[float] = None
@@ -2524,12 +2547,14 @@ class Callbacks:
             closing = self._closing
             try:
                 wait = self._deliver()
-            except JournalError as error:
-                log.error("cannot read results: %s", error)
+            except Exception as error:
+                if self._abandoned:  # the daemon closes what this thread used
+                    return
                 wait = 1.0
-            except Exception:
-                log.exception("the callback thread goes on after an unexpected error, please report it")
-                wait = 10.0
+                if isinstance(error, JournalError):
+                    log.error("cannot read results: %s", error)
+                else:
+                    log.exception("the callback thread goes on after an unexpected error, please report it")
             if closing:
                 return
 
@@ -2591,7 +2616,7 @@ class Callbacks:
         self._journal.settle([row[0] for row in rows], RunState.DELIVERED)
         for row in rows:
             self._refused.pop(row[0], None)
-        log.info("delivered %d results: logId=%s", len(rows), ",".join(str(row[0]) for row in rows))
+        log.info("delivered %s", " ".join(f"logId={row[0]}" for row in rows))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2743,7 +2768,10 @@ class AdminClient:
         self._call("/api/registryRemove" if remove else "/api/registry", body, eager=True)
 
     def callback(self, rows: typing.Sequence[tuple]) -> None:
-        """Deliver (logId, log_date_time, code, message, ...) rows; returns only after an unambiguous acknowledgement."""
+        """Deliver (logId, log_date_time, code, message, ...) rows; returns only after an unambiguous acknowledgement, or when
+        there is no admin at all."""
+        if not self.addresses:
+            return
         items = [{"logId": row[0], "logDateTim": row[1], "logDateTime": row[1], "handleCode": row[2], "handleMsg": row[3],
                   "executeResult": {"code": row[2], "msg": row[3]}} for row in rows]  # all spellings, 2.2.0's too
         bodies = {"array": items, "wrapper": {"callbackList": items}}
@@ -3027,8 +3055,7 @@ class Daemon:
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}/"
         self._data.publish(self.url)
         self._registration.start()
-        if self._admin.addresses:
-            self._callbacks.start()
+        self._callbacks.start()
         log.info("listening on %s:%d, %d jobs, %s", *config.executor.bind[:1], self.port, len(config.jobs),
                  "admin " + ", ".join(config.admin.addresses) if config.admin.addresses else "no admin")
         notify(f"READY=1\nSTATUS=listening on {self.url}, {len(config.jobs)} jobs")
@@ -3066,7 +3093,7 @@ class Daemon:
                 message = f'job handler "{trigger.handler}" was removed before the run started'
             if message:
                 log.warning("failed %s: %s", trigger, message)
-                self._journal.finish([(trigger, Result(FAILURE, message))])
+                self._journal.finish([trigger], Result(FAILURE, message))
             else:
                 log.info("resumed %s", trigger)
                 self._scheduler.resume(trigger, job)
@@ -3086,11 +3113,14 @@ class Daemon:
 
     # -- the main thread's loop
 
-    def serve(self) -> None:
-        """Handle signals until one asks for the end, then stop."""
+    def take_signals(self) -> None:
+        """From now on signals wait for `serve`; before `start`, so that none can come in between and end the process."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(self._signals_write, warn_on_full_buffer=False)
+
+    def serve(self) -> None:
+        """Handle signals until one asks for the end, then stop."""
         while not self._next({signal.SIGTERM, signal.SIGINT}, None):
             pass
         self.stop()
@@ -3349,6 +3379,7 @@ def cmd_run(arguments: argparse.Namespace) -> int:
     for warning in config.warnings:
         log.warning("%s", warning)
     daemon = Daemon(config)
+    daemon.take_signals()
     daemon.start()
     daemon.serve()
     return 0
@@ -3605,6 +3636,7 @@ def main(argv: typing.Optional[typing.Sequence[str]] = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["--serve-python"]:
         sys.modules.setdefault("xxl_executor", sys.modules["__main__"])  # so that a job can import Context
+        del sys.path[0]  # the directory of this file is none of the jobs' business
         work = serve_python(int(argv[1]))
         return work() if work is not None else 0
     arguments = parser().parse_args(argv)
