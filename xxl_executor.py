@@ -61,6 +61,7 @@ import threading
 import time
 import traceback
 import typing
+import unicodedata
 import urllib.parse
 
 # `requests` and `yaml` are imported where they are used: the Python server of section 7 also runs under interpreters that
@@ -1796,7 +1797,7 @@ def reap_orphans() -> bool:
     return alive
 
 
-class _ThreadOutput(io.TextIOBase):
+class _ThreadOutput:
     """sys.stdout while jobs may run in threads: what such a thread prints goes into its run's log."""
 
     def __init__(self, original):
@@ -1806,8 +1807,8 @@ class _ThreadOutput(io.TextIOBase):
         sink = getattr(self.local, "sink", None)
         return sink(text) if sink is not None else self.original.write(text)
 
-    def flush(self) -> None:
-        self.original.flush()
+    def __getattr__(self, name: str):
+        return getattr(self.original, name)
 
 
 class Runner:
@@ -3363,15 +3364,27 @@ class LoopbackAdmin:
             return self.changed.wait_for(predicate, seconds)
 
 
-def print_table(head: typing.Sequence[str], rows: typing.Iterable[typing.Sequence[typing.Any]], stream=None) -> None:
-    """Aligned columns; on a terminal the last one is cut so that a row stays a line."""
-    stream = stream or sys.stdout
+def columns(text: str) -> int:
+    """How many columns of a terminal `text` takes: Chinese characters take two."""
+    return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
+
+
+def fit(text: str) -> str:
+    """`text` cut to the width of the terminal, when stdout is one."""
+    most = shutil.get_terminal_size().columns - 1 if sys.stdout.isatty() else sys.maxsize
+    if columns(text) <= most:
+        return text
+    while columns(text) > most - 3:
+        text = text[:-1]
+    return text + "..."
+
+
+def print_table(head: typing.Sequence[str], rows: typing.Iterable[typing.Sequence[typing.Any]]) -> None:
+    """Aligned columns on stdout, a row a line."""
     lines = [list(map(str, row)) for row in [head, *rows]]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    most = shutil.get_terminal_size().columns if stream.isatty() else 10_000
+    widths = [max(columns(line[i]) for line in lines) for i in range(len(head))]
     for line in lines:
-        shown = "  ".join([cell.ljust(width) for cell, width in zip(line[:-1], widths)] + [line[-1]])
-        print(shown if len(shown) <= most else shown[:most - 3] + "...", file=stream)
+        print(fit("  ".join(cell + " " * (width - columns(cell)) for cell, width in zip(line, widths)).rstrip()))
 
 
 def cmd_run(arguments: argparse.Namespace) -> int:
@@ -3399,21 +3412,21 @@ def cmd_check(arguments: argparse.Namespace) -> int:
 
 
 class _Progress:
-    """The demo's table: redrawn in place on a terminal, a line an event elsewhere."""
+    """The demo's table: redrawn in place on a terminal that can hold it, a line an event elsewhere."""
 
     def __init__(self, names: typing.Sequence[str]):
-        self.names, self.width = names, max(map(len, names), default=3)
-        self.live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self.width = max(map(columns, names))
+        self.live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and len(names) + 8 < shutil.get_terminal_size().lines
         self.color = self.live and not os.environ.get("NO_COLOR")
         self.drawn = 0
-        self.lines: typing.Dict[str, str] = {}
+        self.states: typing.Dict[str, str] = {}
 
     def row(self, name: str, state: str, seconds: float, message: str) -> str:
-        shown = f"{name:<{self.width}}  {state:<9}  {seconds:6.1f} s  {' '.join(message.split())}".rstrip()
-        if self.live:
-            shown = shown[:shutil.get_terminal_size().columns - 1]
+        padding = " " * (self.width - columns(name))
+        shown = fit(f"{name}{padding}  {state:<9}  {seconds:6.1f} s  {' '.join(message.split())}".rstrip())
         tint = {"succeeded": "32", "running": "36", "queued": "2"}.get(state, "31")
-        return shown.replace(state, f"\x1b[{tint}m{state}\x1b[0m", 1) if self.color else shown
+        head, _, tail = shown.partition(padding + "  " + state)
+        return f"{head}{padding}  \x1b[{tint}m{state}\x1b[0m{tail}" if self.color else shown
 
     def show(self, rows: typing.List[typing.Tuple[str, str, float, str]]) -> None:
         if self.live:
@@ -3422,8 +3435,8 @@ class _Progress:
             self.drawn = len(rows)
         else:
             for row in rows:
-                if self.lines.get(row[0]) != row[1]:
-                    self.lines[row[0]] = row[1]
+                if self.states.get(row[0]) != row[1]:
+                    self.states[row[0]] = row[1]
                     print(self.row(*row))
         sys.stdout.flush()
 
@@ -3442,10 +3455,10 @@ def cmd_demo(arguments: argparse.Namespace) -> int:
         daemon.start()
         cleanup.callback(daemon.stop)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-        print(f"An admin on {admin.url} and an executor on {daemon.url} are running, on this machine only.")
+        print(f"admin     {admin.url}/ (on this machine only)\nexecutor  {daemon.url}")
         if not admin.wait(lambda: admin.registry, 30):
             raise ExecutorError("the executor did not register within 30 s")
-        print(f"{config.executor.app_name} has registered. Triggering {len(config.jobs)} jobs of {config.file}:\n", flush=True)
+        print(f"\n{config.executor.app_name} has registered. {len(config.jobs)} jobs of {config.file}:\n", flush=True)
         runs = {}
         for number, name in enumerate(config.jobs, 1):
             log_id, reply = admin.trigger(daemon.url, name, jobId=number)
