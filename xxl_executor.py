@@ -32,7 +32,6 @@ import enum
 import errno
 import fcntl
 import glob
-import hashlib
 import hmac
 import http.server
 import importlib
@@ -381,12 +380,12 @@ class Config:
     warnings: tuple = ()
 
 
-class _ConfigReader:
-    """Walks composed YAML nodes, which still know their file and line, and collects every problem."""
+class _YamlReader:
+    """Turns composed YAML nodes, which still know their file and line, into dataclasses, and collects every problem."""
 
-    def __init__(self):
+    def __init__(self, file: str):
         import yaml
-        self.yaml, self.resolver = yaml, yaml.resolver.Resolver()
+        self.file, self.yaml, self.resolver = file, yaml, yaml.resolver.Resolver()
         self.problems: typing.List[typing.Tuple[str, int, str]] = []
         self.warnings: typing.List[str] = []
 
@@ -491,6 +490,10 @@ class _ConfigReader:
         tag = self.resolver.resolve(self.yaml.ScalarNode, text, (True, False))
         return self.yaml.ScalarNode(tag, text, mark, mark) if text else None
 
+
+class _ConfigReader(_YamlReader):
+    """Knows what a configuration holds."""
+
     def job(self, key, node) -> typing.Optional[JobConfig]:
         path, before = f"jobs.{key.value}", len(self.problems)
         job = self.section(JobConfig, node, path, name=key.value)
@@ -525,9 +528,8 @@ class _ConfigReader:
             if job is not None:
                 found[job.name] = job
 
-    def config(self, file: str) -> typing.Optional[Config]:
-        self.file = file
-        root = self.document(file)
+    def config(self) -> typing.Optional[Config]:
+        root = self.document(self.file)
         if root is None:
             return None
         parts = {"admin": None, "executor": None, "glue": None, "include": None, "jobs": None}
@@ -549,11 +551,13 @@ class _ConfigReader:
                 self.problem(parts["admin"], f"admin.access_token_file: {admin.access_token_file} cannot be read: {error}")
         executor = self.section(ExecutorConfig, parts["executor"], "executor")
         glue = self.section(GlueConfig, parts["glue"], "glue")
+        if glue.enabled:
+            self.warnings.append(f"{self.file}: glue.enabled: this version refuses scripts from the admin")
         jobs: typing.Dict[str, JobConfig] = {}
         where: typing.Dict[str, str] = {}
         self.jobs(parts["jobs"], jobs, where)
         self._include(parts["include"], jobs, where)
-        return Config(file, admin, executor, glue, jobs, tuple(self.warnings))
+        return Config(self.file, admin, executor, glue, jobs, tuple(self.warnings))
 
     def _include(self, node, jobs: dict, where: dict) -> None:
         if node is None or node.tag == "tag:yaml.org,2002:null":
@@ -589,8 +593,8 @@ def find_config(file: typing.Optional[str]) -> str:
 
 def load_config(file: str) -> Config:
     """Read `file` and its includes. Raises ConfigError with every problem, sorted by file and line."""
-    reader = _ConfigReader()
-    config = reader.config(file)
+    reader = _ConfigReader(file)
+    config = reader.config()
     if reader.problems:
         lines = [f"{name}:{line}: {text}" if line else f"{name}: {text}" for name, line, text in sorted(set(reader.problems))]
         raise ConfigError("\n".join(lines))
@@ -1145,6 +1149,49 @@ class Lane:
         self.ready = False  # it stands in the queue of lanes that a slot may take
 
 
+class Slots:
+    """At most `limit` threads that call `work(item)` for the queued items in order; put: any thread.
+
+    The threads are daemons, started when none is idle: a job that never returns from its thread cannot hold the exit back.
+    """
+
+    def __init__(self, limit: int, work: typing.Callable[[typing.Any], None]):
+        self._limit, self._work = limit, work
+        self._queue: typing.Deque[typing.Any] = collections.deque()
+        self._wake = threading.Condition()
+        self._threads = self._idle = 0
+
+    def start(self) -> None:
+        """Start the first thread, so that a shortage of threads later cannot leave none. Raises RuntimeError."""
+        with self._wake:
+            self._grow()
+
+    def put(self, item: typing.Any) -> None:
+        with self._wake:
+            self._queue.append(item)
+            if self._idle:
+                self._idle -= 1
+                self._wake.notify()
+            elif self._threads < self._limit:
+                try:
+                    self._grow()
+                except RuntimeError as error:  # the item waits for a thread that gets free
+                    log.error("cannot start another thread, %d slots instead of %d: %s", self._threads, self._limit, error)
+
+    def _grow(self) -> None:
+        threading.Thread(target=self._loop, name=f"slot-{self._threads + 1}", daemon=True).start()
+        self._threads += 1
+
+    def _loop(self) -> None:
+        while True:
+            with self._wake:
+                while not self._queue:
+                    self._idle += 1
+                    self._wake.wait()
+                item = self._queue.popleft()
+            self._work(item)
+
+
 class Scheduler:
     """One lane per jobId, lanes served in turn by at most `max_running` slot threads.
 
@@ -1154,14 +1201,13 @@ class Scheduler:
 
     def __init__(self, journal, runner, metrics: Metrics, finished, max_running: int, max_queued: int):
         self._journal, self._runner, self._metrics, self._finished = journal, runner, metrics, finished
-        self._max_running, self._max_queued = max_running, max_queued
+        self._max_queued = max_queued
+        self._slots = Slots(max_running, self._serve)
         self._lock = threading.Lock()
-        self._work = threading.Condition(self._lock)
         self._settled = threading.Condition(self._lock)  # a run left ACCEPTING
         self._lanes: typing.Dict[int, Lane] = {}
         self._runs: typing.Dict[int, Run] = {}  # by logId: everything between accepted and finished
-        self._ready: typing.Deque[Lane] = collections.deque()
-        self._queued = self._idle = self._threads = 0
+        self._queued = 0
         self._idle_hook: typing.Optional[typing.Callable[[], None]] = None  # set while draining
         self.recent: typing.Dict[str, typing.Deque[int]] = {}  # the last result codes of each handler
 
@@ -1262,49 +1308,33 @@ class Scheduler:
         if not lane.waiting or lane.waiting[0].state is RunState.ACCEPTING:
             return
         lane.ready = True
-        self._ready.append(lane)
-        if self._idle:
-            self._idle -= 1
-            self._work.notify()
-        elif self._threads < self._max_running:
-            self._threads += 1
-            try:
-                threading.Thread(target=self._slot, name=f"slot-{self._threads}", daemon=True).start()
-            except RuntimeError as error:  # the run waits for the next slot that gets free
-                self._threads -= 1
-                log.error("cannot start another thread, %d slots instead of %d: %s", self._threads, self._max_running, error)
+        self._slots.put(lane)
 
     def start(self) -> None:
-        """Start the first slot, so that a shortage of threads later can never leave none."""
-        self._threads += 1
-        threading.Thread(target=self._slot, name="slot-1", daemon=True).start()
+        self._slots.start()
 
-    def _slot(self) -> None:
-        while True:
-            with self._lock:
-                while not self._ready or self._idle_hook is not None:
-                    self._idle += 1
-                    self._work.wait()
-                lane = self._ready.popleft()
-                lane.ready = False
-                if not lane.waiting or lane.waiting[0].state is RunState.ACCEPTING:
-                    continue  # killed or covered meanwhile
-                run = lane.running = lane.waiting.popleft()
-                self._queued -= 1
-            try:
-                result = self._execute(run)
-            except Exception as error:  # a slot thread must survive whatever a run does
-                log.exception("unexpected error, please report it: %s", run.trigger)
-                result = Result(FAILURE, f"the executor failed: {type(error).__name__}: {error}")
-            self._finish([run], result)
-            with self._lock:
-                lane.running = None
-                if lane.waiting:
-                    self._offer(lane)
-                else:
-                    self._lanes.pop(run.trigger.job_id, None)
-                if self._idle_hook is not None and not any(lane.running for lane in self._lanes.values()):
-                    self._idle_hook()
+    def _serve(self, lane: Lane) -> None:
+        """Run the first of `lane`, in a slot thread; the lane then queues again, behind the others."""
+        with self._lock:
+            lane.ready = False
+            if self._idle_hook is not None or not lane.waiting or lane.waiting[0].state is RunState.ACCEPTING:
+                return  # draining, or killed or covered meanwhile
+            run = lane.running = lane.waiting.popleft()
+            self._queued -= 1
+        try:
+            result = self._execute(run)
+        except Exception as error:  # a slot thread must survive whatever a run does
+            log.exception("unexpected error, please report it: %s", run.trigger)
+            result = Result(FAILURE, f"the executor failed: {type(error).__name__}: {error}")
+        self._finish([run], result)
+        with self._lock:
+            lane.running = None
+            if lane.waiting:
+                self._offer(lane)
+            else:
+                self._lanes.pop(run.trigger.job_id, None)
+            if self._idle_hook is not None and not any(lane.running for lane in self._lanes.values()):
+                self._idle_hook()
 
     def _execute(self, run: Run) -> Result:
         waited = time.monotonic() - run.accepted
@@ -2964,6 +2994,7 @@ def notify(state: str) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # 14 daemon
 # ----------------------------------------------------------------------------------------------------------------------
+MAX_STARTS = 3         # of one run with on_crash: rerun; a job that brings the executor down must not do so for ever
 HOUSEKEEPING = 3600.0  # seconds between two prunings of logs and journal
 LOOPBACK = ("localhost", "127.", "::1")
 
@@ -3008,6 +3039,44 @@ class DataDir:
         return ""
 
 
+def end_leftovers(journal: Journal, identity: str) -> None:
+    """End what an executor that crashed left running; what finished jobs were allowed to leave stays."""
+    markers = [f"{identity}-"] + [f"{identity}+{trigger.log_id:020d}" for trigger, state, _, _ in journal.unfinished()
+                                  if state is RunState.RUNNING]
+    for marker in markers:
+        found = family(marker)
+        if found:
+            log.warning("ending %d processes that jobs of an earlier executor left", len(found))
+            survivors = kill_family(marker)
+            if survivors:
+                log.error("processes %s cannot be ended: end them by hand", survivors)
+
+
+def recover(journal: Journal, logs: JobLogs, scheduler: Scheduler, jobs: typing.Dict[str, JobConfig]) -> None:
+    """Runs that the last executor did not finish: start again, or report."""
+    for trigger, state, accepted, starts in journal.unfinished():
+        job = jobs.get(trigger.handler)
+        age = time.time() - accepted
+        message = ""
+        if state is RunState.RUNNING:
+            message = "executor restarted while the job ran"
+            again = job is not None and job.on_crash == "rerun" and starts < MAX_STARTS
+            logs.open(trigger).end(f"{message}; it is run again" if again else f"failed: {message}")
+            if again:
+                journal.restart(trigger.log_id)
+                message = ""
+        elif age > RESUME_WINDOW:
+            message = f"accepted {seconds_text(age)} before the executor restarted, too long ago to start now"
+        if not message and job is None:
+            message = f'job handler "{trigger.handler}" was removed before the run started'
+        if message:
+            log.warning("failed %s: %s", trigger, message)
+            journal.finish([trigger], Result(FAILURE, message))
+        else:
+            log.info("resumed %s", trigger)
+            scheduler.resume(trigger, job)
+
+
 class Daemon:
     """Builds everything, starts it in order, stops it in reverse; used by the main thread only."""
 
@@ -3034,7 +3103,7 @@ class Daemon:
             self.metrics = Metrics()
             self._runner = Runner(self._logs, self._data.identity, os.path.join(self._data.path, "run"), self.metrics)
             undo.callback(self._runner.close)
-            self._kill_leftovers()
+            end_leftovers(self._journal, self._data.identity)
             self._admin = AdminClient(config, self._journal.fact("dialect"), self._journal.learn)
             self._callbacks = Callbacks(self._journal, self._admin, self.metrics)
             self._scheduler = Scheduler(self._journal, self._runner, self.metrics, self._callbacks.wake,
@@ -3049,7 +3118,7 @@ class Daemon:
             undo.pop_all()
         self._runner.prepare(config.jobs.values())
         self._scheduler.start()
-        self._recover()
+        recover(self._journal, self._logs, self._scheduler, config.jobs)
         self._http.start()
         host = config.executor.bind[0]
         host = "127.0.0.1" if host == "0.0.0.0" else "::1" if host == "::" else host
@@ -3060,44 +3129,6 @@ class Daemon:
         log.info("listening on %s:%d, %d jobs, %s", *config.executor.bind[:1], self.port, len(config.jobs),
                  "admin " + ", ".join(config.admin.addresses) if config.admin.addresses else "no admin")
         notify(f"READY=1\nSTATUS=listening on {self.url}, {len(config.jobs)} jobs")
-
-    def _kill_leftovers(self) -> None:
-        """End what an executor that crashed left running; what finished jobs were allowed to leave stays."""
-        running = {trigger.log_id for trigger, state, _, _ in self._journal.unfinished() if state is RunState.RUNNING}
-        found = family(f"{self._data.identity}-")
-        kept = {log_id: family(f"{self._data.identity}+{log_id:020d}") for log_id in running}
-        if found or any(kept.values()):
-            log.warning("ending %d processes that jobs of an earlier executor left", len(found) + sum(map(len, kept.values())))
-            survivors = kill_family(f"{self._data.identity}-")
-            for log_id in running:
-                survivors += kill_family(f"{self._data.identity}+{log_id:020d}")
-            if survivors:
-                log.error("processes %s cannot be ended: end them by hand", survivors)
-
-    def _recover(self) -> None:
-        """Runs that the last executor did not finish: start again, or report."""
-        for trigger, state, accepted, starts in self._journal.unfinished():
-            job = self.config.jobs.get(trigger.handler)
-            message = ""
-            if state is RunState.RUNNING:
-                message = "executor restarted while the job ran"
-                out = self._logs.open(trigger)
-                if job is not None and job.on_crash == "rerun" and starts < 3:
-                    out.end(f"{message}; it is run again")
-                    self._journal.restart(trigger.log_id)
-                    message = ""
-                else:
-                    out.end(f"failed: {message}")
-            elif time.time() - accepted > RESUME_WINDOW:
-                message = f"accepted {seconds_text(time.time() - accepted)} before the executor restarted, too long ago to start now"
-            if not message and job is None:
-                message = f'job handler "{trigger.handler}" was removed before the run started'
-            if message:
-                log.warning("failed %s: %s", trigger, message)
-                self._journal.finish([trigger], Result(FAILURE, message))
-            else:
-                log.info("resumed %s", trigger)
-                self._scheduler.resume(trigger, job)
 
     def status(self) -> dict:
         """Everything that `status` shows; any thread."""
