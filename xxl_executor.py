@@ -1333,8 +1333,7 @@ class Scheduler:
                 self._offer(lane)
             else:
                 self._lanes.pop(run.trigger.job_id, None)
-            if self._idle_hook is not None and not any(lane.running for lane in self._lanes.values()):
-                self._idle_hook()
+            self._tell_idle()
 
     def _execute(self, run: Run) -> Result:
         waited = time.monotonic() - run.accepted
@@ -1360,6 +1359,8 @@ class Scheduler:
         log.error("thread of %s does not return; its slot is lost until it does or the executor restarts", run.trigger)
         self._finish([run], Result(run.control.result.code, f"{run.control.result.message}; its thread did not return"))
         self._finish(waiting, Result(FAILURE, f"run {run.trigger.log_id} of this job does not return from its thread"))
+        with self._lock:
+            self._tell_idle()
 
     def _finish(self, runs: typing.Sequence[Run], result: Result) -> None:
         """Store `result` of `runs` that have none yet; a run that was given up may come back."""
@@ -1407,8 +1408,12 @@ class Scheduler:
         """Start nothing more; `idle_hook` is called (from any thread) when nothing runs."""
         with self._lock:
             self._idle_hook = idle_hook
-            if not any(lane.running for lane in self._lanes.values()):
-                idle_hook()
+            self._tell_idle()
+
+    def _tell_idle(self) -> None:
+        """With the lock held: nothing runs any more, but for threads that were given up."""
+        if self._idle_hook is not None and not any(lane.running and not lane.running.stuck for lane in self._lanes.values()):
+            self._idle_hook()
 
     def cancel_all(self, message: str) -> float:
         """End everything that runs; returns the seconds it may take until the processes are gone."""
@@ -2152,7 +2157,7 @@ class RunLog:
         except OSError as error:
             if not self.dropped:
                 log.error("cannot write a job log, output is dropped: %s", error.strerror)
-            self.dropped += len(data)
+        self.dropped += len(data)
 
     def note(self, text: str) -> None:
         with self._lock:
@@ -2223,8 +2228,10 @@ class JobLogs:
             fd = self._open(log_id, log_date_time, os.O_RDONLY)
         except OSError as error:
             where = os.path.join(*self._place(log_id, log_date_time))
+            if not ended or first > 1:
+                return self._page(first, first - 1, "", ended)
             text = f"no log: {where} on {socket.gethostname()}: {error.strerror}; it may have been pruned after log_retention"
-            return self._page(first, first - 1, text if ended and first == 1 else "", ended)
+            return self._page(first, first, text, ended)
         try:
             size = os.fstat(fd).st_size
             key = (log_id, os.fstat(fd).st_ino)
@@ -2237,8 +2244,8 @@ class JobLogs:
             at_end = start + len(data) >= size
             whole_lines = data if ended and at_end else data[:data.rfind(b"\n") + 1]
             if not whole_lines and len(data) >= limit:
-                _, after = self._seek(fd, key, first + 1, size)
-                if after <= start:  # the line has not ended yet
+                line, after = self._seek(fd, key, first + 1, size)
+                if line == first and not ended:  # the line goes on
                     return self._page(first, first - 1, "", ended)
                 shown = data + f" ... [line of {after - start} bytes, cut]\n".encode()
                 return self._page(first, first, self._decode(shown), ended and after >= size)
@@ -2294,7 +2301,8 @@ class JobLogs:
             count = data.count(b"\n")
             if at + count < line:
                 at, offset = at + count, offset + len(data)
-                self._remember(key, at, offset - len(data) + data.rfind(b"\n") + 1)
+                if count:
+                    self._remember(key, at, offset - len(data) + data.rfind(b"\n") + 1)
                 continue
             parts = data.split(b"\n", line - at)
             return line, offset + len(data) - len(parts[-1])
@@ -2321,7 +2329,7 @@ class JobLogs:
                 continue
             for file in os.scandir(day.path):
                 with contextlib.suppress(OSError):
-                    if file.stat(follow_symlinks=False).st_mtime < oldest:
+                    if re.fullmatch(r"-?\d+\.log", file.name) and file.stat(follow_symlinks=False).st_mtime < oldest:
                         os.unlink(file.path)
                         removed += 1
             with contextlib.suppress(OSError):  # not empty
