@@ -779,6 +779,52 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body)
 
 
+class Listener:
+    """The listening socket in the selector; used by the selector thread, but for `resume`.
+
+    It pauses where accepting makes no sense: new connections then wait in the backlog, and no loop turns for nothing.
+    """
+
+    def __init__(self, sock: socket.socket, epoll):
+        self._sock, self._epoll, self.fd, self.paused_until = sock, epoll, sock.fileno(), 0.0
+        sock.setblocking(False)
+
+    def register(self) -> None:
+        self._epoll.register(self.fd, select.EPOLLIN)
+
+    def accept(self, room: int) -> typing.Iterator[typing.Tuple[socket.socket, str]]:
+        """(socket, peer) of connections that wait, at most `room`; pauses when there are no descriptors for them."""
+        for _ in range(min(room, 64)):  # then the open connections get their turn
+            try:
+                sock, address = self._sock.accept()
+            except (BlockingIOError, InterruptedError, ConnectionError):
+                return
+            except OSError as error:  # out of descriptors or memory
+                log.warning("cannot accept connections for a moment: %s", error)
+                self.pause(0.5)
+                return
+            sock.setblocking(False)
+            if sock.family != socket.AF_UNIX:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            yield sock, str(address[0]) if address else ""
+
+    def pause(self, seconds: float) -> None:
+        self.paused_until = time.monotonic() + seconds
+        self._epoll.modify(self.fd, 0)
+
+    def resume(self) -> None:
+        """Any thread, whenever a connection closes."""
+        if self.paused_until:
+            self.paused_until = 0.0
+            with contextlib.suppress(OSError, ValueError):  # closed meanwhile
+                self._epoll.modify(self.fd, select.EPOLLIN)
+
+    def close(self) -> None:
+        self.paused_until = 0.0
+        self._epoll.unregister(self.fd)
+        self._sock.close()
+
+
 class HttpServer:
     """Receives whole requests in one selector thread and has a few threads answer them.
 
@@ -788,13 +834,12 @@ class HttpServer:
     """
 
     def __init__(self, listener: socket.socket, answer, max_connections: int, threads: int = 8):
-        self._listener, self._answer, self._limit = listener, answer, max_connections
-        listener.setblocking(False)
+        self._answer, self._limit = answer, max_connections
         self._ready: queue.SimpleQueue = queue.SimpleQueue()
         self._epoll = select.epoll()
+        self._listener = Listener(listener, self._epoll)
         self._wake_read, self._wake_write = os.pipe()
         self._connections: typing.Dict[int, Connection] = {}
-        self._paused_until = 0.0
         self._closing = threading.Event()
         self._threads = [threading.Thread(target=self._select, name="http-selector", daemon=True)]
         self._threads += [threading.Thread(target=self._work, name=f"http-{i}", daemon=True) for i in range(threads)]
@@ -805,7 +850,7 @@ class HttpServer:
 
     def start(self) -> None:
         self._epoll.register(self._wake_read, select.EPOLLIN)
-        self._epoll.register(self._listener.fileno(), select.EPOLLIN)
+        self._listener.register()
         for thread in self._threads:
             thread.start()
 
@@ -826,26 +871,24 @@ class HttpServer:
         os.close(self._wake_write)
 
     def _select(self) -> None:
-        listener = self._listener.fileno()
         sweep = 0.0
         stop_at = None
         while stop_at is None or (self._connections and time.monotonic() < stop_at):
             now = time.monotonic()
             if now >= sweep:
                 sweep = self._sweep(now)
-            limits = [limit for limit in (sweep, self._paused_until, stop_at) if limit]
+            limits = [limit for limit in (sweep, self._listener.paused_until, stop_at) if limit]
             events = self._epoll.poll(max(0.0, min(limits) - now + 0.001))
-            if self._paused_until and time.monotonic() >= self._paused_until:
-                self._pause(0.0)
+            if time.monotonic() >= self._listener.paused_until:
+                self._listener.resume()
             for fd, event in events:
                 connection = self._connections.get(fd)
-                if fd == listener:
+                if fd == self._listener.fd:
                     self._accept()
                 elif connection is not None:
                     connection.busy = True
                     self._guarded(self._send if event & select.EPOLLOUT else self._receive, connection)
                 elif fd == self._wake_read and stop_at is None:
-                    self._epoll.unregister(listener)
                     self._epoll.unregister(fd)
                     self._listener.close()
                     stop_at = time.monotonic() + LINGER
@@ -879,36 +922,20 @@ class HttpServer:
             self._drop(connection)
 
     def _accept(self) -> None:
-        for _ in range(64):  # then the connections get their turn
-            if len(self._connections) >= self._limit:
-                self._pause(time.monotonic() + IDLE_TIMEOUT)
-                return
-            try:
-                sock, address = self._listener.accept()
-            except (BlockingIOError, InterruptedError, ConnectionError):
-                return
-            except OSError as error:  # out of descriptors or memory: the connection stays in the backlog
-                log.warning("cannot accept connections for a moment: %s", error)
-                self._pause(time.monotonic() + 0.5)
-                return
-            sock.setblocking(False)
-            if sock.family != socket.AF_UNIX:
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connection = Connection(sock, str(address[0]) if address else "")
-            self._connections[sock.fileno()] = connection
+        room = self._limit - len(self._connections)
+        if room <= 0:
+            self._listener.pause(IDLE_TIMEOUT)
+            if len(self._connections) < self._limit:  # one closed between the two
+                self._listener.resume()
+        for sock, peer in self._listener.accept(room):
+            self._connections[sock.fileno()] = Connection(sock, peer)
             self._epoll.register(sock.fileno(), select.EPOLLIN | _ONCE)
-
-    def _pause(self, until: float) -> None:
-        """Stop listening until `until` (monotonic seconds) or until a connection closes; 0: listen again."""
-        self._paused_until = until
-        with contextlib.suppress(OSError, ValueError):  # closed meanwhile
-            self._epoll.modify(self._listener.fileno(), 0 if until else select.EPOLLIN)
 
     def _drop(self, connection: Connection) -> None:
         self._connections.pop(connection.sock.fileno(), None)
         connection.sock.close()
-        if self._paused_until and not self._closing.is_set():
-            self._pause(0.0)
+        if not self._closing.is_set():
+            self._listener.resume()
 
     def _arm(self, connection: Connection, event: int, seconds: float) -> None:
         connection.deadline = time.monotonic() + seconds
