@@ -1877,12 +1877,14 @@ class Runner:
     """Runs one job to its end, tree and all, in the calling thread; any number of threads at a time."""
 
     def __init__(self, logs, identity: str, scratch: str, metrics: Metrics):
-        self._logs, self._identity, self.scratch, self._metrics = logs, identity, scratch, metrics
+        self._logs, self._identity, self._scratch, self._metrics = logs, identity, scratch, metrics
         self.environment = {name: value for name, value in os.environ.items() if not SECRETS.fullmatch(name)}
         self._servers: typing.Dict[str, PythonServer] = {}
         self._lock = threading.Lock()
         self._output: typing.Optional[_ThreadOutput] = None
-        os.makedirs(scratch, 0o711, exist_ok=True)
+        os.makedirs(scratch, 0o750, exist_ok=True)
+        for file in glob.glob(os.path.join(scratch, "*.result")) + glob.glob(self.result_file("*", foreign=True)):
+            os.unlink(file)  # of runs that a crash interrupted
         if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
             raise ExecutorError(f"cannot become the reaper of orphans: {os.strerror(ctypes.get_errno())}: Linux 5.3 is needed")
 
@@ -1914,6 +1916,10 @@ class Runner:
     def marker(self, log_id: int, keep: bool) -> str:
         """Always of one length (see serve_python); `+` for a job whose background processes may stay when it has finished."""
         return f"{self._identity}{'+' if keep else '-'}{log_id:020d}"
+
+    def result_file(self, log_id: typing.Union[int, str], foreign: bool) -> str:
+        """XXL_JOB_RESULT_FILE; a job of a `foreign` user cannot reach the data directory."""
+        return os.path.join(tempfile.gettempdir() if foreign else self._scratch, f"{self._identity}-{log_id}.result")
 
     def run(self, trigger: Trigger, job: JobConfig, control: Control) -> Result:
         began = time.monotonic()
@@ -1950,7 +1956,7 @@ class ProcessRun:
         self._runner, self._trigger, self._job, self._control = runner, trigger, job, control
         self._timeout, self._out = timeout, out
         self._marker = runner.marker(trigger.log_id, job.background == "keep")
-        self._result_file = os.path.join(runner.scratch, f"{trigger.log_id}.result")
+        self._result_file = runner.result_file(trigger.log_id, bool(job.user))
         self._kill_at: typing.Optional[float] = None  # monotonic; set when the run is being ended
 
     def run(self) -> Result:
@@ -1992,7 +1998,7 @@ class ProcessRun:
             "XXL_JOB_TRIGGER_TIME": str(trigger.log_date_time), "XXL_JOB_TIMEOUT": str(self._timeout),
             "XXL_JOB_RESULT_FILE": self._result_file}
         user = pwd.getpwnam(job.user) if job.user else None
-        if user:  # the directory is not his to write
+        if user:
             fd = os.open(self._result_file, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
             os.fchown(fd, user.pw_uid, user.pw_gid)
             os.close(fd)
@@ -2405,12 +2411,12 @@ class Journal:
         except sqlite3.OperationalError as error:  # permissions, a full disk: the file may be fine
             raise ExecutorError(f"{file}: cannot be opened: {error}") from None
         except sqlite3.DatabaseError as error:
-            aside = f"{file}.broken-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+            aside = f"{file}.broken-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
             for suffix in ("", "-wal", "-shm"):
                 with contextlib.suppress(FileNotFoundError):
                     os.replace(file + suffix, aside + suffix)
             log.error("the journal %s is broken (%s): moved to %s, starting with an empty one; the admin will show runs that "
-                      "were in it as running", file, error, aside)
+                      "were in it as running", file, " ".join(str(error).split()), aside)
             self._open()
 
     def _open(self) -> None:
@@ -2640,7 +2646,9 @@ class Callbacks:
             self._refusals = 0
             try:
                 self._send(due)
-                self._failures, self.last_error = 0, ""
+                self._failures = 0
+                if not self._refused:
+                    self.last_error = ""
             except (AdminUnreachable, AdminRefused) as error:
                 self._failures += 1
                 self._metrics.count("callback_failures_total")
@@ -2722,11 +2730,11 @@ class _Link:
 
         class Http(urllib3.connection.HTTPConnection):
             def _new_conn(self):
-                return link._connect(self.host, self.port)
+                return link._connect(self)
 
         class Https(urllib3.connection.HTTPSConnection):
             def _new_conn(self):
-                return link._connect(self.host, self.port)
+                return link._connect(self)
 
         class HttpPool(urllib3.HTTPConnectionPool):
             ConnectionCls = Http
@@ -2738,24 +2746,28 @@ class _Link:
             adapter.poolmanager.pool_classes_by_scheme = {"http": HttpPool, "https": HttpsPool}
             self._session.mount(prefix, adapter)
 
-    def _connect(self, host: str, port: int) -> socket.socket:
+    def _connect(self, connection) -> socket.socket:
+        """A socket for a connection of urllib3, which takes nothing but its own errors for a failure to connect."""
+        import urllib3
         deadline = time.monotonic() + self._connect_timeout
-        error: Exception = OSError(f"{host} has no address")
-        for family_, kind, protocol, _, target in resolve(host, port, self._connect_timeout):
-            sock = socket.socket(family_, kind, protocol)
-            try:
-                sock.settimeout(max(0.01, deadline - time.monotonic()))
-                sock.connect(target)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            except OSError as found:
-                sock.close()
-                error = found
-                continue
-            if self._socket is not None:
-                self._socket.close()
-            self._socket = sock.dup()  # stays usable for the timer when TLS wraps the original
-            return sock
-        raise error
+        try:
+            error: Exception = OSError(f"{connection.host} has no address")
+            for family_, kind, protocol, _, target in resolve(connection.host, connection.port, self._connect_timeout):
+                sock = socket.socket(family_, kind, protocol)
+                try:
+                    sock.settimeout(max(0.01, deadline - time.monotonic()))
+                    sock.connect(target)
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                except OSError as found:
+                    sock.close()
+                    error = found
+                    continue
+                self._disconnect()
+                self._socket = sock.dup()  # stays usable for the timer when TLS wraps the original
+                return sock
+            raise error
+        except OSError as found:
+            raise urllib3.exceptions.NewConnectionError(connection, str(found)) from found
 
     def _expire(self) -> None:
         self._expired = True
@@ -2775,20 +2787,38 @@ class _Link:
                 for part in reply.iter_content(8192):
                     data += part
                     if len(data) > REPLY_LIMIT:
+                        self._disconnect()
                         break
-                return reply.status_code, data
+            if self._expired:  # what was read may end in the middle
+                raise TimeoutError
+            return reply.status_code, data
         except self._errors as error:
-            if self._expired:
-                raise AdminUnreachable(f"{self._url}{path}: no complete answer within {seconds_text(self._timeout)}") from None
-            reason = str(getattr(error, "args", None) and getattr(error.args[0], "reason", None) or error)
-            raise AdminUnreachable(f"{self._url}{path}: {reason.rpartition(': ')[2] or type(error).__name__}") from None
+            self._disconnect()
+            reason = f"no complete answer within {seconds_text(self._timeout)}" if self._expired else root_cause(error)
+            raise AdminUnreachable(f"{self._url}{path}: {reason}") from None
         finally:
             timer.cancel()
 
+    def _disconnect(self) -> None:
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+            self._socket.close()
+            self._socket = None
+
     def close(self) -> None:
         self._session.close()
-        if self._socket is not None:
-            self._socket.close()
+        self._disconnect()
+
+
+def root_cause(error: BaseException) -> str:
+    """What lies below the wrappings of requests and urllib3, in a few words."""
+    while True:
+        inner = [found for found in (getattr(error, "reason", None), error.__cause__, *error.args) if isinstance(found, BaseException)]
+        if not inner:
+            shown = "".join(char if char.isprintable() else " " for char in str(error))
+            return " ".join(shown.split()) or type(error).__name__
+        error = inner[0]
 
 
 def resolve(host: str, port: int, seconds: float) -> list:
@@ -3583,7 +3613,6 @@ def cmd_exec(arguments: argparse.Namespace) -> int:
         job = dataclasses.replace(job, timeout=min(filter(None, (job.timeout, arguments.timeout)), default=0))
     box: typing.List[Result] = []
     with tempfile.TemporaryDirectory(prefix="xxl-exec-") as scratch:
-        os.chmod(scratch, 0o711)
         runner = Runner(_Terminal(), secrets.token_hex(8), scratch, Metrics())
         runner.prepare([job])
         control = Control()
