@@ -541,6 +541,7 @@ class _ConfigReader(_YamlReader):
                 hint = f'did you mean "{near[0]}"?' if near else f"known keys: {', '.join(parts)}"
                 self.problem(key, f"{key.value}: unknown key, {hint}")
         admin = self.section(AdminConfig, parts["admin"], "admin")
+        admin = dataclasses.replace(admin, access_token=admin.access_token or "")  # the same to a reload
         if admin.access_token and admin.access_token_file:
             self.problem(parts["admin"], "admin.access_token_file: access_token is set too: keep one of them")
         elif admin.access_token_file:
@@ -1257,17 +1258,19 @@ class Scheduler:
             self._withdraw(run)
             return
         log.info("accepted %s", trigger)
-        dropped: typing.List[Run] = []
+        dropped, reason = [], f"covered by run {trigger.log_id}"
         with self._lock:
             lane = self._lanes[trigger.job_id]
             if trigger.block_strategy == "COVER_EARLY":
                 dropped = self._drop_waiting(lane)
                 if lane.running is not None:
-                    lane.running.control.cancel(FAILURE, f"covered by run {trigger.log_id}")
+                    lane.running.control.cancel(FAILURE, reason)
             run.state = RunState.ACCEPTED
+            if lane.running is not None and lane.running.stuck:  # given up while this one was being stored
+                dropped, reason = dropped + self._drop_waiting(lane), self._stuck(lane.running)
             self._settled.notify_all()
             self._offer(lane)
-        self._finish(dropped, Result(FAILURE, f"covered by run {trigger.log_id}"))
+        self._finish(dropped, Result(FAILURE, reason))
 
     def resume(self, trigger: Trigger, job: JobConfig) -> None:
         """Queue a run that the journal already holds as accepted, at start, before any trigger can come."""
@@ -1293,8 +1296,8 @@ class Scheduler:
                 raise Refused("the executor is stopping")
             lane = self._lanes.get(trigger.job_id) or Lane()
             if lane.running is not None and lane.running.stuck:
-                raise Refused(f"run {lane.running.trigger.log_id} of this job does not return from its thread: restart the executor, "
-                              "and let the job watch Context.cancelled or use isolation: process")
+                raise Refused(f"{self._stuck(lane.running)}: restart the executor, and let the job watch Context.cancelled or use "
+                              "isolation: process")
             if trigger.block_strategy == "DISCARD_LATER" and (lane.running or lane.waiting):
                 raise Refused("block strategy effect: DISCARD_LATER, the job is running or waiting")
             if len(lane.waiting) >= job.queue_limit and trigger.block_strategy != "COVER_EARLY":
@@ -1385,9 +1388,13 @@ class Scheduler:
             waiting = self._drop_waiting(self._lanes[run.trigger.job_id])
         log.error("thread of %s does not return; its slot is lost until it does or the executor restarts", run.trigger)
         self._finish([run], Result(run.control.result.code, f"{run.control.result.message}; its thread did not return"))
-        self._finish(waiting, Result(FAILURE, f"run {run.trigger.log_id} of this job does not return from its thread"))
+        self._finish(waiting, Result(FAILURE, self._stuck(run)))
         with self._lock:
             self._tell_idle()
+
+    @staticmethod
+    def _stuck(run: Run) -> str:
+        return f"run {run.trigger.log_id} of this job does not return from its thread"
 
     def _finish(self, runs: typing.Sequence[Run], result: Result) -> None:
         """Store `result` of `runs` that have none yet; a run that was given up may come back."""
@@ -1473,6 +1480,7 @@ class Scheduler:
 # ----------------------------------------------------------------------------------------------------------------------
 _CHUNK = 1 << 16       # bytes; what one read of a pipe or file asks for
 KILL_LIMIT = 10.0      # seconds that SIGKILL is repeated for a tree that keeps forking
+SERVER_LIMIT = 10.0    # seconds that a Python server may take to fork; it takes milliseconds
 PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 _OWN: typing.Set[int] = set()  # direct children that somebody here waits for; all others are orphans that jobs left
 
@@ -1589,7 +1597,7 @@ def serve_python(fd: int) -> typing.Optional[typing.Callable[[], int]]:
             head += server.recv(8 - len(head))
         body = bytearray()
         while len(body) < int.from_bytes(head, "big"):
-            part = server.recv(1 << 20)
+            part = server.recv(int.from_bytes(head, "big") - len(body))  # not into the next request, which brings descriptors
             if not part:
                 return None
             body += part
@@ -1642,7 +1650,7 @@ def _python_child(request: dict, output: int, report: int) -> int:
         sys.argv = [request["entry_point"]]
         context = Context(request["context"], sys.stdout.write)
         message = call_entry_point(request["entry_point"], context)
-        _report(report, message=message[-MESSAGE_LIMIT:])
+        _report(report, message=clip(message))
         return 0
     except SystemExit as error:
         if error.code is None or isinstance(error.code, int):
@@ -1651,7 +1659,7 @@ def _python_child(request: dict, output: int, report: int) -> int:
         return 1
     except BaseException as error:
         traceback.print_exception(type(error), error, _own_frames(error.__traceback__))
-        _report(report, message=traceback.format_exception_only(type(error), error)[-1].strip()[-MESSAGE_LIMIT:])
+        _report(report, message=clip(traceback.format_exception_only(type(error), error)[-1].strip()))
         return 1
 
 
@@ -1669,7 +1677,7 @@ class Child:
     """A job process that subprocess started: `fd` is readable when it has ended."""
 
     def __init__(self, popen: subprocess.Popen):
-        self._popen, self.pid, self.message = popen, popen.pid, ""
+        self._popen, self.pid, self.message, self.lost = popen, popen.pid, "", False
         _OWN.add(popen.pid)
         self.fd = os.pidfd_open(popen.pid)
 
@@ -1683,27 +1691,48 @@ class Child:
 
 
 class ForkedChild:
-    """A job process that a Python server forked: `fd` carries its reports."""
+    """A job process that a Python server forked: `fd` is readable when there is a report of it, or the server is gone."""
 
-    def __init__(self, fd: int):
-        self.fd, self.pid, self.message, self._data, self._status = fd, 0, "", b"", None
-        while not self.pid and self._status is None:
-            self.poll()
+    def __init__(self, report: int, server: int):
+        """Waits for the pid. Raises TimeoutError when the server, process `server`, does not answer."""
+        self.pid, self.message, self.lost = 0, "", False
+        self._report, self._data, self._status = report, b"", None
+        self._server = os.pidfd_open(server)
+        self._epoll = select.epoll()
+        self.fd = self._epoll.fileno()
+        os.set_blocking(report, False)
+        for fd in (report, self._server):
+            self._epoll.register(fd, select.EPOLLIN)
+        deadline = time.monotonic() + SERVER_LIMIT
+        while self.poll() is None and not self.pid:
+            if time.monotonic() >= deadline:
+                self.close()
+                raise TimeoutError(errno.ETIMEDOUT, "the Python server does not answer")
+            self._epoll.poll(max(0.0, deadline - time.monotonic()) + 0.001)
 
     def poll(self) -> typing.Optional[int]:
-        data = os.read(self.fd, 1 << 16)
-        self._data += data
-        if not data and self._status is None:
-            self._status, self.message = 1, "the Python server of this job ended unexpectedly"
+        """The exit status, negative for a signal, or None while it runs."""
+        gone = bool(select.select([self._server], [], [], 0)[0])  # looked up first: it may have reported before it went
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                data = os.read(self._report, _CHUNK)
+                if not data:
+                    gone = True
+                    break
+                self._data += data
         *lines, self._data = self._data.split(b"\n")
         for fields in map(json.loads, lines):
             self.pid = fields.get("pid", self.pid)
             self.message = fields.get("message", self.message)
             self._status = fields.get("status", self._status)
+        if gone and self._status is None:  # its child may live, and holds the other end of the report
+            self.lost, self._status, self.message = True, 1, "the Python server of this job ended unexpectedly"
         return self._status
 
     def close(self) -> None:
-        os.close(self.fd)
+        self._epoll.close()
+        os.close(self._server)
+        os.close(self._report)
 
 
 class PythonServer:
@@ -1731,6 +1760,7 @@ class PythonServer:
                     ours.close()
                     raise
             _OWN.add(self._popen.pid)
+            ours.settimeout(SERVER_LIMIT)
             self._socket = ours
 
     def spawn(self, request: dict, output: int) -> ForkedChild:
@@ -1739,25 +1769,37 @@ class PythonServer:
         for attempt in (1, 2):  # a server that died is noticed at the latest when it is used
             self.start()
             read, write = os.pipe()
-            try:
-                with self._lock:
+            with self._lock:
+                popen = self._popen
+                try:
                     socket.send_fds(self._socket, [len(body).to_bytes(8, "big")], [output, write])
                     self._socket.sendall(body)
-                return ForkedChild(read)
-            except (BrokenPipeError, ConnectionResetError):
-                os.close(read)
-                self._popen.wait()
-                if attempt == 2:
+                    sent = True
+                except OSError as error:
+                    sent = False
+                    os.close(read)
+                    self._close()
+                    if attempt == 2 or isinstance(error, TimeoutError):
+                        raise
+                finally:
+                    os.close(write)
+            if sent:
+                try:
+                    return ForkedChild(read, popen.pid)
+                except TimeoutError:  # the next run gets a new one
+                    popen.kill()
                     raise
-            finally:
-                os.close(write)
 
     def _close(self) -> None:
         if self._socket is not None:
             self._socket.close()
             self._socket = None
         if self._popen is not None:
-            self._popen.wait()
+            try:
+                self._popen.wait(2)
+            except subprocess.TimeoutExpired:
+                self._popen.kill()
+                self._popen.wait()
             _OWN.discard(self._popen.pid)
             self._popen = None
 
@@ -1860,10 +1902,10 @@ def reap_orphans() -> bool:
 
 
 class _ThreadOutput:
-    """sys.stdout while jobs may run in threads: what such a thread prints goes into its run's log."""
+    """sys.stdout or sys.stderr while jobs may run in threads: what such a thread writes goes into its run's log."""
 
-    def __init__(self, original):
-        self.original, self.local = original, threading.local()
+    def __init__(self, original, local: threading.local):
+        self.original, self.local = original, local
 
     def write(self, text: str) -> int:
         sink = getattr(self.local, "sink", None)
@@ -1881,7 +1923,8 @@ class Runner:
         self.environment = {name: value for name, value in os.environ.items() if not SECRETS.fullmatch(name)}
         self._servers: typing.Dict[str, PythonServer] = {}
         self._lock = threading.Lock()
-        self._output: typing.Optional[_ThreadOutput] = None
+        self._local = threading.local()  # `sink` is where the output of a job in this thread goes
+        self._streams: typing.Optional[tuple] = None
         os.makedirs(scratch, 0o750, exist_ok=True)
         for file in glob.glob(os.path.join(scratch, "*.result")) + glob.glob(self.result_file("*", foreign=True)):
             os.unlink(file)  # of runs that a crash interrupted
@@ -1896,14 +1939,15 @@ class Runner:
                     self.server(job).start()
                 except OSError as error:
                     log.warning("jobs.%s.interpreter: %s cannot be started: %s", job.name, job.interpreter, error.strerror)
-            elif job.python and self._output is None:
-                self._output = sys.stdout = _ThreadOutput(sys.stdout)
+            elif job.python and self._streams is None:
+                self._streams = sys.stdout, sys.stderr
+                sys.stdout, sys.stderr = (_ThreadOutput(stream, self._local) for stream in self._streams)
 
     def close(self) -> None:
         for server in self._servers.values():
             server.close()
-        if self._output is not None:
-            sys.stdout = self._output.original
+        if self._streams is not None:
+            sys.stdout, sys.stderr = self._streams
 
     def server(self, job: JobConfig) -> PythonServer:
         """The Python server of the interpreter that `job` wants."""
@@ -1928,8 +1972,7 @@ class Runner:
         result = Result(FAILURE, "the executor failed, see its log")
         try:
             if job.isolation == "thread":
-                sink = self._output.local if self._output is not None else threading.local()
-                result = run_in_thread(trigger, job, control, timeout, out, sink)
+                result = run_in_thread(trigger, job, control, timeout, out, self._local)
             else:
                 result = ProcessRun(self, trigger, job, control, timeout, out).run()
         finally:
@@ -1975,7 +2018,7 @@ class ProcessRun:
             self._control.attach(lambda: os.write(wake_write, b"x"))
             status = self._supervise(child, read, wake_read)
             self._control.attach(None)
-            if (self._job.background == "kill" or self._control.result is not None) and reap_orphans():
+            if (self._job.background == "kill" or self._control.result is not None or child.lost) and reap_orphans():
                 self._end_leftovers(child.pid)
             self._pump_rest(read)
             return self._result(status, child.message or self._read_result())
@@ -2677,14 +2720,14 @@ class Callbacks:
                 self._send(rows[:len(rows) // 2])
                 self._send(rows[len(rows) // 2:])
                 return
-            self._refusals += 1
-            if self._refusals == 3:  # three single ones and none taken: it is not the results
-                raise
             count = self._refused.get(rows[0][0], (0, 0.0))[0] + 1
             self._refused[rows[0][0]] = (count, time.monotonic() + backoff(count))
             self._metrics.count("callback_failures_total")
             log.warning("the admin refuses the result of logId=%d, trying again later: %s", rows[0][0], error)
             self.last_error = str(error)
+            self._refusals += 1
+            if self._refusals == 3:  # three single ones and none taken: leave the others in peace for a while
+                raise
             return
         self._refusals = -1_000_000  # this admin takes results: whatever else it refuses is about the result itself
         self._journal.settle([row[0] for row in rows], RunState.DELIVERED)
@@ -3725,15 +3768,20 @@ exit status: 0 fine, 1 failed, 2 bad usage or configuration""")
 
 def set_up_logging() -> None:
     """One line an event on stderr; under systemd with a priority and without the time, which the journal has."""
-    handler = logging.StreamHandler(sys.stderr)
+    class Handler(logging.StreamHandler):
+        stream = property(lambda self: sys.stderr, lambda self, value: None)  # which is another one for a job in a thread
+    handler = Handler()
+    class OneLine(logging.Formatter):
+        def formatMessage(self, record):
+            return super().formatMessage(record).replace("\n", "\\n")  # a name from the network must not forge lines
     if os.environ.get("JOURNAL_STREAM"):
-        class Formatter(logging.Formatter):
+        class Formatter(OneLine):
             def format(self, record):
                 level = 3 if record.levelno >= logging.ERROR else 4 if record.levelno >= logging.WARNING else 6
                 return f"<{level}>" + super().format(record).replace("\n", f"\n<{level}>")
         handler.setFormatter(Formatter("%(message)s"))
     else:
-        handler.setFormatter(logging.Formatter("%(asctime)s.%(msecs)03d %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        handler.setFormatter(OneLine("%(asctime)s.%(msecs)03d %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # not shown, so not looked up
     logging._srcfile = None  # documented in the logging HOWTO, "Optimization": do not look for the caller of each line
     logging.basicConfig(level=logging.INFO, handlers=[handler])
@@ -3742,8 +3790,8 @@ def set_up_logging() -> None:
 
 def main(argv: typing.Optional[typing.Sequence[str]] = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
+    sys.modules.setdefault("xxl_executor", sys.modules[__name__])  # for a job that imports Context
     if argv[:1] == ["--serve-python"]:
-        sys.modules.setdefault("xxl_executor", sys.modules["__main__"])  # so that a job can import Context
         del sys.path[0]  # the directory of this file is none of the jobs' business
         work = serve_python(int(argv[1]))
         return work() if work is not None else 0

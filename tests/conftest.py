@@ -212,4 +212,5 @@ def nothing_left():
     yield
     wait_until(lambda: set(threading.enumerate()) <= threads, 5, "the end of the test's threads")
     wait_until(lambda: children() <= before, 5, "the end of the test's children")
-    wait_until(lambda: descriptors().keys() <= fds.keys(), 5, f"the closing of {descriptors().items() - fds.items()}")
+    wait_until(lambda: descriptors().keys() <= fds.keys(), 5,
+               f"the closing of {descriptors().items() - fds.items()}, of {threading.enumerate()}")
