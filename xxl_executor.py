@@ -165,21 +165,34 @@ _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 _SIZES = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _TAGS = {"int": "the number {}", "float": "the number {}", "bool": "the truth value {}", "str": 'the text "{}"',
          "timestamp": "the date {}"}
+_NULL = "tag:yaml.org,2002:null"
 
 
 class _Bad(Exception):
-    """A value that does not fit; the text says what was expected."""
+    """A value that does not fit: the text says what was expected, `node` where it stands."""
+
+    def __init__(self, text: str, node):
+        super().__init__(text)
+        self.node = node
 
 
-def _shown(node) -> str:
+def _expected(what: str, node) -> _Bad:
     kind = node.id if node.id != "scalar" else node.tag.rpartition(":")[2]
-    return {"mapping": "a mapping", "sequence": "a list"}.get(kind) or _TAGS.get(kind, "{}").format(node.value)
+    got = {"mapping": "a mapping", "sequence": "a list", "null": "nothing"}.get(kind) or _TAGS.get(kind, "{}").format(node.value)
+    return _Bad(f"expected {what}, got {got}", node)
+
+
+def _absent(node) -> bool:
+    """Whether there is no value; a variable that holds the text "null" is one."""
+    return node is None or (node.tag == _NULL and (not node.value or not hasattr(node, "expanded")))
 
 
 def _scalar(node, *tags: str, expected: str) -> str:
-    if node.id != "scalar" or node.tag.rpartition(":")[2] not in tags:
-        hint = ": put it in quotes" if tags == ("str",) and node.id == "scalar" else ""
-        raise _Bad(f"expected {expected}, got {_shown(node)}{hint}")
+    if node.id != "scalar" or (node.tag.rpartition(":")[2] not in tags and not ("str" in tags and hasattr(node, "expanded"))):
+        error = _expected(expected, node)
+        raise _Bad(f"{error}: put it in quotes", node) if tags == ("str",) and node.id == "scalar" and node.tag != _NULL else error
+    if "\0" in node.value:
+        raise _Bad("a NUL character: no argument, path or variable can hold one", node)
     return node.value
 
 
@@ -187,11 +200,30 @@ def _text(reader, node) -> str:
     return _scalar(node, "str", expected="text")
 
 
-def _token(reader, node) -> str:
+def _header(reader, node) -> str:
     value = _text(reader, node)
-    if not re.fullmatch(r"[!-~]*", value):
-        raise _Bad("expected printable ASCII without spaces, as an HTTP header carries it")
+    if not re.fullmatch(r"[!-~]+", value):
+        raise _Bad("expected printable ASCII without spaces, as an HTTP header carries it", node)
     return value
+
+
+def _token(reader, node) -> str:
+    reader.token = _text(reader, node) and _header(reader, node)
+    return reader.token
+
+
+def _token_file(reader, node) -> str:
+    file = _path(reader, node)
+    if reader.token:
+        raise _Bad("access_token is set too: keep one of them", node)
+    try:
+        with open(file, encoding="utf-8") as stream:
+            _token(reader, reader.scalar(stream.read().strip(), node))
+    except (OSError, UnicodeDecodeError) as error:
+        raise _Bad(f"cannot be read: {error}", node) from None
+    if not reader.token:
+        raise _Bad(f"{file} is empty: write the token into it", node)
+    return file
 
 
 def _flag(reader, node) -> bool:
@@ -201,22 +233,26 @@ def _flag(reader, node) -> bool:
 def _choice(*values: str):
     def parse(reader, node) -> str:
         if node.id != "scalar" or node.value not in values:
-            raise _Bad(f"expected {' or '.join(values)}, got {_shown(node)}")
+            raise _expected(" or ".join(values), node)
         return node.value
     return parse
 
 
-def _measure(pattern: str, units: dict, expected: str):
+def _measure(pattern: str, units: dict, expected: str, positive: bool = False):
     def parse(reader, node) -> float:
         found = re.fullmatch(pattern, _scalar(node, "int", "float", "str", expected=expected), re.ASCII)
         if not found or found[2] not in units:
-            raise _Bad(f"expected {expected}, got {_shown(node)}")
-        return float(found[1]) * units[found[2]] if "." in found[1] else int(found[1]) * units[found[2]]
+            raise _expected(expected, node)
+        value = (float(found[1]) if "." in found[1] else int(found[1])) * units[found[2]]
+        if positive and value <= 0:
+            raise _Bad(f"expected more than 0, got {node.value}", node)
+        return value
     return parse
 
 
-_duration = _measure(r"(\d{1,9}(?:\.\d{1,3})?)([a-z]*)", _UNITS, "a duration such as 90, 90s, 10m, 2h or 30d")
-_size = _measure(r"(\d{1,15})([A-Za-z]*)", _SIZES, "a size such as 4096, 512KiB or 64MiB")
+_DURATION = (r"(\d{1,9}(?:\.\d{1,3})?)([a-z]*)", _UNITS, "a duration such as 90, 90s, 10m, 2h or 30d")
+_duration, _positive_duration = _measure(*_DURATION), _measure(*_DURATION, positive=True)
+_size = _measure(r"(\d{1,15})([A-Za-z]*)", _SIZES, "a size such as 4096, 512KiB or 64MiB", positive=True)
 
 
 def _whole(low: int, high: int):
@@ -224,24 +260,15 @@ def _whole(low: int, high: int):
         expected = f"a whole number from {low} to {high}"
         value = _scalar(node, "int", expected=expected)
         if not re.fullmatch(r"\d{1,12}", value, re.ASCII) or not low <= int(value) <= high:
-            raise _Bad(f"expected {expected}, got {_shown(node)}")
+            raise _expected(expected, node)
         return int(value)
     return parse
-
-
-def _positive(parse):
-    def checked(reader, node):
-        value = parse(reader, node)
-        if value <= 0:
-            raise _Bad(f"expected more than 0, got {node.value}")
-        return value
-    return checked
 
 
 def _list(parse):
     def each(reader, node) -> tuple:
         if node.id != "sequence":
-            raise _Bad(f"expected a list, got {_shown(node)}")
+            raise _expected("a list", node)
         return tuple(parse(reader, reader.expand(item)) for item in node.value)
     return each
 
@@ -253,17 +280,17 @@ def _argument(reader, node) -> str:
 def _command(reader, node) -> tuple:
     value = _list(_argument)(reader, node)
     if not value or not value[0]:
-        raise _Bad("expected a list with a program and its arguments, got an empty one")
+        raise _Bad("expected a list with a program and its arguments, got an empty one", node)
     return value
 
 
 def _variables(reader, node) -> typing.Dict[str, str]:
     if node.id != "mapping":
-        raise _Bad(f"expected NAME: value pairs, got {_shown(node)}")
+        raise _expected("NAME: value pairs", node)
     values = {}
-    for key, item in reader.pairs(node):
+    for key, item in reader.pairs(node, reader.path):
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key.value, re.ASCII):
-            raise _Bad(f'"{key.value}" is no name of an environment variable')
+            raise _Bad(f'"{key.value}" is no name of an environment variable', key)
         values[key.value] = _scalar(reader.expand(item), "str", "int", "float", "bool", expected="text or a number")
     return values
 
@@ -280,17 +307,17 @@ def _program(reader, node) -> str:
 def _entry_point(reader, node) -> str:
     value = _text(reader, node)
     if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", value):
-        raise _Bad(f'expected module:function such as "reports.daily:main", got {_shown(node)}')
+        raise _expected('module:function such as "reports.daily:main"', node)
     return value
 
 
 def _url(reader, node) -> str:
     value = _text(reader, node)
-    parts = urllib.parse.urlsplit(value)
     with contextlib.suppress(ValueError):
+        parts = urllib.parse.urlsplit(value)
         if parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0):
             return value
-    raise _Bad(f"expected an address such as http://10.0.0.5:8080/xxl-job-admin, got {_shown(node)}")
+    raise _expected("an address such as http://10.0.0.5:8080/xxl-job-admin", node)
 
 
 def _urls(reader, node) -> tuple:
@@ -305,7 +332,7 @@ def _bind(reader, node) -> typing.Tuple[str, int]:
     value = _text(reader, node)
     found = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]*):(\d{1,5})", value, re.ASCII)
     if not found or int(found[2]) > 65_535:
-        raise _Bad(f'expected host:port such as "0.0.0.0:9999" or "[::]:9999", got {_shown(node)}')
+        raise _expected('host:port such as "0.0.0.0:9999" or "[::]:9999"', node)
     return found[1].strip("[]") or "0.0.0.0", int(found[2])
 
 
@@ -318,14 +345,14 @@ def _option(parse, default: str = "", *, raw: bool = False):
 class AdminConfig:
     addresses: tuple = _option(_urls, "[]")
     access_token: str = _option(_token)
-    access_token_file: str = _option(_path)
-    connect_timeout: float = _option(_positive(_duration), "3s")
-    timeout: float = _option(_positive(_duration), "10s")
+    access_token_file: str = _option(_token_file)
+    connect_timeout: float = _option(_positive_duration, "3s")
+    timeout: float = _option(_positive_duration, "10s")
 
 
 @dataclasses.dataclass(frozen=True)
 class ExecutorConfig:
-    app_name: str = _option(_text, "xxl-job-executor-sample")
+    app_name: str = _option(_header, "xxl-job-executor-sample")
     bind: tuple = _option(_bind, "0.0.0.0:9999")
     address: str = _option(_url)
     data_dir: str = _option(_path, "./data")
@@ -333,9 +360,11 @@ class ExecutorConfig:
     max_queued: int = _option(_whole(1, 1_000_000), "10000")
     drain_timeout: float = _option(_duration, "30s")
     max_connections: int = _option(_whole(8, 100_000), "1024")
-    log_limit: int = _option(_positive(_size), "64MiB")
-    log_retention: float = _option(_positive(_duration), "30d")
+    log_limit: int = _option(_size, "64MiB")
+    log_retention: float = _option(_positive_duration, "30d")
     allow_no_token: bool = _option(_flag, "false")
+    log_to_stdout: bool = _option(_flag, "false")
+    watch_config: bool = _option(_flag, "false")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -377,6 +406,7 @@ class Config:
     executor: ExecutorConfig
     glue: GlueConfig
     jobs: typing.Dict[str, JobConfig]
+    files: tuple = ()  # all that were read
     warnings: tuple = ()
 
 
@@ -386,6 +416,9 @@ class _YamlReader:
     def __init__(self, file: str):
         import yaml
         self.file, self.yaml, self.resolver = file, yaml, yaml.resolver.Resolver()
+        self.files = [file]
+        self.path = self.token = ""  # of the key that is being parsed; of the admin
+        self._pairs: typing.Dict[int, list] = {}
         self.problems: typing.List[typing.Tuple[str, int, str]] = []
         self.warnings: typing.List[str] = []
 
@@ -414,8 +447,8 @@ class _YamlReader:
         else:
             if root is not None and root.id == "mapping":
                 return root
-            self.problems.append((file, 1, "expected a mapping with the keys admin, executor and jobs, got "
-                                  + ("an empty file" if root is None else _shown(root))))
+            got = "an empty file" if root is None else str(_expected("", root)).partition("got ")[2]
+            self.problems.append((file, 1, f"expected a mapping with the keys admin, executor and jobs, got {got}"))
         return None
 
     def expand(self, node):
@@ -428,41 +461,48 @@ class _YamlReader:
                 return "${"
             text = os.environ.get(found[1], "") or found[2]
             if text is None:
-                raise _Bad(f"the environment variable {found[1]} is empty or not set: set it, or write ${{{found[1]}:-default}}")
+                raise _Bad(f"the environment variable {found[1]} is empty or not set: set it, or write ${{{found[1]}:-default}}", node)
             return text
         text = re.sub(r"\$\$\{|\$\{(\w+)(?::-([^}]*))?\}", value, node.value)
         # A plain ${NAME} takes the type of what it holds: a number where a number is expected.
         tag = node.tag if node.style else self.resolver.resolve(self.yaml.ScalarNode, text, (True, False))
-        return self.scalar(text, node, tag)
+        expanded = self.scalar(text, node, tag)
+        expanded.expanded = True  # text will do where text is expected
+        return expanded
 
     def pairs(self, node, path: str = "") -> list:
         """The (key, value) nodes of a mapping, merge keys (<<) resolved; a duplicate key is a problem."""
+        if id(node) in self._pairs:  # used again by an alias: what was merged into it is no duplicate
+            return self._pairs[id(node)]
+        prefix = path + "." if path else ""
         seen: typing.Dict[str, int] = {}
         for key, _ in node.value:
             if key.id == "scalar" and key.tag != "tag:yaml.org,2002:merge":
                 if key.value in seen:
-                    self.problem(key, f"{path}{key.value}: duplicate key, first on line {seen[key.value]}: remove one")
+                    self.problem(key, f"{prefix}{key.value}: duplicate key, first on line {seen[key.value]}: remove one")
                 seen.setdefault(key.value, key.start_mark.line + 1)
         try:
             self.yaml.SafeLoader("").flatten_mapping(node)
         except self.yaml.MarkedYAMLError as error:
-            self.problem(node, f"{path}<<: {error.problem}")
-        keys = [pair for pair in node.value if pair[0].id == "scalar"]
-        for key, _ in node.value:
-            if key.id != "scalar":
-                self.problem(key, f"{path}: expected a name as key, got {_shown(key)}")
-        return list({key.value: (key, value) for key, value in keys}.values())
+            self.problem(node, f"{prefix}<<: {error.problem}")
+        found = {}
+        for key, value in node.value:
+            if key.id == "scalar":
+                found[key.value] = key, value
+            else:
+                self.problem(key, (path and path + ": ") + str(_expected("a name as key", key)))
+        self._pairs[id(node)] = list(found.values())
+        return self._pairs[id(node)]
 
     def section(self, kind, node, path: str, **fixed):
         """An instance of the dataclass `kind` from a mapping; a key that is absent or null has its default."""
         fields = {field.name: field for field in dataclasses.fields(kind) if field.metadata}
         values = dict(fixed)
         given = {}
-        if node is not None and node.id != "mapping":
-            if node.tag != "tag:yaml.org,2002:null":
-                self.problem(node, f"{path}: expected a mapping, got {_shown(node)}")
-        elif node is not None:
-            for key, value in self.pairs(node, path + "."):
+        if not _absent(node) and node.id != "mapping":
+            self.problem(node, f"{path}: {_expected('a mapping', node)}")
+        elif not _absent(node):
+            for key, value in self.pairs(node, path):
                 if key.value in fields:
                     given[key.value] = value
                     continue
@@ -471,15 +511,16 @@ class _YamlReader:
                 self.problem(key, f"{path}.{key.value}: unknown key, {hint}")
         for name, field in fields.items():
             parse, default = field.metadata["parse"], field.metadata["default"]
+            self.path = f"{path}.{name}"
             try:
                 value = given.get(name)
                 if value is not None and not field.metadata["raw"]:
                     value = self.expand(value)
-                if value is None or value.tag == "tag:yaml.org,2002:null":
+                if _absent(value):
                     value = self._default(default, node)
                 values[name] = None if value is None else parse(self, value)
             except _Bad as error:
-                self.problem(given.get(name) or node, f"{path}.{name}: {error}")
+                self.problem(error.node, f"{path}.{name}: {error}")
         return kind(**values)
 
     def _default(self, text: str, node):
@@ -504,7 +545,7 @@ class _ConfigReader(_YamlReader):
             got = " and ".join(kinds) if kinds else "none"
             self.problem(key, f"{path}: expected exactly one of shell, command and python, got {got}")
             return None
-        given = {name.value: name for name, value in node.value if value.tag != "tag:yaml.org,2002:null"}
+        given = {name.value: name for name, value in self.pairs(node) if not _absent(value)}
         for name in ("interpreter", "pythonpath", "isolation"):
             if name in given and not job.python:
                 self.problem(given[name], f"{path}.{name}: only a python job has it: remove it")
@@ -514,12 +555,12 @@ class _ConfigReader(_YamlReader):
         return job
 
     def jobs(self, node, found: dict, where: dict) -> None:
-        if node is None or node.tag == "tag:yaml.org,2002:null":
+        if _absent(node):
             return
         if node.id != "mapping":
-            self.problem(node, f"jobs: expected a mapping of job names, got {_shown(node)}")
+            self.problem(node, f"jobs: {_expected('a mapping of job names', node)}")
             return
-        for key, value in self.pairs(node, "jobs."):
+        for key, value in self.pairs(node, "jobs"):
             if key.value in where:
                 self.problem(key, f"jobs.{key.value}: defined twice, first at {where[key.value]}: rename or remove one")
                 continue
@@ -541,15 +582,7 @@ class _ConfigReader(_YamlReader):
                 hint = f'did you mean "{near[0]}"?' if near else f"known keys: {', '.join(parts)}"
                 self.problem(key, f"{key.value}: unknown key, {hint}")
         admin = self.section(AdminConfig, parts["admin"], "admin")
-        admin = dataclasses.replace(admin, access_token=admin.access_token or "")  # the same to a reload
-        if admin.access_token and admin.access_token_file:
-            self.problem(parts["admin"], "admin.access_token_file: access_token is set too: keep one of them")
-        elif admin.access_token_file:
-            try:
-                with open(admin.access_token_file, encoding="utf-8") as stream:
-                    admin = dataclasses.replace(admin, access_token=stream.read().strip())
-            except (OSError, UnicodeDecodeError) as error:
-                self.problem(parts["admin"], f"admin.access_token_file: {admin.access_token_file} cannot be read: {error}")
+        admin = dataclasses.replace(admin, access_token=self.token)
         executor = self.section(ExecutorConfig, parts["executor"], "executor")
         glue = self.section(GlueConfig, parts["glue"], "glue")
         if glue.enabled:
@@ -558,20 +591,21 @@ class _ConfigReader(_YamlReader):
         where: typing.Dict[str, str] = {}
         self.jobs(parts["jobs"], jobs, where)
         self._include(parts["include"], jobs, where)
-        return Config(self.file, admin, executor, glue, jobs, tuple(self.warnings))
+        return Config(self.file, admin, executor, glue, jobs, tuple(self.files), tuple(self.warnings))
 
     def _include(self, node, jobs: dict, where: dict) -> None:
-        if node is None or node.tag == "tag:yaml.org,2002:null":
+        if _absent(node):
             return
         try:
             patterns = _list(_path)(self, node)
         except _Bad as error:
-            self.problem(node, f"include: {error}")
+            self.problem(error.node, f"include: {error}")
             return
         for pattern, item in zip(patterns, node.value):
             files = sorted(glob.glob(pattern))
             if not files:
                 self.warnings.append(f"{item.start_mark.name}:{item.start_mark.line + 1}: include: {item.value} matches no file")
+            self.files += files
             for file in files:
                 root = self.document(file)
                 for key, value in self.pairs(root) if root is not None else ():
@@ -750,13 +784,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     """Parses one complete request and renders its answer into `wfile`; never touches a socket."""
     protocol_version = "HTTP/1.1"
 
-    def __init__(self, head: bytes, body: bytes, peer: str, answer, closing: bool):
+    def __init__(self, head: bytes, body: bytes, peer: str, answer, closing: typing.Callable[[], bool]):
         self.rfile, self.wfile = io.BytesIO(head), io.BytesIO()
         self.body, self.client_address, self.closing = body, (peer, 0), closing
         self.command, self.request_version, self.close_connection = "", self.protocol_version, True
         self.raw_requestline = self.rfile.readline(HEAD_LIMIT)
         if self.parse_request():
             self.reply(*answer(self.command, self.path, self.headers, body))
+        elif not self.wfile.tell():
+            self.send_error(400, "the request line is blank")
 
     def handle_expect_100(self) -> bool:
         return True  # answered while the body was still missing
@@ -766,7 +802,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.reply(code, _JSON, envelope(FAILURE, message or self.responses[code][0]))
 
     def reply(self, status: int, kind: str, body: bytes) -> None:
-        self.close_connection = self.close_connection or self.closing
+        self.close_connection = self.close_connection or self.closing()
         if self.request_version == "HTTP/0.9":
             self.request_version = self.protocol_version  # an answer without a status line would mean nothing to anybody
         self.send_response_only(status)
@@ -893,9 +929,9 @@ class HttpServer:
                     self._epoll.unregister(fd)
                     self._listener.close()
                     stop_at = time.monotonic() + LINGER
-                    for idle in [c for c in list(self._connections.values()) if not c.busy and not c.buffer]:
+                    for idle in [c for c in list(self._connections.values()) if not (c.busy or c.buffer or c.out)]:
                         self._drop(idle)
-            sweep = min(sweep, time.monotonic() + REQUEST_TIMEOUT)  # the soonest that anything armed just now can expire
+            sweep = min(sweep, time.monotonic() + LINGER)  # the soonest that anything armed just now can expire
 
     def _sweep(self, now: float) -> float:
         """Close what is past its deadline; returns when to look again."""
@@ -979,7 +1015,7 @@ class HttpServer:
             self._guarded(self._handle, connection, *request)
 
     def _handle(self, connection: Connection, head: bytes, body: bytes) -> None:
-        handler = _Handler(head, body, connection.peer, self._answer, self._closing.is_set())
+        handler = _Handler(head, body, connection.peer, self._answer, self._closing.is_set)
         connection.out, connection.close_after = handler.wfile.getvalue(), handler.close_connection
         self._send(connection)
 
@@ -988,7 +1024,7 @@ class HttpServer:
             connection.out = connection.out[connection.sock.send(connection.out):]
         if connection.out:
             self._arm(connection, select.EPOLLOUT, REQUEST_TIMEOUT)
-        elif connection.close_after:
+        elif connection.close_after or (self._closing.is_set() and not connection.buffer):
             # Closing with unread input would reset the connection and take the answer with it.
             connection.sock.shutdown(socket.SHUT_WR)
             connection.lingering = True
@@ -1288,10 +1324,12 @@ class Scheduler:
             raise Refused(f"the trigger is {seconds_text(delay)} old, more than max_delay {seconds_text(job.max_delay)}")
         with self._lock:
             known = self._runs.get(trigger.log_id)
-            if known is not None:
+            while known is not None:
                 self._settled.wait_for(lambda: known.state is not RunState.ACCEPTING)
-                if self._runs.get(trigger.log_id) is known:
+                latest = self._runs.get(trigger.log_id)
+                if latest is known:
                     return None
+                known = latest  # it could not be stored, or has ended and another of those who waited was faster
             if self._idle_hook is not None:
                 raise Refused("the executor is stopping")
             lane = self._lanes.get(trigger.job_id) or Lane()
@@ -2016,7 +2054,11 @@ class ProcessRun:
                 os.close(write)
             note_start(self._out, self._trigger, self._timeout, f"pid={child.pid}")
             self._control.attach(lambda: os.write(wake_write, b"x"))
-            status = self._supervise(child, read, wake_read)
+            try:
+                status = self._supervise(child, read, wake_read)
+            except BaseException:
+                kill_family(self._marker, child.pid)
+                raise
             self._control.attach(None)
             if (self._job.background == "kill" or self._control.result is not None or child.lost) and reap_orphans():
                 self._end_leftovers(child.pid)
@@ -2088,7 +2130,8 @@ class ProcessRun:
         killed = False
         while True:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            ready = {fd for fd, _ in poller.poll(None if left is None else left * 1000 + 1)}
+            # poll(2) takes milliseconds as an int: a longer wait is taken in parts
+            ready = {fd for fd, _ in poller.poll(None if left is None else min(left, 3600.0) * 1000 + 1)}
             if child.fd in ready:
                 status = child.poll()
                 if status is not None:
@@ -2164,7 +2207,7 @@ def run_in_thread(trigger: Trigger, job: JobConfig, control: Control, timeout: f
         return len(text)
 
     def later(seconds: float, act, *arguments) -> None:
-        timers.append(threading.Timer(seconds, act, arguments))
+        timers.append(threading.Timer(min(seconds, threading.TIMEOUT_MAX), act, arguments))
         timers[-1].daemon = True
         timers[-1].start()
 

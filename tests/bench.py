@@ -499,7 +499,8 @@ def machine(directory):
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     syncs = syncs_per_second(directory)
-    return [("CPU", f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.2f} at the start"),
+    model, load = models[0] if models else platform.machine(), os.getloadavg()[0]
+    return [("CPU", f"{model}, {os.cpu_count()} cores, load {load:.2f} at the start"),
             ("kernel", platform.release()), ("Python", platform.python_version()), ("SQLite", sqlite3.sqlite_version),
             ("disk", f"{filesystem(directory)}, {syncs:,.0f} fdatasync/s of 4 KiB, one at a time")]
 

@@ -45,7 +45,7 @@ def write(path, text):
 
 KEYS = [  # (section, key, default, as written, value); {} is the directory of the file
     ("admin", "addresses", (), "[http://a:1/x, 'https://b/']", ("http://a:1/x", "https://b")),
-    ("admin", "access_token", None, "secret", "secret"),
+    ("admin", "access_token", "", "secret", "secret"),
     ("admin", "access_token_file", None, "token", "{}/token"),
     ("admin", "connect_timeout", 3, "1.5s", 1.5),
     ("admin", "timeout", 10, "1m", 60),
