@@ -28,9 +28,12 @@ import ctypes
 import dataclasses
 import datetime
 import difflib
+import email.utils
 import enum
 import errno
 import fcntl
+import functools
+import gc
 import glob
 import hmac
 import http.server
@@ -711,6 +714,7 @@ REQUEST_TIMEOUT, IDLE_TIMEOUT, LINGER = 10.0, 120.0, 2.0  # seconds; the admin's
 _JSON = "application/json;charset=UTF-8"
 _HEAD_END = re.compile(rb"\r?\n\r?\n")
 _FRAMING = re.compile(rb"^(content-length|transfer-encoding|expect)[ \t]*:[ \t]*([^\r\n]*?)[ \t]*\r?$", re.I | re.M)
+_CACHED_HEAD = 1024  # bytes; a client repeats its heads, so what was parsed is remembered for the last 256 that are not longer
 _ONCE = select.EPOLLONESHOT  # whoever got the event owns the connection until it arms it again
 
 
@@ -758,41 +762,64 @@ class Connection:
         return head, body
 
     def _body_length(self, head: bytes) -> int:
-        fields = collections.defaultdict(set)
-        for name, value in _FRAMING.findall(head):
-            fields[name.lower()].add(value)
-        lengths = fields[b"content-length"]
-        if fields[b"transfer-encoding"]:
-            if lengths:
-                raise HttpError(400, "Content-Length and Transfer-Encoding exclude each other")
-            raise HttpError(411, "send the body with a Content-Length, without Transfer-Encoding")
-        if len(lengths) > 1 or any(not re.fullmatch(rb"[0-9]{1,18}", value) for value in lengths):
-            raise HttpError(400, "Content-Length is not one whole number")
-        length = int(lengths.pop()) if lengths else 0
-        if length > BODY_LIMIT:
-            raise HttpError(413, f"the body is longer than {BODY_LIMIT} bytes")
-        for expectation in fields[b"expect"]:
-            if expectation.lower() != b"100-continue":
-                raise HttpError(417, "the only expectation that can be met is 100-continue")
-            if length > len(self.buffer) - self.head_end:
-                with contextlib.suppress(OSError):
-                    self.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        length, expects = _framing(head) if len(head) <= _CACHED_HEAD else _framing.__wrapped__(head)
+        if expects and length > len(self.buffer) - self.head_end:
+            with contextlib.suppress(OSError):
+                self.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         return length
+
+
+@functools.lru_cache(256)
+def _framing(head: bytes) -> typing.Tuple[int, bool]:
+    """(length of the body, whether the client waits for 100 Continue). Raises HttpError."""
+    fields = collections.defaultdict(set)
+    for name, value in _FRAMING.findall(head):
+        fields[name.lower()].add(value)
+    lengths = fields[b"content-length"]
+    if fields[b"transfer-encoding"]:
+        if lengths:
+            raise HttpError(400, "Content-Length and Transfer-Encoding exclude each other")
+        raise HttpError(411, "send the body with a Content-Length, without Transfer-Encoding")
+    if len(lengths) > 1 or any(not re.fullmatch(rb"[0-9]{1,18}", value) for value in lengths):
+        raise HttpError(400, "Content-Length is not one whole number")
+    length = int(lengths.pop()) if lengths else 0
+    if length > BODY_LIMIT:
+        raise HttpError(413, f"the body is longer than {BODY_LIMIT} bytes")
+    if any(expectation.lower() != b"100-continue" for expectation in fields[b"expect"]):
+        raise HttpError(417, "the only expectation that can be met is 100-continue")
+    return length, bool(fields[b"expect"])
+
+
+@functools.lru_cache(2)
+def _http_date(second: int) -> str:
+    return email.utils.formatdate(second, usegmt=True)
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     """Parses one complete request and renders its answer into `wfile`; never touches a socket."""
     protocol_version = "HTTP/1.1"
+    _parsed: typing.Dict[bytes, dict] = {}
 
     def __init__(self, head: bytes, body: bytes, peer: str, answer, closing: typing.Callable[[], bool]):
         self.rfile, self.wfile = io.BytesIO(head), io.BytesIO()
         self.body, self.client_address, self.closing = body, (peer, 0), closing
-        self.command, self.request_version, self.close_connection = "", self.protocol_version, True
-        self.raw_requestline = self.rfile.readline(HEAD_LIMIT)
-        if self.parse_request():
+        known = self._parsed.get(head)
+        if known is not None or self._parse(head):
+            vars(self).update(known or {})
             self.reply(*answer(self.command, self.path, self.headers, body))
         elif not self.wfile.tell():
             self.send_error(400, "the request line is blank")
+
+    def _parse(self, head: bytes) -> bool:
+        self.command, self.request_version, self.close_connection = "", self.protocol_version, True
+        self.raw_requestline = self.rfile.readline(HEAD_LIMIT)
+        parsed = self.parse_request()
+        if parsed and len(head) <= _CACHED_HEAD:
+            if len(self._parsed) >= 256:
+                self._parsed.clear()
+            self._parsed[head] = {name: getattr(self, name) for name in (
+                "command", "path", "request_version", "requestline", "headers", "close_connection")}
+        return parsed
 
     def handle_expect_100(self) -> bool:
         return True  # answered while the body was still missing
@@ -806,7 +833,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if self.request_version == "HTTP/0.9":
             self.request_version = self.protocol_version  # an answer without a status line would mean nothing to anybody
         self.send_response_only(status)
-        self.send_header("Date", self.date_time_string())
+        self.send_header("Date", _http_date(int(time.time())))
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         if self.close_connection or self.request_version == "HTTP/1.0":
@@ -1607,6 +1634,7 @@ def serve_python(fd: int) -> typing.Optional[typing.Callable[[], int]]:
     A request is 8 bytes of length, that many bytes of JSON, and two descriptors: for output and for the report.
     Ends when the daemon closes the socket.
     """
+    trim_memory()
     marker = ctypes.CDLL(None).getenv
     marker.restype = ctypes.c_void_p
     marker_at = marker(MARKER.encode())
@@ -1711,6 +1739,22 @@ def _own_frames(trace):
 
 # -- processes and their descendants
 
+def run_as_module(interpreter: str, *arguments: str) -> typing.List[str]:
+    """The command that runs this file as a module: of a script CPython keeps the syntax tree while it runs, 9 MiB of this one."""
+    code = ("import importlib.machinery, importlib.util, sys; "
+            "spec = importlib.util.spec_from_loader('xxl_executor', importlib.machinery.SourceFileLoader('xxl_executor', sys.argv[1])); "
+            "module = sys.modules['xxl_executor'] = importlib.util.module_from_spec(spec); spec.loader.exec_module(module); "
+            "sys.exit(module.main(sys.argv[2:]))")
+    return [interpreter, "-c", code, os.path.abspath(__file__), *arguments]
+
+
+def trim_memory() -> None:
+    """Give back to the system what starting up needed for a moment; glibc keeps it otherwise."""
+    gc.collect()
+    with contextlib.suppress(AttributeError):  # another libc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class Child:
     """A job process that subprocess started: `fd` is readable when it has ended."""
 
@@ -1792,7 +1836,7 @@ class PythonServer:
             with theirs:
                 try:
                     self._popen = subprocess.Popen(
-                        [self._interpreter, os.path.abspath(__file__), "--serve-python", str(theirs.fileno())], cwd="/",
+                        run_as_module(self._interpreter, "--serve-python", str(theirs.fileno())), cwd="/",
                         pass_fds=[theirs.fileno()], env=self._environment, stdin=subprocess.DEVNULL, start_new_session=True)
                 except OSError:
                     ours.close()
@@ -2473,23 +2517,27 @@ CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT);
 
 
 class _Write:
-    """One thread's part of the next transaction."""
-    __slots__ = ("work", "value", "error", "done")
+    """One thread's part of the next transaction; `gate` opens when it is committed, or when its thread is to commit."""
+    __slots__ = ("work", "value", "error", "done", "gate")
 
     def __init__(self, work):
         self.work, self.value, self.error, self.done = work, None, None, False
+        self.gate = threading.Lock()
+        self.gate.acquire()
 
 
 class Journal:
     """Runs and undelivered results in SQLite; any thread may call any method.
 
-    Group commit: whoever gets the lock commits all that waits for it as one transaction, the others find theirs done.
+    Group commit: the first thread that comes commits all that waits as one transaction, and makes the first of those that came
+    meanwhile the next leader before it wakes the others: nobody queues for a lock only to find his work done.
     All methods that write raise JournalError when nothing could be stored, except `finish`, which then keeps the results in
     memory until `store_held` succeeds.
     """
 
     def __init__(self, file: str):
         self._file, self._lock = file, threading.Lock()
+        self._turn, self._leading = threading.Lock(), False  # guards the two below
         self._waiting: typing.Deque[_Write] = collections.deque()
         self._held: typing.List[typing.Tuple[int, Result]] = []
         try:
@@ -2521,20 +2569,31 @@ class Journal:
             self._db.close()
 
     def _write(self, work: typing.Callable[[sqlite3.Connection], typing.Any]) -> typing.Any:
+        """Run `work` in the next transaction; returns its value, which must not be a cursor: those belong to the lock."""
         write = _Write(work)
-        self._waiting.append(write)
-        with self._lock:
-            if not write.done:
-                self._commit()
+        with self._turn:
+            self._waiting.append(write)
+            follows, self._leading = self._leading, True
+        if follows:
+            write.gate.acquire()
+        if not write.done:
+            with self._lock:
+                with self._turn:
+                    batch = list(self._waiting)
+                    self._waiting.clear()
+                self._commit(batch)
+            with self._turn:
+                self._leading = bool(self._waiting)
+                if self._leading:
+                    self._waiting[0].gate.release()
+            for other in batch:
+                if other is not write:
+                    other.gate.release()
         if write.error is not None:
             raise JournalError(f"{self._file}: {write.error}")
         return write.value
 
-    def _commit(self) -> None:
-        batch = []
-        with contextlib.suppress(IndexError):
-            while True:
-                batch.append(self._waiting.popleft())
+    def _commit(self, batch: typing.List[_Write]) -> None:
         error = None
         try:
             self._db.execute("BEGIN IMMEDIATE")
@@ -2571,7 +2630,7 @@ class Journal:
     def restart(self, log_id: int) -> None:
         """running -> accepted, for a run that a crash interrupted and that its job wants again."""
         self._write(lambda db: db.execute(
-            "UPDATE runs SET state = 'accepted', accepted = ? WHERE log_id = ? AND state = 'running'", (time.time(), log_id)))
+            "UPDATE runs SET state = 'accepted', accepted = ? WHERE log_id = ? AND state = 'running'", (time.time(), log_id)).rowcount)
 
     def finish(self, triggers: typing.Sequence[Trigger], result: Result) -> None:
         """accepted | running -> finished, all with `result`. What cannot be stored now is held."""
@@ -2587,7 +2646,7 @@ class Journal:
         rows = [(result.code, result.message, time.time(), log_id) for log_id, result in results]
         self._write(lambda db: db.executemany(
             "UPDATE runs SET state = 'finished', code = ?, message = ?, finished = ?, trigger = NULL "
-            "WHERE log_id = ? AND state IN ('accepted', 'running')", rows))
+            "WHERE log_id = ? AND state IN ('accepted', 'running')", rows).rowcount)
 
     def store_held(self) -> bool:
         """Try again to store what `finish` could not; False when some is still held."""
@@ -2611,7 +2670,7 @@ class Journal:
         """finished -> delivered or dead."""
         rows = [(state.value, log_id) for log_id in log_ids]
         self._write(lambda db: db.executemany(
-            "UPDATE runs SET state = ? WHERE log_id = ? AND state = 'finished'", rows))
+            "UPDATE runs SET state = ? WHERE log_id = ? AND state = 'finished'", rows).rowcount)
 
     def knows(self, log_id: int) -> bool:
         return bool(self._read("SELECT 1 FROM runs WHERE log_id = ?", log_id))
@@ -2634,7 +2693,7 @@ class Journal:
         return rows[0][0] if rows else ""
 
     def learn(self, name: str, value: str) -> None:
-        self._write(lambda db: db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value)))
+        self._write(lambda db: db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value)).rowcount)
 
     def prune(self) -> int:
         """Forget delivered runs after REPEAT_WINDOW, dead ones after four times DEAD_AFTER; returns how many."""
@@ -2653,6 +2712,7 @@ class Journal:
 # 10 callbacks
 # ----------------------------------------------------------------------------------------------------------------------
 BATCH = 100  # results in one request
+PACE = 0.02  # seconds between two requests: what ends meanwhile goes into the next one
 
 
 def backoff(failures: int) -> float:
@@ -2669,7 +2729,8 @@ class Callbacks:
 
     def __init__(self, journal, admin, metrics: Metrics):
         self._journal, self._admin, self._metrics = journal, admin, metrics
-        self._wake, self._closing, self._abandoned = threading.Event(), False, False
+        self._wake, self._closing, self._abandoned = threading.Event(), threading.Event(), False
+        self._next_at = 0.0  # monotonic
         self._refused: typing.Dict[int, typing.Tuple[int, float]] = {}  # logId: (refusals, monotonic time of the next attempt)
         self._failures = self._refusals = 0
         self._retry_at = 0.0
@@ -2691,7 +2752,7 @@ class Callbacks:
 
     def close(self, timeout: float = 5.0) -> None:
         """Deliver what is left, for at most `timeout` seconds; the rest waits in the journal."""
-        self._closing = True
+        self._closing.set()
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join(timeout)
@@ -2702,7 +2763,8 @@ class Callbacks:
         while True:
             self._wake.wait(wait)
             self._wake.clear()
-            closing = self._closing
+            self._closing.wait(max(0.0, self._next_at - time.monotonic()))
+            closing = self._closing.is_set()
             try:
                 wait = self._deliver()
             except Exception as error:
@@ -2729,7 +2791,7 @@ class Callbacks:
             if not due:
                 waits = [at - now for _, at in self._refused.values()] + ([] if stored else [1.0])
                 return max(0.05, min(waits)) if waits else None
-            self._refusals = 0
+            self._refusals, self._next_at = 0, now + PACE
             try:
                 self._send(due)
                 self._failures = 0
@@ -3279,6 +3341,7 @@ class Daemon:
         self._callbacks.start()
         log.info("listening on %s:%d, %d jobs, %s", *config.executor.bind[:1], self.port, len(config.jobs),
                  "admin " + ", ".join(config.admin.addresses) if config.admin.addresses else "no admin")
+        trim_memory()
         notify(f"READY=1\nSTATUS=listening on {self.url}, {len(config.jobs)} jobs")
 
     def status(self) -> dict:
@@ -3570,6 +3633,9 @@ def print_table(head: typing.Sequence[str], rows: typing.Iterable[typing.Sequenc
 
 
 def cmd_run(arguments: argparse.Namespace) -> int:
+    if __name__ == "__main__":
+        command = run_as_module(sys.executable, *sys.argv[1:])
+        os.execv(command[0], command[:1] + subprocess._args_from_interpreter_flags() + command[1:])
     config = load_config(find_config(arguments.config))
     for warning in config.warnings:
         log.warning("%s", warning)
@@ -3811,18 +3877,32 @@ exit status: 0 fine, 1 failed, 2 bad usage or configuration""")
 
 def set_up_logging() -> None:
     """One line an event on stderr; under systemd with a priority and without the time, which the journal has."""
-    class Handler(logging.StreamHandler):
-        stream = property(lambda self: sys.stderr, lambda self, value: None)  # which is another one for a job in a thread
-    handler = Handler()
+    class Handler(logging.Handler):
+        def createLock(self):
+            self.lock = None  # a line is one write, and threads of jobs must not wait for each other here
+
+        def emit(self, record):
+            with contextlib.suppress(Exception):  # stderr is gone: there is nowhere to tell it
+                sys.stderr.write(self.format(record) + "\n")  # which is another one for a job in a thread
+
     class OneLine(logging.Formatter):
+        second, stamp = 0, ""
+
+        def formatTime(self, record, datefmt=None):
+            if int(record.created) != self.second:
+                self.second, self.stamp = int(record.created), time.strftime(datefmt, time.localtime(record.created))
+            return self.stamp
+
         def formatMessage(self, record):
             return super().formatMessage(record).replace("\n", "\\n")  # a name from the network must not forge lines
+
+    class Journald(OneLine):
+        def format(self, record):
+            level = 3 if record.levelno >= logging.ERROR else 4 if record.levelno >= logging.WARNING else 6
+            return f"<{level}>" + super().format(record).replace("\n", f"\n<{level}>")
+    handler = Handler()
     if os.environ.get("JOURNAL_STREAM"):
-        class Formatter(OneLine):
-            def format(self, record):
-                level = 3 if record.levelno >= logging.ERROR else 4 if record.levelno >= logging.WARNING else 6
-                return f"<{level}>" + super().format(record).replace("\n", f"\n<{level}>")
-        handler.setFormatter(Formatter("%(message)s"))
+        handler.setFormatter(Journald("%(message)s"))
     else:
         handler.setFormatter(OneLine("%(asctime)s.%(msecs)03d %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # not shown, so not looked up
@@ -3835,7 +3915,7 @@ def main(argv: typing.Optional[typing.Sequence[str]] = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     sys.modules.setdefault("xxl_executor", sys.modules[__name__])  # for a job that imports Context
     if argv[:1] == ["--serve-python"]:
-        del sys.path[0]  # the directory of this file is none of the jobs' business
+        sys.path.remove("")  # of -c
         work = serve_python(int(argv[1]))
         return work() if work is not None else 0
     arguments = parser().parse_args(argv)

@@ -48,6 +48,7 @@ jobs:
   month: {shell: echo long, timeout: 30d}
   slow: {shell: 'echo before; sleep 600', kill_grace: 0.3}
   limited: {shell: sleep 600, timeout: 0.3s, kill_grace: 0.3}
+  patient: {shell: 'sleep 600 & echo left', kill_grace: 30d}
   leaves: {shell: 'sleep 600 & setsid sleep 600 & echo left'}
   tree: {shell: 'trap "" TERM; sleep 600 & setsid sleep 600 & echo ready; wait; wait', kill_grace: 0.3}
   py: {python: "mod:main", pythonpath: [.]}
@@ -75,7 +76,8 @@ class Place:
         self.directory, self.mark = directory, uuid.uuid4().hex
         self.scratch = directory / "scratch"
         self.scratch.mkdir()
-        kept = {name: value for name, value in os.environ.items() if not re.match(r"XXL_|JOURNAL_STREAM|NO_COLOR|TERM$|COLUMNS|LINES", name)}
+        other = re.compile(r"XXL_|JOURNAL_STREAM|NO_COLOR|TERM$|COLUMNS|LINES")
+        kept = {name: value for name, value in os.environ.items() if not other.match(name)}
         self.env = {**kept, "XXL_TEST_MARK": self.mark, "TMPDIR": str(self.scratch), "PYTHONDONTWRITEBYTECODE": "1"}
 
     def write(self, text, name="config.yaml"):
@@ -84,8 +86,9 @@ class Place:
         return self
 
     def start(self, *arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **env):
-        return subprocess.Popen([sys.executable, "-W", "error", "-X", "dev", str(PROGRAM), *arguments], stdin=subprocess.DEVNULL, stdout=stdout,
-                                stderr=stderr, encoding="utf-8", cwd=self.directory, env={**self.env, **env}, start_new_session=True)
+        command = [sys.executable, "-W", "error", "-X", "dev", str(PROGRAM), *arguments]
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, encoding="utf-8",
+                                cwd=self.directory, env={**self.env, **env}, start_new_session=True)
 
     def run(self, *arguments, **env):
         """(exit status, stdout, stderr)"""
@@ -107,8 +110,9 @@ class Place:
         found = []
         for directory in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if f"XXL_TEST_MARK={self.mark}\0".encode() in (directory / "environ").read_bytes() and alive(int(directory.name)):
-                    found.append(int(directory.name))
+                pid, environment = int(directory.name), (directory / "environ").read_bytes()
+                if f"XXL_TEST_MARK={self.mark}\0".encode() in environment and alive(pid):
+                    found.append(pid)
         return found
 
 
@@ -135,7 +139,8 @@ def test_help(place):
     assert out.startswith("usage: xxl-executor [-h] [-c FILE] [--version] COMMAND ...\n")
     for command in COMMANDS:
         assert re.search(rf"^    {command} +\w", out, re.MULTILINE)
-    assert "examples:\n  xxl-executor " in out and out.endswith("exit status: 0 fine, 1 failed, 2 bad usage or configuration\n")
+    assert "examples:\n  xxl-executor " in out and out.endswith(
+        "exit status: 0 fine, 1 failed, 2 bad usage or configuration\n")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -149,9 +154,12 @@ def test_help_of_a_command(place, command):
 
 
 @pytest.mark.parametrize("arguments", [
-    ["zzz"], ["--zzz"], ["check", "--zzz"], ["check", "more"], ["exec"], ["exec", "a", "b"], ["-c"], ["demo", "--once=1"], ["status", "--once"],
-    ["exec", "a", "--shard", "3/3"], ["exec", "a", "--shard", "1"], ["exec", "a", "--shard", "a/b"], ["exec", "a", "--shard=-1/3"],
-    ["exec", "a", "--shard", "٠/٣"], ["exec", "a", "--timeout", "5x"], ["exec", "a", "--timeout=-5"], ["exec", "a", "--timeout", ""]], ids=" ".join)
+    ["zzz"], ["--zzz"], ["check", "--zzz"], ["check", "more"], ["exec"], ["exec", "a", "b"], ["-c"],
+     ["demo", "--once=1"], ["status", "--once"],
+    ["exec", "a", "--shard", "3/3"], ["exec", "a", "--shard", "1"], ["exec", "a", "--shard", "a/b"],
+     ["exec", "a", "--shard=-1/3"],
+    ["exec", "a", "--shard", "٠/٣"], ["exec", "a", "--timeout", "5x"], ["exec", "a", "--timeout=-5"],
+     ["exec", "a", "--timeout", ""]], ids=" ".join)
 def test_bad_usage(capsys, arguments):
     """In this process: argparse ends it before anything else begins."""
     with pytest.raises(SystemExit) as caught:
@@ -179,7 +187,8 @@ def test_where_the_configuration_is_taken_from(place):
     place.write("jobs: {other: {shell: x}}\nexecutor: {bind: '127.0.0.1:0'}\n", "other.yaml")
     assert "\nhere " in place.run("check")[1]
     assert "\nother " in place.run("check", XXL_EXECUTOR_CONFIG="other.yaml")[1]
-    for arguments in (("-c", "config.yaml", "check"), ("check", "-c", "config.yaml"), ("check", "--config=config.yaml")):
+    places = (("-c", "config.yaml", "check"), ("check", "-c", "config.yaml"), ("check", "--config=config.yaml"))
+    for arguments in places:
         assert "\nhere " in place.run(*arguments, XXL_EXECUTOR_CONFIG="other.yaml")[1]
 
 
@@ -232,10 +241,12 @@ def test_broken_pipe(place, arguments):
 # -- what may not start
 
 @pytest.mark.parametrize("bind, host, arguments", [
-    ("0.0.0.0:0", "0.0.0.0", "run"), ("0.0.0.0:0", "0.0.0.0", ""), ("0.0.0.0:0", "0.0.0.0", "check"), ("'[::]:0'", "::", "check"),
+    ("0.0.0.0:0", "0.0.0.0", "run"), ("0.0.0.0:0", "0.0.0.0", ""), ("0.0.0.0:0", "0.0.0.0", "check"),
+     ("'[::]:0'", "::", "check"),
     ("':0'", "0.0.0.0", "check"), ("10.1.2.3:0", "10.1.2.3", "check"),
     # These only begin as a loopback address does.
-    ("'[::1:2]:0'", "::1:2", "check"), ("localhost.example:0", "localhost.example", "check"), ("127.example:0", "127.example", "check")])
+    ("'[::1:2]:0'", "::1:2", "check"), ("localhost.example:0", "localhost.example", "check"),
+     ("127.example:0", "127.example", "check")])
 def test_unsafe_start_is_refused(place, bind, host, arguments):
     place.write(f"executor: {{bind: {bind}}}\njobs: {{hello: {{shell: x}}}}\n")
     assert place.run("-c", "config.yaml", *arguments.split()) == (2, "", (
@@ -245,7 +256,8 @@ def test_unsafe_start_is_refused(place, bind, host, arguments):
 
 
 @pytest.mark.parametrize("options", [
-    "executor: {bind: '127.0.0.1:1'}", "executor: {bind: '127.9.9.9:1'}", "executor: {bind: 'localhost:1'}", "executor: {bind: '[::1]:1'}",
+    "executor: {bind: '127.0.0.1:1'}", "executor: {bind: '127.9.9.9:1'}", "executor: {bind: 'localhost:1'}",
+        "executor: {bind: '[::1]:1'}",
     "executor: {bind: '0.0.0.0:1', allow_no_token: true}", "admin: {access_token: x}"])
 def test_safe_start_is_not_refused(place, options):
     status, _, err = place.write(options + "\njobs: {hello: {shell: x}}\n").run("check")
@@ -253,8 +265,8 @@ def test_safe_start_is_not_refused(place, options):
 
 
 def test_default_token_is_warned_of(executor, loopback, place):
-    text = ("ACCESS TOKEN IS default_token, which every attacker tries first: set another xxl.job.accessToken in the admin "
-            "and admin.access_token here")
+    text = ("ACCESS TOKEN IS default_token, which every attacker tries first: set another xxl.job.accessToken "
+            "in the admin and admin.access_token here")
     daemon = executor({}, admin=loopback(token="default_token"))
     assert re.search(rf"^\S+ \S+ WARNING {re.escape(text)}$", daemon.log, re.MULTILINE)
     place.write("admin: {access_token: default_token}\njobs: {hello: {shell: x}}\n")
@@ -284,12 +296,14 @@ def test_a_port_in_use_is_refused(place):
         port = taken.getsockname()[1]
         place.write(f"executor: {{bind: '127.0.0.1:{port}'}}\n")
         assert place.run() == (1, "", (
-            f"xxl-executor: executor.bind: cannot listen on 127.0.0.1:{port}: Address already in use: choose a free port of this host\n"))
+            f"xxl-executor: executor.bind: cannot listen on 127.0.0.1:{port}: Address already in use: "
+            "choose a free port of this host\n"))
 
 
 @pytest.mark.parametrize("data_dir, reason", [
     ("file", "{}/file: File exists"), ("file/data", "{}/file/data: Not a directory"),
-    pytest.param("closed/data", "{}/closed/data: Permission denied", marks=pytest.mark.skipif(os.geteuid() == 0, reason="root may write"))])
+    pytest.param("closed/data", "{}/closed/data: Permission denied",
+        marks=pytest.mark.skipif(os.geteuid() == 0, reason="root may write"))])
 def test_data_dir_that_cannot_be_used(place, data_dir, reason):
     (place.directory / "file").touch()
     (place.directory / "closed").mkdir(0o500)
@@ -322,15 +336,21 @@ def notes(err):
     (["hello"], 0, "out [] [0] [1]\nerr\n", 'shard=0/1 timeout=none pid param=""', "succeeded after: code 200, err"),
     (["hello", "--param", "a b", "--shard", "1/3", "--timeout", "5m"], 0, "out [a b] [1] [3]\nerr\n",
      'shard=1/3 timeout=5m 0s pid param="a b"', "succeeded after: code 200, err"),
-    (["words", "--param=参数", "--timeout", "0"], 0, "参数 0/1\n", 'shard=0/1 timeout=10m 0s pid param="参数"', "succeeded after: code 200, 参数 0/1"),
-    (["words", "--timeout", "1h"], 0, " 0/1\n", 'shard=0/1 timeout=10m 0s pid param=""', "succeeded after: code 200, 0/1"),
+    (["words", "--param=参数", "--timeout", "0"], 0, "参数 0/1\n", 'shard=0/1 timeout=10m 0s pid param="参数"',
+     "succeeded after: code 200, 参数 0/1"),
+    (["words", "--timeout", "1h"], 0, " 0/1\n", 'shard=0/1 timeout=10m 0s pid param=""',
+     "succeeded after: code 200, 0/1"),
     (["three"], 3, "", 'shard=0/1 timeout=none pid param=""', "failed after: code 500, exit status 3"),
     (["signalled"], 143, "", 'shard=0/1 timeout=none pid param=""', "failed after: code 500, killed by signal 15"),
     (["month"], 0, "long\n", 'shard=0/1 timeout=720h 0m pid param=""', "succeeded after: code 200, long"),
-    (["slow", "--timeout", "0.3"], 124, "before\n", 'shard=0/1 timeout=0.3 s pid param=""', "failed after: code 502, timed out after 0.3 s"),
-    (["limited", "--timeout", "1h"], 124, "", 'shard=0/1 timeout=0.3 s pid param=""', "failed after: code 502, timed out after 0.3 s"),
+    (["slow", "--timeout", "0.3"], 124, "before\n", 'shard=0/1 timeout=0.3 s pid param=""',
+     "failed after: code 502, timed out after 0.3 s"),
+    (["limited", "--timeout", "1h"], 124, "", 'shard=0/1 timeout=0.3 s pid param=""',
+     "failed after: code 502, timed out after 0.3 s"),
+    (["patient"], 0, "left\n", 'shard=0/1 timeout=none pid param=""', "succeeded after: code 200, left"),
     (["leaves"], 0, "left\n", 'shard=0/1 timeout=none pid param=""', "succeeded after: code 200, left"),
-    (["py", "--param", "p", "--shard", "1/3", "--timeout", "9"], 0, "hi p 1 3 9\n", 'shard=1/3 timeout=9 s pid param="p"',
+    (["py", "--param", "p", "--shard", "1/3", "--timeout", "9"], 0, "hi p 1 3 9\n",
+     'shard=1/3 timeout=9 s pid param="p"',
      "succeeded after: code 200, done"),
     (["py-leave"], 4, "", 'shard=0/1 timeout=none pid param=""', "failed after: code 500, exit status 4"),
 ], ids=lambda value: "-".join(value) if isinstance(value, list) else "")
@@ -344,7 +364,8 @@ def test_exec(place, arguments, status, out, first, last):
 @pytest.mark.parametrize("arguments, status, out, last", [
     (["th", "--param", "p", "--shard", "1/3"], 0, "hi p 1 3 0\n", "succeeded after: code 200, done"),
     (["th-cooperative", "--timeout", "0.3"], 124, "cancelled\n", "failed after: code 502, timed out after 0.3 s"),
-    (["th-stuck", "--timeout", "0.3"], 124, "stuck\n", None)], ids=lambda value: value[0] if isinstance(value, list) else "")
+    (["th-stuck", "--timeout", "0.3"], 124, "stuck\n", None)],
+     ids=lambda value: value[0] if isinstance(value, list) else "")
 def test_exec_in_a_thread(place, arguments, status, out, last):
     with place.ended(place.write(JOBS).start("exec", *arguments)) as process:
         try:
@@ -365,7 +386,8 @@ def test_exec_of_a_python_job_that_raises(place, job):
 
 
 def test_exec_gives_the_environment(place):
-    status, out, _ = place.write(JOBS).run("exec", "environment", "--param", "a b", "--shard", "1/3", "--timeout", "2m", XXL_JOB_ACCESS_TOKEN="secret")
+    arguments = ("--param", "a b", "--shard", "1/3", "--timeout", "2m")
+    status, out, _ = place.write(JOBS).run("exec", "environment", *arguments, XXL_JOB_ACCESS_TOKEN="secret")
     assert status == 0
     assert out == """\
 XXL_JOB_HANDLER=environment
@@ -380,7 +402,8 @@ XXL_JOB_TIMEOUT=120
 
 def test_a_timeout_is_written_as_in_the_daemon(place, executor, admin):
     """A shell cannot compare 120.0 with -gt: whole seconds are written whole."""
-    daemon = executor({"t": {"shell": "echo $XXL_JOB_TIMEOUT", "timeout": "2m"}, "p": {"shell": "echo $XXL_JOB_TIMEOUT", "timeout": "2.5s"}}, admin=admin)
+    daemon = executor({"t": {"shell": "echo $XXL_JOB_TIMEOUT", "timeout": "2m"},
+                       "p": {"shell": "echo $XXL_JOB_TIMEOUT", "timeout": "2.5s"}}, admin=admin)
     assert run_job(daemon, admin, "t")[1]["handleMsg"] == "120"
     assert run_job(daemon, admin, "p")[1]["handleMsg"] == "2.5"
     status, out, _ = place.run("-c", str(daemon.file), "exec", "t", "--timeout", "1m")
@@ -423,14 +446,16 @@ def test_exec_of_a_stuck_thread_ends_on_a_signal(place):
 def test_status_without_a_daemon(place):
     place.write(JOBS)
     for arguments in (["status"], ["status", "--json"]):
-        assert place.run(*arguments) == (1, "", f"xxl-executor: no executor is running with data_dir {place.directory}/data\n")
+        assert place.run(*arguments) == (
+            1, "", f"xxl-executor: no executor is running with data_dir {place.directory}/data\n")
 
 
 def test_status(executor, loopback, place, tmp_path):
     admin, gate = loopback(token="s3cret"), tmp_path / "gate"
     os.mkfifo(gate)
-    daemon = executor({"ok": {"shell": "echo fine"}, "bad": {"shell": "exit 3"}, "late": {"shell": "sleep 60", "timeout": "0.2s", "kill_grace": "0.2s"},
-                       "waits": {"shell": f"echo ready; cat {gate}"}, "never": {"shell": "x"}}, admin=admin, executor={"app_name": "shown"})
+    jobs = {"ok": {"shell": "echo fine"}, "bad": {"shell": "exit 3"}, "never": {"shell": "x"},
+            "late": {"shell": "sleep 60", "timeout": "0.2s", "kill_grace": "0.2s"}, "waits": {"shell": f"cat {gate}"}}
+    daemon = executor(jobs, admin=admin, executor={"app_name": "shown"})
     assert admin.wait(lambda: admin.registry, 10)
     for handler, job in (("ok", 1), ("bad", 2), ("late", 3), ("ok", 1)):
         run_job(daemon, admin, handler, jobId=job)
@@ -443,7 +468,8 @@ def test_status(executor, loopback, place, tmp_path):
         assert (status, err) == (0, "")
         return out
     head, _, *table = status().split("\n")
-    assert re.fullmatch(rf"shown {re.escape(xxl_executor.__version__)}  registered  pid {daemon.process.pid}  up [\d.]+ s  {daemon.url}/", head)
+    version, pid = re.escape(xxl_executor.__version__), daemon.process.pid
+    assert re.fullmatch(rf"shown {version}  registered  pid {pid}  up [\d.]+ s  {daemon.url}/", head)
     assert table[:6] == [
         "JOB    LAST RESULTS  RUNNING  WAITING", "bad    F             0        0", "late   T             0        0",
         "never  -             0        0", "ok     ..            0        0", "waits  -             1        2"]
@@ -458,8 +484,8 @@ waits    {held[0]}  [\d.e-]+ s
 admin {re.escape(admin.url)}: ok, last answer [\d.e-]+ s ago
 """, text), text
     found = json.loads(status("--json"))
-    assert (found["app"], found["pid"], found["registered"], found["draining"], found["undelivered"], found["dead"]) == (
-        "shown", daemon.process.pid, True, False, 0, 0)
+    wanted = {"app": "shown", "pid": pid, "registered": True, "draining": False, "undelivered": 0, "dead": 0}
+    assert {key: found[key] for key in wanted} == wanted
     assert found["recent"]["ok"] == [200, 200] and found["recent"]["bad"] == [500] and found["recent"]["late"] == [502]
     assert [(run["job"], run["jobId"], run["logId"]) for run in found["running"]] == [("waits", 4, held[0])]
     assert (found["queued"], found["jobs"]) == ({"waits": 2}, ["bad", "late", "never", "ok", "waits"])
@@ -477,8 +503,10 @@ def test_status_of_an_undelivered_result(executor, place):
     with socket.socket() as closed:  # bound and not listening: every connection is refused
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/admin"
-        daemon = executor({"ok": {"shell": "echo fine"}}, admin_options={"addresses": [url], "timeout": "1s"}, executor={"drain_timeout": "0"})
-        assert daemon.post("/run", {"jobId": 1, "logId": 7, "executorHandler": "ok", "glueType": "BEAN", "logDateTime": 1})["code"] == 200
+        daemon = executor({"ok": {"shell": "echo fine"}}, admin_options={"addresses": [url], "timeout": "1s"},
+                          executor={"drain_timeout": "0"})
+        trigger = {"jobId": 1, "logId": 7, "executorHandler": "ok", "glueType": "BEAN", "logDateTime": 1}
+        assert daemon.post("/run", trigger)["code"] == 200
         wait_until(lambda: daemon.status()["undelivered"] == 1 and daemon.status()["lastFailure"])
         status, out, err = place.run("-c", str(daemon.file), "status")
         assert (status, err) == (0, "")
@@ -498,7 +526,8 @@ def demo_in_a_terminal(place, *arguments, size=(30, 100), **env):
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
     got = []
-    with place.ended(place.start("demo", *arguments, stdout=slave, stderr=slave, **{"TERM": "xterm", **env})) as process:
+    env = {"TERM": "xterm", **env}
+    with place.ended(place.start("demo", *arguments, stdout=slave, stderr=slave, **env)) as process:
         os.close(slave)
         with contextlib.suppress(OSError):  # EIO: the last one that had it open has gone
             while True:
@@ -532,15 +561,16 @@ def rows_of_the_demo(lines):
     """{job: (state, message)}; each job has one row."""
     found = {}
     for line in lines:
-        row = re.fullmatch(r"(good|bad|slow|py) +(queued|running|succeeded|failed|timed out) +\d+\.\d s(?:  (.*))?", line)
+        states = "queued|running|succeeded|failed|timed out"
+        row = re.fullmatch(rf"(good|bad|slow|py) +({states}) +\d+\.\d s(?:  (.*))?", line)
         if row:
             assert row[1] not in found
             found[row[1]] = (row[2], row[3])
     return found
 
 
-RESULTS = {"good": ("succeeded", "fine"), "bad": ("failed", "exit status 3: went wrong"), "slow": ("timed out", "timed out after 0.4 s"),
-           "py": ("succeeded", "done")}
+RESULTS = {"good": ("succeeded", "fine"), "bad": ("failed", "exit status 3: went wrong"),
+           "slow": ("timed out", "timed out after 0.4 s"), "py": ("succeeded", "done")}
 
 
 def test_demo_in_a_terminal(place):
@@ -560,7 +590,8 @@ def test_demo_without_color(place):
     assert "\x1b[4A" in text and not re.search(r"\x1b\[[\d;]*m", text)
 
 
-@pytest.mark.parametrize("env, size", [({"TERM": "dumb"}, (30, 100)), ({}, (10, 100))], ids=["dumb terminal", "too few lines"])
+@pytest.mark.parametrize("env, size", [({"TERM": "dumb"}, (30, 100)), ({}, (10, 100))],
+    ids=["dumb terminal", "too few lines"])
 def test_demo_where_nothing_can_be_redrawn(place, env, size):
     status, text = demo_in_a_terminal(place.write(DEMO), "--once", size=size, **env)
     assert status == 0 and "\x1b" not in text
@@ -569,7 +600,8 @@ def test_demo_where_nothing_can_be_redrawn(place, env, size):
 
 def test_demo_in_a_narrow_terminal(place):
     """A row that the terminal wraps would spoil the redrawing."""
-    status, text = demo_in_a_terminal(place.write(DEMO.replace("went wrong", "很长 " * 30)), "--once", size=(30, 50), NO_COLOR="1")
+    place.write(DEMO.replace("went wrong", "很长 " * 30))
+    status, text = demo_in_a_terminal(place, "--once", size=(30, 50), NO_COLOR="1")
     assert status == 0
     table = [line for line in screen(text) if line.startswith("bad ")]
     assert len(table) == 1 and table[0].endswith("...")
@@ -586,13 +618,15 @@ def test_demo_into_a_pipe(place):
     assert lines[3] == "shown has registered. 4 jobs of config.yaml:"
     assert lines[-3:] == ["", "4 runs, 2 succeeded, every result arrived at the admin.", ""]
     table = lines[5:-3]
-    assert len(table) == len({tuple(re.split(" {2,}", line)[:2]) for line in table}), "a line for each change of a state"
+    states = {tuple(re.split(" {2,}", line)[:2]) for line in table}
+    assert len(table) == len(states), "a line for each change of a state"
     assert rows_of_the_demo([line for line in table if not re.match(r"\w+ +(queued|running) ", line)]) == RESULTS
 
 
 def test_demo_needs_jobs(place):
     place.write("jobs: {}\n")
-    assert place.run("-c", "config.yaml", "demo", "--once") == (2, "", "config.yaml: jobs: expected at least one job to show\n")
+    assert place.run("-c", "config.yaml", "demo", "--once") == (
+        2, "", "config.yaml: jobs: expected at least one job to show\n")
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 0), (signal.SIGTERM, None)])
@@ -612,7 +646,8 @@ def test_demo_serves_until_ctrl_c(place, number, status):
 
 def test_demo_interrupted_while_a_job_runs(place):
     """Ctrl-C at any time leaves nothing (see the fixture) and shows no traceback."""
-    place.write("executor: {bind: '127.0.0.1:0', drain_timeout: 0.3s}\njobs: {long: {shell: sleep 600, kill_grace: 0.3}}\n")
+    place.write("executor: {bind: '127.0.0.1:0', drain_timeout: 0.3s}\n"
+                "jobs: {long: {shell: sleep 600, kill_grace: 0.3}}\n")
     with place.ended(place.start("demo")) as process:
         for line in process.stdout:
             if re.match("long +running ", line):

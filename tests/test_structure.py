@@ -11,7 +11,8 @@ from conftest import PROGRAM
 SOURCE = PROGRAM.read_text(encoding="utf-8")
 TREE = ast.parse(SOURCE)
 BANNER = re.compile(r"^# -{20,}\n# (\d+) (.+)\n# -{20,}\n", re.MULTILINE)
-NAMES = ["vocabulary", "config", "metrics", "HTTP server", "executor API", "scheduling", "job process", "job logs", "journal", "callbacks",
+NAMES = ["vocabulary", "config", "metrics", "HTTP server", "executor API", "scheduling", "job process", "job logs",
+    "journal", "callbacks",
          "admin client", "registration", "systemd", "daemon", "CLI"]
 LAYERS = range(4, 13)
 MODULES = {alias.name for node in TREE.body if isinstance(node, ast.Import) for alias in node.names}
@@ -50,7 +51,8 @@ def names(statements):
             left += annotations(node)
             if isinstance(node, ast.Name):
                 found.add(node.id)
-            elif isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name) and node.value.id in MODULES):
+            elif isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name)
+                and node.value.id in MODULES):
                 found.add(node.attr)
             elif isinstance(node, ast.alias):
                 found.add(node.name)
@@ -77,7 +79,8 @@ def test_no_section_is_empty_and_nothing_stands_before_the_first():
     for node in TREE.body:
         if node.lineno < first:
             docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-            assert docstring or isinstance(node, (ast.Import, ast.ImportFrom, ast.Assign)), f"line {node.lineno} belongs into a section"
+            assert docstring or isinstance(node, (ast.Import, ast.ImportFrom,
+                ast.Assign)), f"line {node.lineno} belongs into a section"
 
 
 def test_no_layer_names_a_class_of_an_earlier_layer():
@@ -85,8 +88,10 @@ def test_no_layer_names_a_class_of_an_earlier_layer():
 
 
 @pytest.mark.parametrize("use", [
-    "def f(): return HttpServer()", "x = module.HttpServer", "from xxl_executor import HttpServer", "def f(x: HttpServer): pass", "def f(x: 'HttpServer'): pass",
-    "def f() -> 'typing.List[HttpServer]': pass", "x: 'HttpServer' = None", "class Own(HttpServer): pass", "def f(*x: 'HttpServer'): pass",
+    "def f(): return HttpServer()", "x = module.HttpServer", "from xxl_executor import HttpServer",
+        "def f(x: HttpServer): pass", "def f(x: 'HttpServer'): pass",
+    "def f() -> 'typing.List[HttpServer]': pass", "x: 'HttpServer' = None", "class Own(HttpServer): pass",
+        "def f(*x: 'HttpServer'): pass",
     "async def f() -> HttpServer: pass", "f = lambda: HttpServer", "def f():\n    class Own:\n        x: 'HttpServer'"])
 def test_the_test_above_sees(use):
     """Each way to name a class counts; the same within one layer, or downward, is fine."""
@@ -129,7 +134,8 @@ def test_nothing_sleeps_and_nothing_reaps_what_is_not_its_own():
             assert node.func.attr != "sleep", f"line {node.lineno}"
             if node.func.attr in ("waitpid", "wait3", "wait4", "waitid") and node.args:
                 assert not isinstance(node.args[0], ast.UnaryOp), f"line {node.lineno}"
-            assert (node.func.attr, ast.dump(node.func.value)) != ("wait", ast.dump(ast.parse("os", mode="eval").body)), f"line {node.lineno}"
+            assert (node.func.attr, ast.dump(node.func.value)) != ("wait",
+                ast.dump(ast.parse("os", mode="eval").body)), f"line {node.lineno}"
 
 
 def test_importing_needs_no_package():
@@ -154,8 +160,10 @@ except ModuleNotFoundError as error:
 
 
 def test_importing_starts_nothing_and_prints_nothing():
-    program = "import threading, signal, logging, xxl_executor; print(threading.active_count(), logging.getLogger().handlers)"
-    ran = subprocess.run([sys.executable, "-W", "error", "-c", program], cwd=PROGRAM.parent, capture_output=True, text=True, timeout=60)
+    program = ("import threading, logging, xxl_executor\n"
+               "print(threading.active_count(), logging.getLogger().handlers)")
+    ran = subprocess.run([sys.executable, "-W", "error", "-c", program], cwd=PROGRAM.parent, capture_output=True,
+        text=True, timeout=60)
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "1 []\n", "")
 
 
@@ -165,9 +173,11 @@ def interpreters():
     return sorted(str(path) for path in found if int(path.parts[-3].split(".")[1]) >= 9)
 
 
-@pytest.mark.parametrize("interpreter", interpreters() or [pytest.param("", marks=pytest.mark.skip("no other interpreter here"))])
+@pytest.mark.parametrize("interpreter", interpreters() or [pytest.param("", marks=pytest.mark.skip(
+    "no other interpreter here"))])
 def test_it_starts_under_every_interpreter(interpreter):
-    ran = subprocess.run([interpreter, "-I", "-W", "error", str(PROGRAM), "--version"], capture_output=True, text=True, timeout=60)
+    ran = subprocess.run([interpreter, "-I", "-W", "error", str(PROGRAM), "--version"], capture_output=True, text=True,
+        timeout=60)
     assert (ran.returncode, ran.stderr) == (0, "") and re.fullmatch(r"xxl-executor \d+\.\d+\.\d+\n", ran.stdout)
 
 
