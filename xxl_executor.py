@@ -241,12 +241,19 @@ def _choice(*values: str):
     return parse
 
 
+def amount(text: str, pattern: str, units: dict) -> typing.Optional[float]:
+    """The number in `text` times its unit, an int unless it has a point; None when it is none."""
+    found = re.fullmatch(pattern, text, re.ASCII)
+    if not found or found[2] not in units:
+        return None
+    return (float(found[1]) if "." in found[1] else int(found[1])) * units[found[2]]
+
+
 def _measure(pattern: str, units: dict, expected: str, positive: bool = False):
     def parse(reader, node) -> float:
-        found = re.fullmatch(pattern, _scalar(node, "int", "float", "str", expected=expected), re.ASCII)
-        if not found or found[2] not in units:
+        value = amount(_scalar(node, "int", "float", "str", expected=expected), pattern, units)
+        if value is None:
             raise _expected(expected, node)
-        value = (float(found[1]) if "." in found[1] else int(found[1])) * units[found[2]]
         if positive and value <= 0:
             raise _Bad(f"expected more than 0, got {node.value}", node)
         return value
@@ -1287,11 +1294,11 @@ class Scheduler:
     """One lane per jobId, lanes served in turn by at most `max_running` slot threads.
 
     submit, kill, busy and knows: any thread. A run is in the journal as accepted before submit returns and as running before
-    anything of it starts, so no crash can make it start twice. `finished()` is called when a result is stored.
+    anything of it starts, so no crash can make it start twice.
     """
 
-    def __init__(self, journal, runner, metrics: Metrics, finished, max_running: int, max_queued: int):
-        self._journal, self._runner, self._metrics, self._finished = journal, runner, metrics, finished
+    def __init__(self, journal, runner, metrics: Metrics, max_running: int, max_queued: int):
+        self._journal, self._runner, self._metrics = journal, runner, metrics
         self._max_queued = max_queued
         self._slots = Slots(max_running, self._serve)
         self._lock = threading.Lock()
@@ -1479,7 +1486,6 @@ class Scheduler:
             self._metrics.count("runs_total", job=run.trigger.handler, code=result.code)
             self._metrics.observe("run_duration_seconds", took)
             log.info("finished %s code=%d in %s: %.200s", run.trigger, result.code, seconds_text(took), result.message)
-        self._finished()
 
     def kill(self, job_id: int) -> str:
         """End what runs and drop what waits for `job_id`; returns what was found. Does not wait for the processes."""
@@ -1615,11 +1621,16 @@ class Context:
         raise ValueError(f'expected a JSON object, "id=1&active=true" or key=value words as parameter, got {self.param!r}')
 
 
+@functools.lru_cache(256)
+def _takes_argument(function) -> bool:
+    return bool(inspect.signature(function).parameters)
+
+
 def call_entry_point(entry_point: str, context: Context) -> str:
     """Import `module:function` and call it, with `context` if it takes an argument; returns its result as text."""
     module, _, name = entry_point.partition(":")
     function = getattr(importlib.import_module(module), name)
-    value = function(context) if inspect.signature(function).parameters else function()
+    value = function(context) if _takes_argument(function) else function()
     if inspect.iscoroutine(value):
         import asyncio
         value = asyncio.run(value)
@@ -1947,7 +1958,7 @@ def await_exit(fds: typing.List[int], seconds: float) -> None:
     for fd in fds:
         poller.register(fd, select.POLLIN)
     while waiting and time.monotonic() < deadline:
-        for fd, _ in poller.poll(max(0.0, deadline - time.monotonic()) * 1000 + 1):
+        for fd, _ in poller.poll(min(max(0.0, deadline - time.monotonic()), 3600.0) * 1000 + 1):  # an int for poll(2)
             poller.unregister(fd)
             waiting.discard(fd)
     for fd in fds:
@@ -2294,9 +2305,11 @@ _INDEXED_FILES = 256  # how many files the positions of lines are remembered for
 class RunLog:
     """The log of one run; written by its slot thread, and by the threads of a Python job in a thread."""
 
-    def __init__(self, fd: int, limit: int):
+    def __init__(self, fd: int, limit: int, echo: str = ""):
+        """`echo`: what begins each line of output that also goes to stdout (executor.log_to_stdout); "": none does."""
         self._fd, self._limit, self._lock = fd, limit, threading.Lock()
         self._left = limit
+        self._echo, self._line = echo.encode(), b""
         self._tail = b""
         self.dropped = 0
 
@@ -2304,6 +2317,8 @@ class RunLog:
         """Append output; what is beyond the limit or cannot be written is counted and dropped, the run goes on."""
         with self._lock:
             self._tail = data[-4096:] if len(data) >= 4096 else (self._tail + data)[-4096:]
+            if self._echo:
+                self._echo_lines(data)
             part = data[:self._left]
             if part:
                 self._left -= len(part)
@@ -2312,6 +2327,14 @@ class RunLog:
                 if self._left == 0 and not self.dropped:
                     self._append(f"\n----- output beyond executor.log_limit ({self._limit} bytes) is dropped -----\n".encode())
                 self.dropped += len(data) - len(part)
+
+    def _echo_lines(self, data: bytes, end: bool = False) -> None:
+        *lines, self._line = (self._line + data).split(b"\n")
+        if self._line and (end or len(self._line) > _CHUNK):
+            lines, self._line = [*lines, self._line], b""
+        with contextlib.suppress(OSError):
+            for line in lines:
+                os.write(1, self._echo + line + b"\n")
 
     def _append(self, data: bytes) -> None:
         try:
@@ -2331,6 +2354,7 @@ class RunLog:
         with self._lock:
             if self._tail and not self._tail.endswith(b"\n") and not self.dropped:
                 self._append(b"\n")
+            self._echo_lines(b"", end=True)
         self.note(text)
         with self._lock:
             if self._fd >= 0:
@@ -2346,10 +2370,10 @@ class RunLog:
 class JobLogs:
     """Files `yyyy-MM-dd/<logId>.log` below one directory: written with a cap, read by page, pruned by age; any thread."""
 
-    def __init__(self, directory: str, limit: int, retention: float):
-        self.directory, self._limit, self._retention = directory, limit, retention
+    def __init__(self, directory: str, limit: int, retention: float, echo: bool = False):
+        self.directory, self._limit, self._retention, self._echo = directory, limit, retention, echo
         os.makedirs(directory, 0o750, exist_ok=True)
-        self._lock = threading.Lock()
+        self._lock, self._made = threading.Lock(), ""  # the day directory that was made last
         # (logId, inode): [(line, offset), ...], about one for each _CHUNK, the last one where the last page ended
         self._index: typing.Dict[tuple, list] = collections.OrderedDict()
 
@@ -2363,9 +2387,10 @@ class JobLogs:
 
     def _open(self, log_id: int, log_date_time: int, flags: int) -> int:
         directory, name = self._place(log_id, log_date_time)
-        if flags & os.O_CREAT:
+        if flags & os.O_CREAT and directory != self._made:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(directory, 0o750)
+            self._made = directory
         parent = os.open(directory, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640, dir_fd=parent)
@@ -2379,7 +2404,7 @@ class JobLogs:
         except (OSError, Refused) as error:
             log.error("cannot open the log of %s, its output is dropped: %s", trigger, error)
             fd = -1
-        return RunLog(fd, self._limit)
+        return RunLog(fd, self._limit, f"logId={trigger.log_id} " if self._echo else "")
 
     def page(self, log_id: int, log_date_time: int, first: int, *, ended: bool, most: int = 0, limit: int = PAGE_LIMIT) -> dict:
         """Lines from `first` (1 is the first) of a run, at most `most` (0: no bound) and `limit` bytes, as the admin reads them.
@@ -2497,6 +2522,7 @@ class JobLogs:
                         removed += 1
             with contextlib.suppress(OSError):  # not empty
                 os.rmdir(day.path)
+                self._made = ""
         return removed
 
 
@@ -2517,11 +2543,12 @@ CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT);
 
 
 class _Write:
-    """One thread's part of the next transaction; `gate` opens when it is committed, or when its thread is to commit."""
-    __slots__ = ("work", "value", "error", "done", "gate")
+    """One thread's part of the next transaction; `gate` opens when it is committed, or when its thread is to commit.
+    With `failed`, called with the error if there is one, nobody waits for it."""
+    __slots__ = ("work", "value", "error", "done", "gate", "failed")
 
-    def __init__(self, work):
-        self.work, self.value, self.error, self.done = work, None, None, False
+    def __init__(self, work, failed=None):
+        self.work, self.value, self.error, self.done, self.failed = work, None, None, False, failed
         self.gate = threading.Lock()
         self.gate.acquire()
 
@@ -2537,6 +2564,7 @@ class Journal:
 
     def __init__(self, file: str):
         self._file, self._lock = file, threading.Lock()
+        self.stored: typing.Callable[[], None] = lambda: None  # called after results were committed; set before any thread runs
         self._turn, self._leading = threading.Lock(), False  # guards the two below
         self._waiting: typing.Deque[_Write] = collections.deque()
         self._held: typing.List[typing.Tuple[int, Result]] = []
@@ -2571,27 +2599,40 @@ class Journal:
     def _write(self, work: typing.Callable[[sqlite3.Connection], typing.Any]) -> typing.Any:
         """Run `work` in the next transaction; returns its value, which must not be a cursor: those belong to the lock."""
         write = _Write(work)
+        self._join(write)
+        if write.error is not None:
+            raise JournalError(f"{self._file}: {write.error}")
+        return write.value
+
+    def _join(self, write: _Write) -> None:
+        """Have `write` committed: by the thread that leads now, or by this one. Waits for it, unless it is a `failed` one."""
         with self._turn:
             self._waiting.append(write)
             follows, self._leading = self._leading, True
         if follows:
+            if write.failed is not None:
+                return
             write.gate.acquire()
-        if not write.done:
+        leading = not write.done
+        while leading:
             with self._lock:
                 with self._turn:
                     batch = list(self._waiting)
                     self._waiting.clear()
                 self._commit(batch)
             with self._turn:
-                self._leading = bool(self._waiting)
-                if self._leading:
-                    self._waiting[0].gate.release()
+                heir = next((other for other in self._waiting if other.failed is None), None)
+                leading = heir is None and bool(self._waiting)  # only such as nobody waits for: go on
+                self._leading = leading or heir is not None
+            if heir is not None:
+                heir.gate.release()
             for other in batch:
-                if other is not write:
+                if other.failed is None:
                     other.gate.release()
-        if write.error is not None:
-            raise JournalError(f"{self._file}: {write.error}")
-        return write.value
+                elif other.error is not None:
+                    other.failed(other.error)
+            if any(other.failed is not None for other in batch):
+                self.stored()
 
     def _commit(self, batch: typing.List[_Write]) -> None:
         error = None
@@ -2633,20 +2674,22 @@ class Journal:
             "UPDATE runs SET state = 'accepted', accepted = ? WHERE log_id = ? AND state = 'running'", (time.time(), log_id)).rowcount)
 
     def finish(self, triggers: typing.Sequence[Trigger], result: Result) -> None:
-        """accepted | running -> finished, all with `result`. What cannot be stored now is held."""
+        """accepted | running -> finished, all with `result`, in the next transaction; `stored` tells when. Need not be waited
+        for: until then a crash makes them failures. What cannot be stored is held."""
         results = [(trigger.log_id, result) for trigger in triggers]
-        try:
-            self._store(results)
-        except JournalError as error:
-            log.error("cannot store %d results, holding them until it works again: %s", len(results), error)
+
+        def failed(error: Exception) -> None:
+            log.error("cannot store %d results, holding them until it works again: %s: %s", len(results), self._file, error)
             with self._lock:
                 self._held += results
+        self._join(_Write(lambda db: self._store(db, results), failed))
 
-    def _store(self, results: typing.List[typing.Tuple[int, Result]]) -> None:
-        rows = [(result.code, result.message, time.time(), log_id) for log_id, result in results]
-        self._write(lambda db: db.executemany(
+    @staticmethod
+    def _store(db: sqlite3.Connection, results: typing.List[typing.Tuple[int, Result]]) -> int:
+        return db.executemany(
             "UPDATE runs SET state = 'finished', code = ?, message = ?, finished = ?, trigger = NULL "
-            "WHERE log_id = ? AND state IN ('accepted', 'running')", rows).rowcount)
+            "WHERE log_id = ? AND state IN ('accepted', 'running')",
+            [(result.code, result.message, time.time(), log_id) for log_id, result in results]).rowcount
 
     def store_held(self) -> bool:
         """Try again to store what `finish` could not; False when some is still held."""
@@ -2654,7 +2697,7 @@ class Journal:
             held, self._held = self._held, []
         if held:
             try:
-                self._store(held)
+                self._write(lambda db: self._store(db, held))
                 log.info("stored %d held results", len(held))
             except JournalError:
                 with self._lock:
@@ -2712,7 +2755,7 @@ class Journal:
 # 10 callbacks
 # ----------------------------------------------------------------------------------------------------------------------
 BATCH = 100  # results in one request
-PACE = 0.02  # seconds between two requests: what ends meanwhile goes into the next one
+PACE = 0.05  # seconds between two requests: what ends meanwhile goes into the next one
 
 
 def backoff(failures: int) -> float:
@@ -3208,8 +3251,8 @@ def notify(state: str) -> None:
 # 14 daemon
 # ----------------------------------------------------------------------------------------------------------------------
 MAX_STARTS = 3         # of one run with on_crash: rerun; a job that brings the executor down must not do so for ever
+WATCH_INTERVAL = 1.0   # seconds between two looks at the files with executor.watch_config
 HOUSEKEEPING = 3600.0  # seconds between two prunings of logs and journal
-LOOPBACK = ("localhost", "127.", "::1")
 
 
 class DataDir:
@@ -3290,16 +3333,50 @@ def recover(journal: Journal, logs: JobLogs, scheduler: Scheduler, jobs: typing.
             scheduler.resume(trigger, job)
 
 
+class Signals:
+    """Signals and wake-ups as bytes in a pipe, so that the main thread can wait for them and none is lost; see signal(7) on the
+    self-pipe trick. `wake`: any thread; the rest: the main thread."""
+
+    def __init__(self, *numbers: int):
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._before = {number: signal.signal(number, self.ignore) for number in numbers}
+        signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+
+    @staticmethod
+    def ignore(number: int, frame) -> None:
+        """The handler: the byte in the pipe is all that is wanted."""
+
+    def wake(self) -> None:
+        with contextlib.suppress(OSError):
+            os.write(self._write, b"\0")
+
+    def wait(self, deadline: typing.Optional[float] = None) -> typing.Set[int]:
+        """What came, 0 for a wake-up; the empty set at `deadline` (monotonic)."""
+        poller = select.poll()
+        poller.register(self._read, select.POLLIN)
+        left = None if deadline is None else min(max(0.0, deadline - time.monotonic()), 3600.0) * 1000 + 1
+        return set(os.read(self._read, 4096)) if poller.poll(left) else set()
+
+    def close(self) -> None:
+        signal.set_wakeup_fd(-1)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        os.close(self._read)
+        os.close(self._write)
+
+
 class Daemon:
     """Builds everything, starts it in order, stops it in reverse; used by the main thread only."""
 
     def __init__(self, config: Config):
         self.config = config
         self._started = time.time()
-        self._signals_read, self._signals_write = os.pipe()
-        os.set_blocking(self._signals_write, False)
+        self._signals: typing.Optional[Signals] = None
         self._reap_at: typing.Optional[float] = None
         self._housekeeping_at = time.monotonic()
+        self._watch_at = self._housekeeping_at if config.executor.watch_config else None
+        self._seen: typing.Optional[tuple] = None  # files at the last look, and as they were loaded
 
     def start(self) -> None:
         """Raises ExecutorError; nothing runs then."""
@@ -3312,14 +3389,16 @@ class Daemon:
             undo.callback(self._data.close)
             self._journal = Journal(os.path.join(self._data.path, "journal.db"))
             undo.callback(self._journal.close)
-            self._logs = JobLogs(os.path.join(self._data.path, "logs"), config.executor.log_limit, config.executor.log_retention)
+            self._logs = JobLogs(os.path.join(self._data.path, "logs"), config.executor.log_limit, config.executor.log_retention,
+                                 config.executor.log_to_stdout)
             self.metrics = Metrics()
             self._runner = Runner(self._logs, self._data.identity, os.path.join(self._data.path, "run"), self.metrics)
             undo.callback(self._runner.close)
             end_leftovers(self._journal, self._data.identity)
             self._admin = AdminClient(config, self._journal.fact("dialect"), self._journal.learn)
             self._callbacks = Callbacks(self._journal, self._admin, self.metrics)
-            self._scheduler = Scheduler(self._journal, self._runner, self.metrics, self._callbacks.wake,
+            self._journal.stored = self._callbacks.wake
+            self._scheduler = Scheduler(self._journal, self._runner, self.metrics,
                                         config.executor.max_running, config.executor.max_queued)
             self._scheduler.register()
             self.port = listener.getsockname()[1]
@@ -3361,38 +3440,52 @@ class Daemon:
 
     def take_signals(self) -> None:
         """From now on signals wait for `serve`; before `start`, so that none can come in between and end the process."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
-            signal.signal(number, lambda *_: None)
-        signal.set_wakeup_fd(self._signals_write, warn_on_full_buffer=False)
+        self._signals = Signals(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 
     def serve(self) -> None:
         """Handle signals until one asks for the end, then stop."""
-        while not self._next({signal.SIGTERM, signal.SIGINT}, None):
-            pass
-        self.stop()
+        self.wait()
+        self.close()
 
-    def _next(self, wanted: typing.Set[int], deadline: typing.Optional[float]) -> bool:
-        """Wait for signals or other wake-ups until `deadline` (monotonic); True when one of `wanted` came."""
-        limits = [limit for limit in (deadline, self._reap_at, self._housekeeping_at) if limit is not None]
-        poller = select.poll()
-        poller.register(self._signals_read, select.POLLIN)
-        got = b""
-        if poller.poll(max(0.0, min(limits) - time.monotonic()) * 1000 + 1):
-            got = os.read(self._signals_read, 4096)
-        if self._reap_at is not None and time.monotonic() >= self._reap_at:
+    def wait(self) -> None:
+        while not self._next(None):
+            pass
+
+    def close(self) -> None:
+        self.stop()
+        self._signals.close()
+
+    def _next(self, deadline: typing.Optional[float]) -> bool:
+        """Wait for a signal or a wake-up until `deadline` (monotonic) and act on it; True for SIGTERM and SIGINT."""
+        limits = [limit for limit in (deadline, self._reap_at, self._watch_at, self._housekeeping_at) if limit is not None]
+        got = self._signals.wait(min(limits))
+        now = time.monotonic()
+        if self._reap_at is not None and now >= self._reap_at:
             self._reap_at = None
-            signal.signal(signal.SIGCHLD, lambda *_: None)
+            signal.signal(signal.SIGCHLD, Signals.ignore)
             reap_orphans()
         elif signal.SIGCHLD in got:
             # Each job that ends raises one, and the slots reap theirs themselves: once a second is enough for orphans.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            self._reap_at = time.monotonic() + 1.0
-        if time.monotonic() >= self._housekeeping_at:
-            self._housekeeping_at = time.monotonic() + HOUSEKEEPING
+            self._reap_at = now + 1.0
+        if now >= self._housekeeping_at:
+            self._housekeeping_at = now + HOUSEKEEPING
             self._prune()
-        if signal.SIGHUP in got and not self._api.draining:
+        if not self._api.draining and (signal.SIGHUP in got or (self._watch_at is not None and now >= self._watch_at and self._changed())):
             self.reload()
-        return bool(wanted.intersection(got))
+        return bool(got & {signal.SIGTERM, signal.SIGINT})
+
+    def _changed(self) -> bool:
+        """Whether a file of the configuration has changed and was left alone since the last look (a symlink that moved, too)."""
+        self._watch_at = time.monotonic() + WATCH_INTERVAL
+        seen = []
+        for file in (*self.config.files, *map(os.path.dirname, map(os.path.abspath, self.config.files))):
+            with contextlib.suppress(OSError):
+                found = os.stat(file)
+                seen.append((file, found.st_mtime_ns, found.st_ino, found.st_size))
+        settled = self._seen is not None and seen == self._seen[0] and seen != self._seen[1]
+        self._seen = (seen, seen if settled or self._seen is None else self._seen[1])
+        return settled
 
     def _prune(self) -> None:
         try:
@@ -3420,7 +3513,7 @@ class Daemon:
                     log.warning("%s has changed in %s: that takes effect at a restart, a reload takes over only jobs", part, old.file)
             added, removed = sorted(new.jobs.keys() - old.jobs.keys()), sorted(old.jobs.keys() - new.jobs.keys())
             changed = sorted(name for name in old.jobs.keys() & new.jobs.keys() if old.jobs[name] != new.jobs[name])
-            self.config = self._api.config = dataclasses.replace(old, jobs=new.jobs)
+            self.config = self._api.config = dataclasses.replace(old, jobs=new.jobs, files=new.files)
             self._runner.prepare(new.jobs.values())
             log.info("reloaded %s: %d jobs, added %s, changed %s, removed %s", old.file, len(new.jobs),
                      *(", ".join(names) or "none" for names in (added, changed, removed)))
@@ -3428,25 +3521,26 @@ class Daemon:
 
     def stop(self) -> None:
         """Drain, end what still runs, deliver, close. A signal that comes meanwhile ends the draining."""
-        hurry = {signal.SIGTERM, signal.SIGINT}
+        if self._signals is None:  # demo --once
+            self.take_signals()
         log.info("stopping: no new runs, up to %s for those that run", seconds_text(self.config.executor.drain_timeout))
         notify("STOPPING=1")
         self._api.draining = True
         self._registration.close()
         idle = threading.Event()
+        signals = self._signals
 
         def idle_hook() -> None:
             idle.set()
-            with contextlib.suppress(OSError):
-                os.write(self._signals_write, b"\0")
+            signals.wake()
         self._scheduler.drain(idle_hook)
         deadline = time.monotonic() + self.config.executor.drain_timeout
-        while not idle.is_set() and time.monotonic() < deadline and not self._next(hurry, deadline):
+        while not idle.is_set() and time.monotonic() < deadline and not self._next(deadline):
             pass
         if not idle.is_set():
             deadline = time.monotonic() + self._scheduler.cancel_all("killed: the executor stopped")
             while not idle.is_set() and time.monotonic() < deadline:
-                self._next(hurry, deadline)
+                self._next(deadline)
         self._registration.join(self.config.admin.timeout)
         self._callbacks.close()
         left = self._journal.counts()["undelivered"]
@@ -3456,9 +3550,6 @@ class Daemon:
         self._admin.close()
         self._journal.close()
         self._data.close()
-        signal.set_wakeup_fd(-1)
-        for fd in (self._signals_read, self._signals_write):
-            os.close(fd)
         log.info("stopped, %s", f"{left} results wait for the next start" if left else "every result is delivered")
 
 
@@ -3482,11 +3573,18 @@ def listen(bind: typing.Tuple[str, int]) -> socket.socket:
     return listener
 
 
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def refuse_unsafe(config: Config) -> None:
     """Raises ConfigError when anybody on the network could run jobs; warns of the token that every attacker knows."""
     token = config.admin.access_token
     host = config.executor.bind[0]
-    if not token and not config.executor.allow_no_token and not host.startswith(LOOPBACK):
+    if not token and not config.executor.allow_no_token and not is_loopback(host):
         raise ConfigError(f"{config.file}: admin.access_token: is empty, and executor.bind {host} is open to the network: set a token, "
                           "bind to 127.0.0.1, or set executor.allow_no_token: true when a firewall keeps others out")
     if token == "default_token":
@@ -3701,7 +3799,7 @@ def cmd_demo(arguments: argparse.Namespace) -> int:
         daemon = Daemon(dataclasses.replace(config, admin=dataclasses.replace(config.admin, addresses=(admin.url,), access_token=""),
                                             executor=executor))
         daemon.start()
-        cleanup.callback(daemon.stop)
+        cleanup.callback(daemon.close)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
         print(f"admin     {admin.url}/ (on this machine only)\nexecutor  {daemon.url}")
         if not admin.wait(lambda: admin.registry, 30):
@@ -3716,9 +3814,9 @@ def cmd_demo(arguments: argparse.Namespace) -> int:
         results = _demo_progress(admin, daemon, runs)
         print(f"\n{len(results)} runs, {sum(code == SUCCESS for code in results)} succeeded, every result arrived at the admin.")
         if not arguments.once:
+            daemon.take_signals()
             print(f"Still serving on {daemon.url}; Ctrl-C ends it.", flush=True)
-            with contextlib.suppress(KeyboardInterrupt):
-                threading.Event().wait()
+            daemon.wait()
     return 0
 
 
@@ -3767,13 +3865,22 @@ def cmd_exec(arguments: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="xxl-exec-") as scratch:
         runner = Runner(_Terminal(), secrets.token_hex(8), scratch, Metrics())
         runner.prepare([job])
-        control = Control()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: threading.Thread(target=control.cancel, args=(FAILURE, "interrupted"), daemon=True).start())
+        control, signals = Control(), Signals(signal.SIGINT, signal.SIGTERM)
+        control.stuck_hook = lambda: (box.append(control.result), signals.wake())
+
+        def work() -> None:
+            try:
+                box.append(runner.run(trigger, job, control))
+            finally:
+                signals.wake()
         # Not in the main thread: its children are the orphans of the job, and it has signals to handle.
-        thread = threading.Thread(target=lambda: box.append(runner.run(trigger, job, control)), daemon=True)
-        thread.start()
-        thread.join()
+        threading.Thread(target=work, daemon=True).start()
+        while True:
+            got = signals.wait()
+            if 0 in got:
+                break
+            control.cancel(FAILURE, "interrupted")
+        signals.close()
         runner.close()
     if not box:
         return 1
@@ -3833,10 +3940,10 @@ def _shard(text: str) -> typing.Tuple[int, int]:
 
 
 def _seconds(text: str) -> float:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text, re.ASCII)
-    if not found:
-        raise argparse.ArgumentTypeError(f'expected a duration such as 90, 90s or 10m, got "{text}"')
-    return float(found[1]) * _UNITS[found[2]]
+    value = amount(text, *_DURATION[:2])
+    if value is None:
+        raise argparse.ArgumentTypeError(f'expected {_DURATION[2]}, got "{text}"')
+    return value
 
 
 def parser() -> argparse.ArgumentParser:

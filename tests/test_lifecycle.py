@@ -419,3 +419,42 @@ def test_many_reloads_and_requests_at_once(executor, admin):
     assert accepted
     assert admin.wait(lambda: all(log_id in admin.results for log_id in accepted), 30)
     assert all(len(admin.results[log_id]) == 1 for log_id in accepted)
+
+
+# -- executor.log_to_stdout and executor.watch_config
+
+def test_output_also_goes_to_stdout(executor, admin):
+    daemon = executor({"two": {"shell": "echo one; printf two"}, "quiet": {"shell": "true"}}, admin=admin,
+                      executor={"log_to_stdout": True})
+    log_id, _ = run_job(daemon, admin, "two")
+    quiet, _ = run_job(daemon, admin, "quiet")
+    assert f"\nlogId={log_id} one\n" in daemon.log and f"\nlogId={log_id} two\n" in daemon.log
+    assert f"\nlogId={quiet} \n" not in daemon.log
+
+
+def test_a_changed_file_is_taken_over_by_itself(executor, admin, tmp_path):
+    """As editors and ConfigMaps change it: rewritten, replaced, and behind a symlink that moves; an include too."""
+    daemon = executor({"old": {"shell": "true"}}, admin=admin, executor={"watch_config": True}, include=["jobs.d/*.yaml"])
+
+    def reloads():
+        return re.findall(r"reloaded \S+: \d+ jobs, (.*)", daemon.log)
+
+    def settings(text):
+        return daemon.file.read_text().replace("old", text)
+    replaced = daemon.file.with_suffix(".new")
+    replaced.write_text(settings("new"))
+    replaced.replace(daemon.file)
+    wait_until(lambda: reloads() == ["added new, changed none, removed old"])
+    (daemon.directory / "jobs.d").mkdir()
+    (daemon.directory / "jobs.d/more.yaml").write_text("jobs: {more: {shell: echo more}}")
+    daemon.file.write_text(daemon.file.read_text() + "# so that the include is looked at\n")
+    wait_until(lambda: reloads()[1:] == ["added more, changed none, removed none"])
+    (daemon.directory / "jobs.d/more.yaml").write_text("jobs: {more: {shell: echo changed}}")
+    wait_until(lambda: reloads()[2:] == ["added none, changed more, removed none"])
+    good = daemon.file.read_text()
+    daemon.file.write_text(good + "  broken: [\n")
+    wait_until(lambda: "reload failed, the old jobs stay: " in daemon.log)
+    assert run_job(daemon, admin, "more")[1]["handleMsg"] == "changed"
+    daemon.file.write_text(good)
+    wait_until(lambda: len(reloads()) == 4)
+    assert daemon.log.count("reload failed") == 1 and reloads()[3] == "added none, changed none, removed none"
