@@ -3333,6 +3333,16 @@ def recover(journal: Journal, logs: JobLogs, scheduler: Scheduler, jobs: typing.
             scheduler.resume(trigger, job)
 
 
+def file_stamps(files: typing.Iterable[str]) -> list:
+    """What tells whether one of `files` or their directories was changed, replaced, or is another one behind a symlink."""
+    stamps = []
+    for file in dict.fromkeys((*files, *(os.path.dirname(os.path.abspath(file)) for file in files))):
+        with contextlib.suppress(OSError):
+            found = os.stat(file)
+            stamps.append((file, found.st_mtime_ns, found.st_ino, found.st_size))
+    return stamps
+
+
 class Signals:
     """Signals and wake-ups as bytes in a pipe, so that the main thread can wait for them and none is lost; see signal(7) on the
     self-pipe trick. `wake`: any thread; the rest: the main thread."""
@@ -3376,7 +3386,7 @@ class Daemon:
         self._reap_at: typing.Optional[float] = None
         self._housekeeping_at = time.monotonic()
         self._watch_at = self._housekeeping_at if config.executor.watch_config else None
-        self._seen: typing.Optional[tuple] = None  # files at the last look, and as they were loaded
+        self._seen = self._loaded = file_stamps(config.files)  # at the last look, and when they were read
 
     def start(self) -> None:
         """Raises ExecutorError; nothing runs then."""
@@ -3476,15 +3486,12 @@ class Daemon:
         return bool(got & {signal.SIGTERM, signal.SIGINT})
 
     def _changed(self) -> bool:
-        """Whether a file of the configuration has changed and was left alone since the last look (a symlink that moved, too)."""
+        """Whether a file of the configuration has changed and was then left alone for a look."""
         self._watch_at = time.monotonic() + WATCH_INTERVAL
-        seen = []
-        for file in (*self.config.files, *map(os.path.dirname, map(os.path.abspath, self.config.files))):
-            with contextlib.suppress(OSError):
-                found = os.stat(file)
-                seen.append((file, found.st_mtime_ns, found.st_ino, found.st_size))
-        settled = self._seen is not None and seen == self._seen[0] and seen != self._seen[1]
-        self._seen = (seen, seen if settled or self._seen is None else self._seen[1])
+        before, self._seen = self._seen, file_stamps(self.config.files)
+        settled = self._seen == before and self._seen != self._loaded
+        if settled:
+            self._loaded = self._seen
         return settled
 
     def _prune(self) -> None:
