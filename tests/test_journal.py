@@ -520,9 +520,11 @@ def test_a_crash_in_the_middle_of_a_run(slow, admin):
 def test_on_crash_rerun(slow, admin):
     log_id, _ = admin.trigger(slow.url, "again")
     pids = starts_of(slow)
+    wait_until(lambda: slow.log_text(log_id).count(" pid=") == 1)
     slow.kill()
     slow.start()
     starts_of(slow, 2)
+    wait_until(lambda: slow.log_text(log_id).count(" pid=") == 2)
     assert not any(map(alive, pids)), "the first one is dead before the second starts"
     slow.kill()
     slow.start()
