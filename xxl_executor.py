@@ -2685,6 +2685,10 @@ class Journal:
         for write in batch:
             write.error, write.done = error, True
 
+    def flush(self) -> None:
+        """Wait until everything that was written before this call is committed."""
+        self._write(lambda db: None)
+
     def _read(self, query: str, *values: typing.Any) -> list:
         with self._lock:
             try:
@@ -3586,6 +3590,8 @@ class Daemon:
             deadline = time.monotonic() + self._scheduler.cancel_all("killed: the executor stopped")
             while not idle.is_set() and time.monotonic() < deadline:
                 self._next(deadline)
+        with contextlib.suppress(JournalError):
+            self._journal.flush()
         self._registration.join(self.config.admin.timeout)
         self._callbacks.close()
         left = self._journal.counts()["undelivered"]

@@ -1,0 +1,66 @@
+"""What the documents say of options, commands and examples is what the program has."""
+import dataclasses
+import re
+
+import pytest
+import yaml
+
+import xxl_executor
+from conftest import ROOT
+
+SECTIONS = {"admin": xxl_executor.AdminConfig, "executor": xxl_executor.ExecutorConfig, "glue": xxl_executor.GlueConfig,
+            "jobs.NAME": xxl_executor.JobConfig}
+
+
+def options():
+    """{key: default as it is written} of everything that a configuration may hold."""
+    found = {f"{section}.{field.name}": field.metadata["default"] for section, kind in SECTIONS.items()
+             for field in dataclasses.fields(kind) if field.metadata}
+    return {**found, "include": "[]"}
+
+
+@pytest.mark.parametrize("file", ["README.md", "README.zh-CN.md"])
+def test_the_table_of_options_is_complete_and_right(file):
+    rows = re.findall(r"^\| `([\w.]+)` \| (?:`(.*?)`)? ?\| ", (ROOT / file).read_text(encoding="utf-8"), re.M)
+    assert dict(rows) == options()
+
+
+@pytest.mark.parametrize("file", ["README.md", "README.zh-CN.md"])
+def test_every_command_is_named(file):
+    commands = next(action for action in xxl_executor.parser()._actions if action.dest == "command").choices
+    text = (ROOT / file).read_text(encoding="utf-8")
+    assert [name for name in commands if f"`{name}" not in text] == []
+
+
+def test_both_readmes_have_the_same_code():
+    """Commands and examples; comments in them are in the reader's language."""
+    def blocks(file):
+        text = (ROOT / file).read_text(encoding="utf-8")
+        return [re.sub(r" +#.*", "", block) for block in re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)]
+    assert blocks("README.md") == blocks("README.zh-CN.md")
+
+
+def test_the_example_shows_every_option_of_admin_and_executor():
+    text = (ROOT / "config.example.yaml").read_text(encoding="utf-8")
+    names = [key.partition(".")[2] for key in options() if key.startswith(("admin.", "executor."))]
+    assert [name for name in names if not re.search(rf"\b{name}:", text)] == []
+
+
+def test_the_example_with_every_comment_taken_off_is_valid(tmp_path, monkeypatch):
+    """A commented option must work as it is written when somebody removes the `#`."""
+    text = (ROOT / "config.example.yaml").read_text(encoding="utf-8")
+    opened = re.sub(r"^( *)# (\w+: .*)$", r"\1\2", text, flags=re.M)
+    assert opened != text
+    file = tmp_path / "config.yaml"
+    file.write_text(opened, encoding="utf-8")
+    (tmp_path / "jobs.d").mkdir()
+    (tmp_path / "jobs.d" / "more.yaml").write_text("jobs: {}")
+    config = xxl_executor.load_config(str(file))
+    assert sorted(config.jobs) == sorted(yaml.safe_load(text)["jobs"]) and not config.warnings
+
+
+@pytest.mark.parametrize("document", ["README.md", "README.zh-CN.md"])
+def test_the_test_command_is_what_ci_calls(document):
+    """.ci/run takes the first line with `-m pytest` of the README."""
+    lines = [line for line in (ROOT / document).read_text(encoding="utf-8").splitlines() if "-m pytest" in line]
+    assert lines == ["python3 -m venv .venv && .venv/bin/pip install -q -e '.[test]' && .venv/bin/python -m pytest"]
