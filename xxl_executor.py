@@ -1268,13 +1268,35 @@ class Run:
 
 
 class Lane:
-    """What runs and waits for one jobId: one run at a time, the rest in order."""
+    """What runs and waits for one jobId: one run at a time, the rest in order; used with the scheduler's lock held."""
     __slots__ = ("running", "waiting", "ready")
 
     def __init__(self):
         self.running: typing.Optional[Run] = None
         self.waiting: typing.Deque[Run] = collections.deque()
         self.ready = False  # it stands in the queue of lanes that a slot may take
+
+    def check(self, trigger: Trigger, job: JobConfig) -> None:
+        """Raises Refused for a trigger that this lane does not take now."""
+        if self.running is not None and self.running.stuck:
+            raise Refused(f"{self.stuck()}: restart the executor, and let the job watch Context.cancelled or use isolation: process")
+        if trigger.block_strategy == "DISCARD_LATER" and (self.running or self.waiting):
+            raise Refused("block strategy effect: DISCARD_LATER, the job is running or waiting")
+        if len(self.waiting) >= job.queue_limit and trigger.block_strategy != "COVER_EARLY":
+            raise Refused(f"{len(self.waiting)} triggers of this job wait already: queue_limit is {job.queue_limit}")
+
+    def may_start(self) -> bool:
+        return self.running is None and bool(self.waiting) and self.waiting[0].state is not RunState.ACCEPTING
+
+    def take_waiting(self) -> typing.List[Run]:
+        """Drop what was accepted and waits; what is not accepted yet comes after it and stays."""
+        taken = [run for run in self.waiting if run.state is RunState.ACCEPTED]
+        for run in taken:
+            self.waiting.remove(run)
+        return taken
+
+    def stuck(self) -> str:
+        return f"run {self.running.trigger.log_id} of this job does not return from its thread"
 
 
 class Slots:
@@ -1364,7 +1386,7 @@ class Scheduler:
                     lane.running.control.cancel(FAILURE, reason)
             run.state = RunState.ACCEPTED
             if lane.running is not None and lane.running.stuck:  # given up while this one was being stored
-                dropped, reason = dropped + self._drop_waiting(lane), self._stuck(lane.running)
+                dropped, reason = dropped + self._drop_waiting(lane), lane.stuck()
             self._settled.notify_all()
             self._offer(lane)
         self._finish(dropped, Result(FAILURE, reason))
@@ -1394,13 +1416,7 @@ class Scheduler:
             if self._idle_hook is not None:
                 raise Refused("the executor is stopping")
             lane = self._lanes.get(trigger.job_id) or Lane()
-            if lane.running is not None and lane.running.stuck:
-                raise Refused(f"{self._stuck(lane.running)}: restart the executor, and let the job watch Context.cancelled or use "
-                              "isolation: process")
-            if trigger.block_strategy == "DISCARD_LATER" and (lane.running or lane.waiting):
-                raise Refused("block strategy effect: DISCARD_LATER, the job is running or waiting")
-            if len(lane.waiting) >= job.queue_limit and trigger.block_strategy != "COVER_EARLY":
-                raise Refused(f"{len(lane.waiting)} triggers of this job wait already: queue_limit is {job.queue_limit}")
+            lane.check(trigger, job)
             if self._queued >= self._max_queued:
                 raise Refused(f"{self._queued} triggers wait already: executor.max_queued is {self._max_queued}")
             self._lanes[trigger.job_id] = lane
@@ -1423,21 +1439,16 @@ class Scheduler:
                 del self._lanes[run.trigger.job_id]
 
     def _drop_waiting(self, lane: Lane) -> typing.List[Run]:
-        """With the lock held: take what was accepted and waits out of `lane`; what is not accepted yet comes after it."""
-        dropped = [run for run in lane.waiting if run.state is RunState.ACCEPTED]
-        for run in dropped:
-            lane.waiting.remove(run)
+        """With the lock held."""
+        dropped = lane.take_waiting()
         self._queued -= len(dropped)
         return dropped
 
     def _offer(self, lane: Lane) -> None:
         """With the lock held: queue `lane` for a slot when its next run may start."""
-        if self._idle_hook is not None or lane.ready or lane.running is not None:
-            return
-        if not lane.waiting or lane.waiting[0].state is RunState.ACCEPTING:
-            return
-        lane.ready = True
-        self._slots.put(lane)
+        if self._idle_hook is None and not lane.ready and lane.may_start():
+            lane.ready = True
+            self._slots.put(lane)
 
     def start(self) -> None:
         self._slots.start()
@@ -1446,7 +1457,7 @@ class Scheduler:
         """Run the first of `lane`, in a slot thread; the lane then queues again, behind the others."""
         with self._lock:
             lane.ready = False
-            if self._idle_hook is not None or not lane.waiting or lane.waiting[0].state is RunState.ACCEPTING:
+            if self._idle_hook is not None or not lane.may_start():
                 return  # draining, or killed or covered meanwhile
             run = lane.running = lane.waiting.popleft()
             self._queued -= 1
@@ -1484,16 +1495,13 @@ class Scheduler:
             if run.result is not None:
                 return
             run.stuck = True
-            waiting = self._drop_waiting(self._lanes[run.trigger.job_id])
+            lane = self._lanes[run.trigger.job_id]
+            waiting, reason = self._drop_waiting(lane), lane.stuck()
         log.error("thread of %s does not return; its slot is lost until it does or the executor restarts", run.trigger)
         self._finish([run], Result(run.control.result.code, f"{run.control.result.message}; its thread did not return"))
-        self._finish(waiting, Result(FAILURE, self._stuck(run)))
+        self._finish(waiting, Result(FAILURE, reason))
         with self._lock:
             self._tell_idle()
-
-    @staticmethod
-    def _stuck(run: Run) -> str:
-        return f"run {run.trigger.log_id} of this job does not return from its thread"
 
     def _finish(self, runs: typing.Sequence[Run], result: Result) -> None:
         """Store `result` of `runs` that have none yet; a run that was given up may come back."""
@@ -2590,61 +2598,21 @@ class _Write:
         self.gate.acquire()
 
 
-class Journal:
-    """Runs and undelivered results in SQLite; any thread may call any method.
-
-    Group commit: the first thread that comes commits all that waits as one transaction, and makes the first of those that came
-    meanwhile the next leader before it wakes the others: nobody queues for a lock only to find his work done.
-    All methods that write raise JournalError when nothing could be stored, except `finish`, which then keeps the results in
-    memory until `store_held` succeeds.
+class GroupCommit:
+    """Transactions on one connection, shared by all threads: the first that comes commits all that waits as one transaction,
+    and makes the first of those that came meanwhile the next leader before it wakes the others. So nobody queues for a lock
+    only to find his work done. `lock` guards `db`; `stored` is called after writes that nobody waits for.
     """
 
-    def __init__(self, file: str):
-        self._file, self._lock = file, threading.Lock()
-        self.stored: typing.Callable[[], None] = lambda: None  # called after results were committed; set before any thread runs
-        self._turn, self._leading = threading.Lock(), False  # guards the two below
-        self._waiting: typing.Deque[_Write] = collections.deque()
-        self._held: typing.List[typing.Tuple[int, Result]] = []
-        try:
-            self._open()
-        except sqlite3.OperationalError as error:  # permissions, a full disk: the file may be fine
-            raise ExecutorError(f"{file}: cannot be opened: {error}") from None
-        except sqlite3.DatabaseError as error:
-            aside = f"{file}.broken-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
-            for suffix in ("", "-wal", "-shm"):
-                with contextlib.suppress(FileNotFoundError):
-                    os.replace(file + suffix, aside + suffix)
-            log.error("the journal %s is broken (%s): moved to %s, starting with an empty one; the admin will show runs that "
-                      "were in it as running", file, " ".join(str(error).split()), aside)
-            self._open()
+    def __init__(self, db: sqlite3.Connection):
+        self.db, self.lock, self.waiting = db, threading.Lock(), collections.deque()
+        self._turn, self._leading = threading.Lock(), False  # guards `waiting` and `_leading`
+        self.stored: typing.Callable[[], None] = lambda: None
 
-    def _open(self) -> None:
-        self._db = sqlite3.connect(self._file, isolation_level=None, check_same_thread=False, timeout=5)
-        try:
-            self._db.executescript(_SCHEMA)
-            found = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
-            if found != "ok":
-                raise sqlite3.DatabaseError(found)
-        except sqlite3.Error:
-            self._db.close()
-            raise
-
-    def close(self) -> None:
-        with self._lock:
-            self._db.close()
-
-    def _write(self, work: typing.Callable[[sqlite3.Connection], typing.Any]) -> typing.Any:
-        """Run `work` in the next transaction; returns its value, which must not be a cursor: those belong to the lock."""
-        write = _Write(work)
-        self._join(write)
-        if write.error is not None:
-            raise JournalError(f"{self._file}: {write.error}")
-        return write.value
-
-    def _join(self, write: _Write) -> None:
-        """Have `write` committed: by the thread that leads now, or by this one. Waits for it, unless it is a `failed` one."""
+    def join(self, write: _Write) -> None:
+        """Have `write` committed, by the thread that leads or by this one, and wait for it unless it has `failed`."""
         with self._turn:
-            self._waiting.append(write)
+            self.waiting.append(write)
             follows, self._leading = self._leading, True
         if follows:
             if write.failed is not None:
@@ -2652,14 +2620,14 @@ class Journal:
             write.gate.acquire()
         leading = not write.done
         while leading:
-            with self._lock:
+            with self.lock:
                 with self._turn:
-                    batch = list(self._waiting)
-                    self._waiting.clear()
+                    batch = list(self.waiting)
+                    self.waiting.clear()
                 self._commit(batch)
             with self._turn:
-                heir = next((other for other in self._waiting if other.failed is None), None)
-                leading = heir is None and bool(self._waiting)  # only such as nobody waits for: go on
+                heir = next((other for other in self.waiting if other.failed is None), None)
+                leading = heir is None and bool(self.waiting)  # only such as nobody waits for: go on
                 self._leading = leading or heir is not None
             if heir is not None:
                 heir.gate.release()
@@ -2674,23 +2642,76 @@ class Journal:
     def _commit(self, batch: typing.List[_Write]) -> None:
         error = None
         try:
-            self._db.execute("BEGIN IMMEDIATE")
+            self.db.execute("BEGIN IMMEDIATE")
             for write in batch:
-                write.value = write.work(self._db)
-            self._db.execute("COMMIT")
+                write.value = write.work(self.db)
+            self.db.execute("COMMIT")
         except Exception as found:
             error = found
             with contextlib.suppress(sqlite3.Error):
-                self._db.execute("ROLLBACK")
+                self.db.execute("ROLLBACK")
         for write in batch:
             write.error, write.done = error, True
+
+
+class Journal:
+    """Runs and undelivered results in SQLite; any thread may call any method.
+
+    All methods that write raise JournalError when nothing could be stored, except `finish`, which then keeps the results in
+    memory until `store_held` succeeds.
+    """
+
+    def __init__(self, file: str):
+        self._file = file
+        self._held: typing.List[typing.Tuple[int, Result]] = []
+        try:
+            self._db = self._open()
+        except sqlite3.OperationalError as error:  # permissions, a full disk: the file may be fine
+            raise ExecutorError(f"{file}: cannot be opened: {error}") from None
+        except sqlite3.DatabaseError as error:
+            aside = f"{file}.broken-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
+            for suffix in ("", "-wal", "-shm"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.replace(file + suffix, aside + suffix)
+            log.error("the journal %s is broken (%s): moved to %s, starting with an empty one; the admin will show runs that "
+                      "were in it as running", file, " ".join(str(error).split()), aside)
+            self._db = self._open()
+        self._group = GroupCommit(self._db)
+
+    def _open(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self._file, isolation_level=None, check_same_thread=False, timeout=5)
+        try:
+            db.executescript(_SCHEMA)
+            found = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if found != "ok":
+                raise sqlite3.DatabaseError(found)
+        except sqlite3.Error:
+            db.close()
+            raise
+        return db
+
+    def tell(self, stored: typing.Callable[[], None]) -> None:
+        """Have `stored` called, by any thread, whenever results were committed; before other threads use the journal."""
+        self._group.stored = stored
+
+    def close(self) -> None:
+        with self._group.lock:
+            self._db.close()
+
+    def _write(self, work: typing.Callable[[sqlite3.Connection], typing.Any]) -> typing.Any:
+        """Run `work` in the next transaction; returns its value, which must not be a cursor: those belong to the lock."""
+        write = _Write(work)
+        self._group.join(write)
+        if write.error is not None:
+            raise JournalError(f"{self._file}: {write.error}")
+        return write.value
 
     def flush(self) -> None:
         """Wait until everything that was written before this call is committed."""
         self._write(lambda db: None)
 
     def _read(self, query: str, *values: typing.Any) -> list:
-        with self._lock:
+        with self._group.lock:
             try:
                 return self._db.execute(query, values).fetchall()
             except sqlite3.Error as error:
@@ -2721,9 +2742,9 @@ class Journal:
 
         def failed(error: Exception) -> None:
             log.error("cannot store %d results, holding them until it works again: %s: %s", len(results), self._file, error)
-            with self._lock:
+            with self._group.lock:
                 self._held += results
-        self._join(_Write(lambda db: self._store(db, results), failed))
+        self._group.join(_Write(lambda db: self._store(db, results), failed))
 
     @staticmethod
     def _store(db: sqlite3.Connection, results: typing.List[typing.Tuple[int, Result]]) -> int:
@@ -2734,14 +2755,14 @@ class Journal:
 
     def store_held(self) -> bool:
         """Try again to store what `finish` could not; False when some is still held."""
-        with self._lock:
+        with self._group.lock:
             held, self._held = self._held, []
         if held:
             try:
                 self._write(lambda db: self._store(db, held))
                 log.info("stored %d held results", len(held))
             except JournalError:
-                with self._lock:
+                with self._group.lock:
                     self._held += held
         return not self._held
 
@@ -3449,7 +3470,7 @@ class Daemon:
             end_leftovers(self._journal, self._data.identity)
             self._admin = AdminClient(config, self._journal.fact("dialect"), self._journal.learn)
             self._callbacks = Callbacks(self._journal, self._admin, self.metrics)
-            self._journal.stored = self._callbacks.wake
+            self._journal.tell(self._callbacks.wake)
             self._scheduler = Scheduler(self._journal, self._runner, self.metrics,
                                         config.executor.max_running, config.executor.max_queued)
             self._scheduler.register()

@@ -253,11 +253,11 @@ def together(work, arguments):
 def test_many_threads_share_a_transaction(journal):
     """Whoever gets the lock commits all that wait for it."""
     with commits(journal) as count:
-        with journal._lock:  # as a slow disk would hold it
+        with journal._group.lock:  # as a slow disk would hold it
             threads = [threading.Thread(target=journal.accept, args=(trigger(i),)) for i in range(32)]
             for thread in threads:
                 thread.start()
-            wait_until(lambda: len(journal._waiting) == 32)
+            wait_until(lambda: len(journal._group.waiting) == 32)
         for thread in threads:
             thread.join()
     assert count == [1]
