@@ -48,6 +48,7 @@ import pwd
 import queue
 import random
 import re
+import resource
 import secrets
 import select
 import shlex
@@ -1194,6 +1195,8 @@ class Api:
                 return self._get[path](headers)
             except Refused as error:
                 return 403, _JSON, envelope(FAILURE, str(error))
+            except JournalError as error:
+                return 503, _JSON, envelope(FAILURE, str(error))
         return 404, _JSON, envelope(FAILURE, f"no such path; this is an XXL-JOB executor: {', '.join([*self._post, *self._get])}")
 
     def _authorize(self, headers) -> None:
@@ -1308,17 +1311,21 @@ class Slots:
     def __init__(self, limit: int, work: typing.Callable[[typing.Any], None]):
         self._limit, self._work, self._lock = limit, work, threading.Lock()
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
-        self._threads = 0
+        self._started, self._threads = False, 0
         self._spare = 0  # idle threads, or less than 0: items that wait for one
 
     def start(self) -> None:
-        """Start the first thread, so that a shortage of threads later cannot leave none. Raises RuntimeError."""
+        """Work off the queue from now on. Starts a thread even for nothing, so that a shortage of threads later cannot leave
+        none. Raises RuntimeError."""
         with self._lock:
+            self._started = True
             self._grow()
+            while self._spare < 0 and self._threads < self._limit:
+                self._grow()
 
     def put(self, item: typing.Any) -> None:
         with self._lock:
-            if self._spare <= 0 and self._threads < self._limit:
+            if self._started and self._spare <= 0 and self._threads < self._limit:
                 try:
                     self._grow()
                 except RuntimeError as error:  # the item waits for a thread that gets free
@@ -1363,8 +1370,9 @@ class Scheduler:
         try:
             run = self._reserve(trigger, job)
         except Refused:
-            if self._journal.knows(trigger.log_id):
-                return
+            with contextlib.suppress(JournalError):
+                if self._journal.knows(trigger.log_id):
+                    return
             raise
         if run is None:
             return
@@ -1484,6 +1492,8 @@ class Scheduler:
         except JournalError as error:
             return Result(FAILURE, f"not started, the executor cannot store the start: {error}")
         with self._lock:
+            if run.control.result is not None:  # killed or covered while the start was stored
+                return run.control.result
             run.state, run.started = RunState.RUNNING, time.monotonic()
         self._metrics.observe("run_wait_seconds", waited)
         run.control.stuck_hook = lambda: self._give_up(run)
@@ -1588,6 +1598,7 @@ _CHUNK = 1 << 16       # bytes; what one read of a pipe or file asks for
 KILL_LIMIT = 10.0      # seconds that SIGKILL is repeated for a tree that keeps forking
 SERVER_LIMIT = 10.0    # seconds that a Python server may take to fork; it takes milliseconds
 PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
+_KEPT: typing.Dict[int, int] = {}  # {pid: start time} of what jobs with background: keep left
 _OWN: typing.Set[int] = set()  # direct children that somebody here waits for; all others are orphans that jobs left
 
 
@@ -1605,7 +1616,10 @@ class Control:
             if self.result is None:
                 self.result = Result(code, message)
                 if self._act is not None:
-                    self._act()
+                    try:
+                        self._act()
+                    except RuntimeError as error:  # no thread for the timer of a run in a thread
+                        log.error("cannot watch whether a cancelled run ends: %s", error)
 
     def attach(self, act: typing.Optional[typing.Callable[[], None]]) -> None:
         """`act` is called once when the run is cancelled, at once when it is already; None detaches."""
@@ -1807,7 +1821,13 @@ class Child:
     def __init__(self, popen: subprocess.Popen):
         self._popen, self.pid, self.message, self.lost = popen, popen.pid, "", False
         _OWN.add(popen.pid)
-        self.fd = os.pidfd_open(popen.pid)
+        try:
+            self.fd = os.pidfd_open(popen.pid)
+        except OSError:  # nobody could watch it
+            os.killpg(popen.pid, signal.SIGKILL)
+            popen.wait()
+            _OWN.discard(popen.pid)
+            raise
 
     def poll(self) -> typing.Optional[int]:
         """The exit status, negative for a signal, or None while it runs."""
@@ -1825,8 +1845,12 @@ class ForkedChild:
         """Waits for the pid. Raises TimeoutError when the server, process `server`, does not answer."""
         self.pid, self.message, self.lost = 0, "", False
         self._report, self._data, self._status = report, b"", None
-        self._server = os.pidfd_open(server)
-        self._epoll = select.epoll()
+        try:
+            self._server = os.pidfd_open(server)
+            self._epoll = select.epoll()
+        except OSError:
+            os.close(report)
+            raise
         self.fd = self._epoll.fileno()
         os.set_blocking(report, False)
         for fd in (report, self._server):
@@ -1840,7 +1864,7 @@ class ForkedChild:
 
     def poll(self) -> typing.Optional[int]:
         """The exit status, negative for a signal, or None while it runs."""
-        gone = bool(select.select([self._server], [], [], 0)[0])  # looked up first: it may have reported before it went
+        gone = any(fd == self._server for fd, _ in self._epoll.poll(0))  # looked up first: it may have reported before it went
         with contextlib.suppress(BlockingIOError):
             while True:
                 data = os.read(self._report, _CHUNK)
@@ -1868,7 +1892,7 @@ class PythonServer:
 
     def __init__(self, interpreter: str, environment: typing.Dict[str, str]):
         self._interpreter, self._environment = interpreter, environment
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._socket: typing.Optional[socket.socket] = None
         self._popen: typing.Optional[subprocess.Popen] = None
 
@@ -1895,10 +1919,10 @@ class PythonServer:
         """Fork a child whose output goes to the descriptor `output`. Raises OSError."""
         body = json.dumps(request).encode()
         for attempt in (1, 2):  # a server that died is noticed at the latest when it is used
-            self.start()
-            read, write = os.pipe()
             with self._lock:
+                self.start()
                 popen = self._popen
+                read, write = os.pipe()
                 try:
                     socket.send_fds(self._socket, [len(body).to_bytes(8, "big")], [output, write])
                     self._socket.sendall(body)
@@ -1946,9 +1970,9 @@ def _process_stat(pid: int) -> typing.Optional[typing.Tuple[str, int, int, int]]
     return (fields[0].decode(), int(fields[1]), int(fields[3]), int(fields[19])) if fields else None
 
 
-def family(marker: str, session: int = 0) -> typing.Dict[int, int]:
-    """{pid: start time} of living processes whose environment holds `marker` or whose session is `session`, and of all their
-    descendants. `marker` may be the beginning of one: then every run that it begins."""
+def family(marker: str, session: int = 0, seen: typing.Mapping[int, int] = {}) -> typing.Dict[int, int]:
+    """{pid: start time} of living processes whose environment holds `marker` or whose session is `session`, of those `seen`
+    before, and of all their descendants. `marker` may be the beginning of one: then every run that it begins."""
     needle = f"\0{MARKER}={marker}".encode()
     stats = {int(name): _process_stat(int(name)) for name in os.listdir("/proc") if name.isdigit()}
     children = collections.defaultdict(list)
@@ -1957,7 +1981,7 @@ def family(marker: str, session: int = 0) -> typing.Dict[int, int]:
         if found is None or pid == os.getpid():
             continue
         children[found[1]].append(pid)
-        if session and found[2] == session:  # 0 is the session of all that came from outside a PID namespace
+        if seen.get(pid) == found[3] or session and found[2] == session:  # 0 is the session of all that came from outside a PID namespace
             members.append(pid)
             continue
         with contextlib.suppress(OSError):
@@ -2000,12 +2024,13 @@ def await_exit(fds: typing.List[int], seconds: float) -> None:
         os.close(fd)
 
 
-def kill_family(marker: str, session: int = 0) -> typing.List[int]:
+def kill_family(marker: str, session: int = 0, seen: typing.Mapping[int, int] = {}) -> typing.List[int]:
     """SIGKILL until two passes find nobody, at most KILL_LIMIT; returns the pids that were still there, [] as it should be."""
     deadline, empty = time.monotonic() + KILL_LIMIT, 0
     members: typing.Dict[int, int] = {}
     while empty < 2 and time.monotonic() < deadline:
-        members = family(marker, session)
+        members = family(marker, session, seen)
+        seen = {**seen, **members}
         empty = 0 if members else empty + 1
         await_exit(send_signal(members, signal.SIGKILL), 0.5)
         reap_orphans()
@@ -2013,7 +2038,7 @@ def kill_family(marker: str, session: int = 0) -> typing.List[int]:
 
 
 def reap_orphans() -> bool:
-    """Reap what jobs left and has ended; True when some orphan is alive. Any thread.
+    """Reap what jobs left and has ended; True when an orphan is alive that nobody wants to keep. Any thread.
 
     The daemon is a subreaper: orphans become children of its main thread, so that one small file tells about all of them.
     """
@@ -2025,7 +2050,10 @@ def reap_orphans() -> bool:
     alive = False
     for pid in orphans:
         with contextlib.suppress(ChildProcessError):  # another thread was faster
-            alive |= os.waitpid(pid, os.WNOHANG)[0] == 0
+            if os.waitpid(pid, os.WNOHANG)[0]:
+                _KEPT.pop(pid, None)
+            elif pid not in _KEPT or (_process_stat(pid) or (0, 0, 0, 0))[3] != _KEPT[pid]:
+                alive = True
     return alive
 
 
@@ -2086,7 +2114,8 @@ class Runner:
         interpreter = job.interpreter or sys.executable
         with self._lock:
             if interpreter not in self._servers:
-                self._servers[interpreter] = PythonServer(interpreter, {**self.environment, MARKER: self.marker(0, False)})
+                self._servers[interpreter] = PythonServer(interpreter, {
+                    **self.environment, MARKER: f"{self._identity}-{'server':0>20}"})
             return self._servers[interpreter]
 
     def marker(self, log_id: int, keep: bool) -> str:
@@ -2133,19 +2162,22 @@ class ProcessRun:
         self._marker = runner.marker(trigger.log_id, job.background == "keep")
         self._result_file = runner.result_file(trigger.log_id, bool(job.user))
         self._kill_at: typing.Optional[float] = None  # monotonic; set when the run is being ended
+        self._seen: typing.Dict[int, int] = {}  # its processes then: one may clear its environment and lose its parent
 
     def run(self) -> Result:
-        read, write = os.pipe()
-        wake_read, wake_write = os.pipe()
+        read = write = wake_read = wake_write = -1
         child = None
         try:
             try:
+                read, write = os.pipe()
+                wake_read, wake_write = os.pipe()
                 child = self._spawn(write)
             except (OSError, ValueError, KeyError) as error:
                 note_start(self._out, self._trigger, self._timeout, "pid=none")
                 return Result(FAILURE, self._spawn_failure(error), 127)
             finally:
-                os.close(write)
+                if write >= 0:
+                    os.close(write)
             note_start(self._out, self._trigger, self._timeout, f"pid={child.pid}")
             self._control.attach(lambda: os.write(wake_write, b"x"))
             try:
@@ -2154,8 +2186,11 @@ class ProcessRun:
                 kill_family(self._marker, child.pid)
                 raise
             self._control.attach(None)
-            if (self._job.background == "kill" or self._control.result is not None or child.lost) and reap_orphans():
-                self._end_leftovers(child.pid)
+            if reap_orphans():
+                if self._job.background == "kill" or self._control.result is not None or child.lost:
+                    self._end_leftovers(child.pid)
+                else:
+                    _KEPT.update(family(self._marker, child.pid))
             self._pump_rest(read)
             return self._result(status, child.message or self._read_result())
         finally:
@@ -2163,7 +2198,8 @@ class ProcessRun:
             if child is not None:
                 child.close()
             for fd in (read, wake_read, wake_write):
-                os.close(fd)
+                if fd >= 0:
+                    os.close(fd)
             if self._result_file:
                 with contextlib.suppress(OSError):
                     os.unlink(self._result_file)
@@ -2245,17 +2281,19 @@ class ProcessRun:
                     self._control.cancel(TIMEOUT, f"timed out after {seconds_text(self._timeout)}")
                 else:
                     killed, deadline = True, time.monotonic() + KILL_LIMIT
-                    kill_family(self._marker, child.pid)
+                    kill_family(self._marker, child.pid, self._seen)
             if self._control.result is not None and self._kill_at is None:
                 self._kill_at = deadline = time.monotonic() + self._job.kill_grace
                 poller.unregister(wake)
-                await_exit(send_signal(family(self._marker, child.pid), signal.SIGTERM), 0)
+                self._seen = family(self._marker, child.pid)
+                await_exit(send_signal(self._seen, signal.SIGTERM), 0)
 
     def _end_leftovers(self, session: int) -> None:
         """What is left of the tree gets SIGTERM, the rest of the grace, and SIGKILL."""
         grace = self._job.kill_grace if self._kill_at is None else max(0.0, self._kill_at - time.monotonic())
-        await_exit(send_signal(family(self._marker, session), signal.SIGTERM), grace)
-        survivors = kill_family(self._marker, session)
+        self._seen.update(family(self._marker, session, self._seen))
+        await_exit(send_signal(self._seen, signal.SIGTERM), grace)
+        survivors = kill_family(self._marker, session, self._seen)
         if survivors:
             log.error("processes %s of %s cannot be killed", survivors, self._trigger)
 
@@ -2432,7 +2470,7 @@ class JobLogs:
 
     def _open(self, log_id: int, log_date_time: int, flags: int) -> int:
         directory, name = self._place(log_id, log_date_time)
-        if flags & os.O_CREAT and directory != self._made:
+        if flags & os.O_CREAT and (directory != self._made or not os.path.isdir(directory)):
             with contextlib.suppress(FileExistsError):
                 os.mkdir(directory, 0o750)
             self._made = directory
@@ -2574,6 +2612,7 @@ class JobLogs:
 # ----------------------------------------------------------------------------------------------------------------------
 # 9 journal
 # ----------------------------------------------------------------------------------------------------------------------
+# SQLite uses a partial index only for a query that repeats its condition: hence the `state <> 'delivered'` below.
 _SCHEMA = """
 PRAGMA journal_mode = WAL;
 PRAGMA synchronous = FULL;
@@ -2679,7 +2718,7 @@ class Journal:
         self._group = GroupCommit(self._db)
 
     def _open(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self._file, isolation_level=None, check_same_thread=False, timeout=5)
+        db = sqlite3.connect(self._file, isolation_level=None, check_same_thread=False, timeout=0.5)
         try:
             db.executescript(_SCHEMA)
             found = db.execute("PRAGMA quick_check(1)").fetchone()[0]
@@ -2768,7 +2807,7 @@ class Journal:
 
     def undelivered(self, limit: int) -> typing.List[typing.Tuple[int, int, int, str, float]]:
         """(logId, log_date_time, code, message, finished) of results that wait for the admin, the oldest first."""
-        return self._read("SELECT log_id, log_date_time, code, message, finished FROM runs WHERE state = 'finished' "
+        return self._read("SELECT log_id, log_date_time, code, message, finished FROM runs WHERE state <> 'delivered' AND state = 'finished' "
                           "ORDER BY finished LIMIT ?", limit)
 
     def settle(self, log_ids: typing.Iterable[int], state: RunState) -> None:
@@ -2782,12 +2821,12 @@ class Journal:
 
     def unfinished(self) -> typing.List[typing.Tuple[Trigger, RunState, float, int]]:
         """(trigger, state, when accepted, how often started) of every run without a result; read once, at start."""
-        rows = self._read("SELECT trigger, state, accepted, starts FROM runs WHERE state IN ('accepted', 'running') ORDER BY accepted")
+        rows = self._read("SELECT trigger, state, accepted, starts FROM runs WHERE state <> 'delivered' AND state IN ('accepted', 'running') ORDER BY accepted")
         return [(Trigger(**json.loads(trigger)), RunState(state), accepted, starts) for trigger, state, accepted, starts in rows]
 
     def counts(self) -> typing.Dict[str, typing.Any]:
         """How many results are undelivered and dead, and when the oldest undelivered one was finished."""
-        rows = self._read("SELECT state, count(*), min(finished) FROM runs WHERE state IN ('finished', 'dead') GROUP BY state")
+        rows = self._read("SELECT state, count(*), min(finished) FROM runs WHERE state <> 'delivered' AND state IN ('finished', 'dead') GROUP BY state")
         found = {state: (count, oldest) for state, count, oldest in rows}
         count, oldest = found.get("finished", (0, None))
         return {"undelivered": count + len(self._held), "oldest": oldest, "dead": found.get("dead", (0, None))[0]}
@@ -2803,12 +2842,12 @@ class Journal:
     def prune(self) -> int:
         """Forget delivered runs after REPEAT_WINDOW, dead ones after four times DEAD_AFTER; returns how many."""
         now, removed = time.time(), 0
-        for state, age in ((RunState.DELIVERED, REPEAT_WINDOW), (RunState.DEAD, 4 * DEAD_AFTER)):
+        for state, age in (("state = 'delivered'", REPEAT_WINDOW), ("state <> 'delivered' AND state = 'dead'", 4 * DEAD_AFTER)):
             count = 1
             while count:  # in parts: triggers wait for the lock meanwhile
                 count = self._write(lambda db: db.execute(
-                    "DELETE FROM runs WHERE log_id IN (SELECT log_id FROM runs WHERE state = ? AND finished < ? LIMIT 1000)",
-                    (state.value, now - age)).rowcount)
+                    f"DELETE FROM runs WHERE log_id IN (SELECT log_id FROM runs WHERE {state} AND finished < ? LIMIT 1000)",
+                    (now - age,)).rowcount)
                 removed += count
         return removed
 
@@ -3268,7 +3307,7 @@ class Registration:
 
     def _own_address(self) -> str:
         host = self._config.executor.bind[0]
-        if ipaddress_unspecified(host):
+        if host in ("0.0.0.0", "::"):
             error: Exception = OSError("no admin.addresses")
             for admin in self._admin.addresses:
                 try:
@@ -3289,14 +3328,6 @@ class Registration:
         elif self._failures == 1:
             log.warning("cannot register at the admin, trying again until it works: %s", error)
         return wait
-
-
-def ipaddress_unspecified(host: str) -> bool:
-    """Whether `host` means all interfaces."""
-    try:
-        return ipaddress.ip_address(host).is_unspecified
-    except ValueError:
-        return False
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3382,8 +3413,11 @@ def recover(journal: Journal, logs: JobLogs, scheduler: Scheduler, jobs: typing.
             again = job is not None and job.on_crash == "rerun" and starts < MAX_STARTS
             logs.open(trigger).end(f"{message}; it is run again" if again else f"failed: {message}")
             if again:
-                journal.restart(trigger.log_id)
-                message = ""
+                try:
+                    journal.restart(trigger.log_id)
+                    message = ""
+                except JournalError as error:
+                    message = f"{message}; it cannot be run again: {error}"
         elif age > RESUME_WINDOW:
             message = f"accepted {seconds_text(age)} before the executor restarted, too long ago to start now"
         if not message and job is None:
@@ -3455,6 +3489,7 @@ class Daemon:
         """Raises ExecutorError; nothing runs then."""
         config = self.config
         refuse_unsafe(config)
+        provide_descriptors(config.executor)
         with contextlib.ExitStack() as undo:
             listener = listen(config.executor.bind)
             undo.callback(listener.close)
@@ -3482,8 +3517,8 @@ class Daemon:
             self.metrics.gauge("undelivered_results", lambda: self._journal.counts()["undelivered"])
             undo.pop_all()
         self._runner.prepare(config.jobs.values())
-        self._scheduler.start()
         recover(self._journal, self._logs, self._scheduler, config.jobs)
+        self._scheduler.start()
         self._http.start()
         host = config.executor.bind[0]
         host = "127.0.0.1" if host == "0.0.0.0" else "::1" if host == "::" else host
@@ -3609,13 +3644,16 @@ class Daemon:
             pass
         if not idle.is_set():
             deadline = time.monotonic() + self._scheduler.cancel_all("killed: the executor stopped")
-            while not idle.is_set() and time.monotonic() < deadline:
+            while not idle.is_set() and time.monotonic() < deadline:  # bounded, and needed: nothing may be left behind
                 self._next(deadline)
         with contextlib.suppress(JournalError):
             self._journal.flush()
         self._registration.join(self.config.admin.timeout)
         self._callbacks.close()
-        left = self._journal.counts()["undelivered"]
+        try:
+            left = self._journal.counts()["undelivered"]
+        except JournalError:
+            left = "some"
         self._http.close()
         self._runner.close()
         kill_family(f"{self._data.identity}-")
@@ -3643,6 +3681,18 @@ def listen(bind: typing.Tuple[str, int]) -> socket.socket:
     except OSError as error:
         raise ExecutorError(f"executor.bind: cannot listen on {host}:{port}: {error.strerror}: choose a free port of this host") from None
     return listener
+
+
+def provide_descriptors(config: ExecutorConfig) -> None:
+    """Raise the soft limit of open files to what the configuration may need, and say so when the hard one is below that."""
+    needed = config.max_connections + 8 * config.max_running + 64
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        log.warning("at most %d files may be open; max_connections %d and max_running %d may need %d: raise the limit (systemd: "
+                    "LimitNOFILE=%d) or lower them", hard, config.max_connections, config.max_running, needed, needed)
+        needed = hard
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def is_loopback(host: str) -> bool:
