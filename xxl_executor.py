@@ -154,11 +154,11 @@ def clip(text: str) -> str:
 
 
 def seconds_text(seconds: float) -> str:
-    """`seconds` for people: 0.25 s, 60 s, 12m 5s, 2h 0m."""
+    """`seconds` for people: 0.25 s, 60 s, 12m 5s, 2h."""
     if seconds < 120:
-        return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:.0f} s"
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes}m {rest}s" if minutes < 60 else f"{minutes // 60}h {minutes % 60}m"
+        return f"{round(seconds, 3):.3g} s" if seconds < 100 else f"{seconds:.0f} s"
+    (large, small), units = (divmod(int(seconds), 60), "ms") if seconds < 3600 else (divmod(int(seconds) // 60, 60), "hm")
+    return f"{large}{units[0]} {small}{units[1]}" if small else f"{large}{units[0]}"
 
 
 _CORES = os.sched_getaffinity(0)
@@ -2326,15 +2326,20 @@ class ProcessRun:
         ended = self._control.result
         if ended is not None:
             message = ended.message if status is not None else f"{ended.message}; its process cannot be killed"
-            return Result(ended.code, message, 124 if ended.code == TIMEOUT else 137)
+            return Result(ended.code, message, 124 if ended.code == TIMEOUT else _shell_status(status))
         if status == 0:
             return Result(SUCCESS, message or self._out.last_line(), 0)
         if status < 0:
-            return Result(FAILURE, f"killed by signal {-status}", 128 - status)
+            return Result(FAILURE, f"killed by signal {-status}", _shell_status(status))
         if message:
             return Result(FAILURE, message, status)
         last = self._out.last_line()
         return Result(FAILURE, f"exit status {status}: {last}" if last else f"exit status {status}", status)
+
+
+def _shell_status(status: typing.Optional[int]) -> int:
+    """An exit status as a shell shows it: 128 and the number of the signal that ended the process."""
+    return 128 + signal.SIGKILL if status is None else 128 - status if status < 0 else status
 
 
 def run_in_thread(trigger: Trigger, job: JobConfig, control: Control, timeout: float, out, local) -> Result:
@@ -2705,8 +2710,8 @@ class Journal:
         self._held: typing.List[typing.Tuple[int, Result]] = []
         try:
             self._db = self._open()
-        except sqlite3.OperationalError as error:  # permissions, a full disk: the file may be fine
-            raise ExecutorError(f"{file}: cannot be opened: {error}") from None
+        except (sqlite3.OperationalError, OSError) as error:  # permissions, a full disk: the file may be fine
+            raise ExecutorError(f"{file}: cannot be opened: {getattr(error, 'strerror', None) or error}") from None
         except sqlite3.DatabaseError as error:
             aside = f"{file}.broken-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
             for suffix in ("", "-wal", "-shm"):
@@ -2718,6 +2723,7 @@ class Journal:
         self._group = GroupCommit(self._db)
 
     def _open(self) -> sqlite3.Connection:
+        os.close(os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640))  # it holds parameters and results
         db = sqlite3.connect(self._file, isolation_level=None, check_same_thread=False, timeout=0.5)
         try:
             db.executescript(_SCHEMA)
@@ -2978,6 +2984,9 @@ class Callbacks:
             self._refusals += 1
             if self._refusals == 3:  # three single ones and none taken: leave the others in peace for a while
                 raise
+            return
+        if not self._admin.addresses:
+            self._journal.settle([row[0] for row in rows], RunState.DELIVERED)  # nobody waits for them
             return
         self._refusals = -1_000_000  # this admin takes results: whatever else it refuses is about the result itself
         self._journal.settle([row[0] for row in rows], RunState.DELIVERED)
@@ -3538,7 +3547,7 @@ class Daemon:
         addresses = [{"address": a.url, "ok": not a.last_error, "error": a.last_error, "lastSuccess": a.last_success or None,
                       "nextAttempt": round(max(0.0, a.not_before - now), 1)} for a in self._admin.addresses]
         return {"version": __version__, "pid": os.getpid(), "app": self.config.executor.app_name, "started": self._started,
-                "uptime": round(wall - self._started, 1), "address": self._registration.address, "draining": self._api.draining,
+                "uptime": round(wall - self._started, 1), "address": self._registration.address or self.url, "draining": self._api.draining,
                 "registered": self._registration.registered.is_set(), "jobs": sorted(self.config.jobs), **self._scheduler.snapshot(),
                 "undelivered": counts["undelivered"], "dead": counts["dead"], "connections": self._http.connections,
                 "oldestUndelivered": round(wall - counts["oldest"], 1) if counts["oldest"] else None,
@@ -3875,7 +3884,7 @@ def cmd_check(arguments: argparse.Namespace) -> int:
     print_table(("JOB", "KIND", "TIMEOUT", "DESCRIPTION"), (
         (job.name, kinds[job.name], seconds_text(job.timeout) if job.timeout else "-", job.description or job.what)
         for job in config.jobs.values()))
-    print(f"\n{config.file} is fine: {len(config.jobs)} jobs")
+    print(f"\n{config.file} is fine: {len(config.jobs)} job{'s' * (len(config.jobs) != 1)}")
     return 0
 
 
@@ -3944,7 +3953,7 @@ def cmd_demo(arguments: argparse.Namespace) -> int:
 
 def _demo_progress(admin: LoopbackAdmin, daemon: Daemon, runs: dict) -> typing.List[int]:
     """Show the runs until the admin has a result of each; returns their codes."""
-    progress, ended = _Progress(list(runs)), {}
+    progress, ended, started = _Progress(list(runs)), {}, set()
     words = {SUCCESS: "succeeded", FAILURE: "failed", TIMEOUT: "timed out"}
     while True:
         running = {run["logId"]: run["seconds"] for run in daemon.status()["running"]}
@@ -3953,8 +3962,10 @@ def _demo_progress(admin: LoopbackAdmin, daemon: Daemon, runs: dict) -> typing.L
             if log_id in admin.results and name not in ended:
                 item = admin.results[log_id][0]
                 ended[name] = (name, words[item["handleCode"]], time.monotonic() - began, item["handleMsg"], item["handleCode"])
-            state = "running" if log_id in running else "queued"
-            rows.append(ended[name][:4] if name in ended else (name, state, running.get(log_id, 0.0), ""))
+            if log_id in running:
+                started.add(log_id)
+            state = "running" if log_id in started else "queued"
+            rows.append(ended[name][:4] if name in ended else (name, state, running.get(log_id, time.monotonic() - began), ""))
         progress.show(rows)
         if len(ended) == len(runs):
             return [row[4] for row in ended.values()]
@@ -4023,7 +4034,8 @@ def cmd_status(arguments: argparse.Namespace) -> int:
     except (requests.RequestException, ValueError) as error:
         raise ExecutorError(f"the executor on {url} does not answer: {error}") from None
     if "version" not in found:
-        raise ExecutorError(f"the executor on {url} refuses: {found.get('msg')}")
+        raise ExecutorError(f"the executor on {url} refuses: {found.get('msg')} This command took its token from {config.file}: "
+                            "if that names an environment variable, set it here as for the executor.")
     if arguments.json:
         print(json.dumps(found, ensure_ascii=False, indent=2))
     else:
@@ -4033,7 +4045,8 @@ def cmd_status(arguments: argparse.Namespace) -> int:
 
 def print_status(found: dict) -> None:
     marks = {SUCCESS: ".", FAILURE: "F", TIMEOUT: "T"}
-    state = "stopping" if found["draining"] else "registered" if found["registered"] else "not registered"
+    state = "stopping" if found["draining"] else "no admin" if not found["admins"] else (
+        "registered" if found["registered"] else "not registered")
     print(f"{found['app']} {found['version']}  {state}  pid {found['pid']}  up {seconds_text(found['uptime'])}  {found['address']}\n")
     running = collections.Counter(run["job"] for run in found["running"])
     print_table(("JOB", "LAST RESULTS", "RUNNING", "WAITING"), (
@@ -4051,7 +4064,9 @@ def print_status(found: dict) -> None:
         print(f"last failure: {found['lastFailure']}")
     for admin in found["admins"]:
         since = f"last answer {seconds_text(time.time() - admin['lastSuccess'])} ago" if admin["lastSuccess"] else "no answer yet"
-        print(f"admin {admin['address']}: {'ok, ' if admin['ok'] else ''}{since}{'; ' + admin['error'] if admin['error'] else ''}")
+        print(f"admin {admin['address']}: {'ok' if admin['ok'] else 'FAILING'}, {since}")
+        if admin["error"]:
+            print(f"  {admin['error'].replace(admin['address'], '', 1)}")
 
 
 def _shard(text: str) -> typing.Tuple[int, int]:
@@ -4075,10 +4090,10 @@ def parser() -> argparse.ArgumentParser:
                         help="configuration; default $XXL_EXECUTOR_CONFIG, " + ", ".join(CONFIG_PLACES))
     top = argparse.ArgumentParser(prog="xxl-executor", parents=[common], formatter_class=kind,
                                   description="An XXL-JOB executor for shell and Python jobs.", epilog="""examples:
-  xxl-executor -c config.yaml                    run the daemon (as systemd or a container does)
-  xxl-executor -c config.yaml check              validate the configuration, list the jobs
-  xxl-executor -c config.example.yaml demo       see every job run against an admin on this machine
-  xxl-executor exec report --param day=monday    one job in the foreground
+  xxl-executor -c config.yaml                  run the daemon
+  xxl-executor -c config.yaml check            find mistakes, list the jobs
+  xxl-executor -c config.example.yaml demo     see every job run
+  xxl-executor exec report --param day=monday  one job in the foreground
 
 exit status: 0 fine, 1 failed, 2 bad usage or configuration""")
     top.add_argument("--version", action="version", version=f"xxl-executor {__version__}")
@@ -4110,6 +4125,9 @@ def set_up_logging() -> None:
         def createLock(self):
             self.lock = None  # nobody waits here: what comes during a write goes out with the next one, by the same thread
             self.lines, self.writing = collections.deque(), threading.Lock()
+
+        def handle(self, record):
+            self.emit(record)
 
         def emit(self, record):
             stream = sys.stderr  # another one for a job in a thread
@@ -4157,16 +4175,19 @@ def main(argv: typing.Optional[typing.Sequence[str]] = None) -> int:
         sys.path.remove("")  # of -c
         work = serve_python(int(argv[1]))
         return work() if work is not None else 0
-    arguments = parser().parse_args(argv)
-    arguments.config = getattr(arguments, "config", None)
-    set_up_logging()
     try:
+        arguments = parser().parse_args(argv)
+        arguments.config = getattr(arguments, "config", None)
+        set_up_logging()
         return getattr(arguments, "function", cmd_run)(arguments)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
     except (ExecutorError, BrokenPipeError) as error:
         print(f"xxl-executor: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        print(f"xxl-executor: {error}: apt install python3-requests python3-yaml, or pip install requests PyYAML", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

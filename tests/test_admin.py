@@ -355,7 +355,7 @@ class Stuck:
                     if not data:
                         break
                     got += data
-                except TimeoutError:
+                except socket.timeout:
                     if not got:
                         continue
                     if not sent:

@@ -2,8 +2,11 @@
 import contextlib
 import json
 import os
+import re
+import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -428,3 +431,75 @@ def test_the_result_file_of_an_interrupted_start_is_forgotten(executor, admin, p
     result = result_of(admin, log_id)
     assert (result["code"], result["handleMsg"]) == (200, "fresh")
     assert list((daemon.data / "run").iterdir()) == []
+
+
+# -- the tree, when it hides or when the daemon is short of something
+
+def test_a_process_that_clears_its_environment_and_session_is_ended_with_the_run(executor, admin, tmp_path):
+    """Found as a descendant while its parent lives, and remembered when that has gone."""
+    pid = tmp_path / "pid"
+    daemon = executor({"hides": {"shell": f"env -i setsid sh -c 'trap \"\" TERM; echo $$ >{pid}; while :; do sleep 1; done' & wait",
+                                 "timeout": "1s", "kill_grace": "0.3s"}}, admin=admin)
+    _, result = run_job(daemon, admin, "hides")
+    assert result["handleMsg"] == "timed out after 1 s"
+    assert not alive(int(pid.read_text()))
+
+
+def test_the_first_logid_is_one_like_others(executor, admin, tmp_path):
+    """Nothing of run 0 is taken for the Python server or the other way round."""
+    (tmp_path / "waits.py").write_text("import os, time\ndef main():\n    while not os.path.exists('go'):\n        time.sleep(0.01)\n")
+    daemon = executor({"leaves": {"shell": "sleep 60 &"}, "waits": {"python": "waits:main", "cwd": str(tmp_path)}}, admin=admin)
+    waiting, _ = admin.trigger(daemon.url, "waits", jobId=2)
+    wait_until(lambda: [run["job"] for run in daemon.status()["running"]] == ["waits"])
+    _, result = run_job(daemon, admin, "leaves", logId=0)
+    assert result["handleCode"] == 200
+    (tmp_path / "go").touch()
+    assert result_of(admin, waiting)["handleCode"] == 200
+
+
+def test_a_kept_process_is_not_looked_for_again(executor, admin, tmp_path):
+    """It is an orphan of the daemon for as long as it lives; later runs must not search the whole host for theirs because of it."""
+    daemon = executor({"keeps": {"shell": f"setsid sleep 60 & echo $! >{tmp_path}/pid", "background": "keep"},
+                       "after": {"shell": "true"}}, admin=admin)
+    run_job(daemon, admin, "keeps")
+    kept = int((tmp_path / "pid").read_text())
+    try:
+        before = scans(daemon)
+        run_job(daemon, admin, "after", jobId=2)
+        assert alive(kept) and scans(daemon) - before < 50
+    finally:
+        os.kill(kept, signal.SIGKILL)
+
+
+def scans(daemon):
+    """How many directories and files the daemon has read, as far as the kernel tells."""
+    return int(re.search(r"syscr: (\d+)", Path(f"/proc/{daemon.process.pid}/io").read_text())[1])
+
+
+def test_many_connections_take_nothing_from_jobs(executor, admin, tmp_path):
+    """Descriptors beyond 1024, where select(2) ends."""
+    (tmp_path / "quick.py").write_text("def main():\n    return 'fine'\n")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 4000:
+        pytest.skip("needs 4,000 open files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (4000, hard))
+    idle = []
+    try:
+        daemon = executor({"quick": {"python": "quick:main", "cwd": str(tmp_path)}}, admin=admin, executor={"max_connections": 2000})
+        for _ in range(1100):
+            idle.append(socket.create_connection(("127.0.0.1", daemon.port)))
+        wait_until(lambda: daemon.status()["connections"] > 1100)
+        assert [run_job(daemon, admin, "quick")[1]["handleMsg"] for _ in range(3)] == ["fine"] * 3
+    finally:
+        for connection in idle:
+            connection.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_too_few_files_are_told_at_the_start(executor, admin):
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY:
+        pytest.skip("there is no limit")
+    daemon = executor({}, admin=admin, executor={"max_connections": 100000, "max_running": 10})
+    assert (f"at most {hard} files may be open; max_connections 100000 and max_running 10 may need 100144: raise the limit "
+            "(systemd: LimitNOFILE=100144) or lower them") in daemon.log

@@ -1,5 +1,6 @@
 """The journal: what it stores, how it commits, what it survives, and what a daemon makes of it after a crash."""
 import contextlib
+import glob
 import json
 import os
 import re
@@ -356,7 +357,7 @@ def test_a_file_that_cannot_be_opened_is_not_taken_for_broken(tmp_path):
     file = tmp_path / "none" / "journal.db"
     with pytest.raises(ExecutorError) as caught:
         Journal(str(file))
-    assert str(caught.value) == f"{file}: cannot be opened: unable to open database file"
+    assert str(caught.value) == f"{file}: cannot be opened: No such file or directory"
 
 
 def many_rows(file):
@@ -628,3 +629,36 @@ def test_the_journal_is_compatible_with_its_own_triggers(executor, admin):
     daemon.start()
     assert result_of(admin, log_id)["handleMsg"] == f"ä 'x'|2|5|77|{date}"
     assert result_of(admin, first)["handleCode"] == 500
+
+
+# -- what the review of the queries showed
+
+def test_no_query_of_the_daily_work_reads_delivered_runs(journal):
+    """They stay for a day, and there may be millions of them."""
+    asked = []
+    journal._db.set_trace_callback(asked.append)
+    journal.undelivered(10), journal.counts(), journal.unfinished(), journal.prune()
+    journal._db.set_trace_callback(None)
+    asked = [query for query in asked if "FROM runs" in query]
+    assert len(asked) == 5
+    for query in asked:
+        plan = " ".join(row[3] for row in journal._db.execute("EXPLAIN QUERY PLAN " + query))
+        assert "SCAN runs" not in plan or "USING INDEX" in plan or "USING COVERING INDEX" in plan, (query, plan)
+
+
+def test_the_file_is_not_for_everybody(journal, file):
+    journal.accept(trigger(1))
+    assert {os.stat(place).st_mode & 0o777 for place in glob.glob(f"{file}*")} == {0o640}
+
+
+def test_a_full_disk_at_the_start_reports_what_cannot_be_run_again(slow, admin):
+    """The daemon comes up and says so, instead of going down again and again."""
+    log_id, _ = admin.trigger(slow.url, "again")
+    starts_of(slow)
+    slow.kill()
+    with contextlib.closing(sqlite3.connect(slow.data / "journal.db")) as db:
+        db.execute("CREATE TRIGGER full BEFORE UPDATE ON runs WHEN new.state = 'accepted' BEGIN SELECT RAISE(FAIL, 'disk full'); END")
+    slow.start()
+    result = result_of(admin, log_id)
+    assert (result["handleCode"], result["handleMsg"]) == (
+        500, f"executor restarted while the job ran; it cannot be run again: {slow.data}/journal.db: disk full")

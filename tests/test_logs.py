@@ -3,6 +3,7 @@ import json
 import os
 import random
 import re
+import shutil
 import socket
 import threading
 import time
@@ -582,3 +583,12 @@ def test_writers_and_readers_at_once(logs):
     assert not errors
     lines = place_text(logs).splitlines()
     assert sorted(lines[:-1]) == sorted(f"w{i} {j}" for i in range(4) for j in range(300))
+
+
+def test_a_day_directory_that_somebody_removed_is_made_again(logs):
+    for _ in range(2):
+        out = logs.open(trigger(1))
+        out.write(b"hello\n")
+        out.end("done")
+        assert "hello" in logs.page(1, NOW, 1, ended=True)["logContent"]
+        shutil.rmtree(os.path.join(logs.directory, day_of(NOW)))

@@ -209,7 +209,7 @@ def test_max_running(executor, admin, tmp_path):
 def test_max_delay(executor, admin, tmp_path):
     daemon = executor({"gated": gated(tmp_path), "late": gated(tmp_path, max_delay="1s")}, admin=admin)
     old = int((time.time() - 7230) * 1000)
-    assert refusal(daemon, admin, "late", logDateTime=old) == "the trigger is 2h 0m old, more than max_delay 1 s"
+    assert refusal(daemon, admin, "late", logDateTime=old) == "the trigger is 2h old, more than max_delay 1 s"
     ids = [accept(daemon, admin, "gated", executorParams="a", logDateTime=old)]  # another job does not mind
     started(tmp_path, "a")
     ids.append(accept(daemon, admin, "late", executorParams="b"))
