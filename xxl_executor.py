@@ -4047,7 +4047,8 @@ def print_status(found: dict) -> None:
     marks = {SUCCESS: ".", FAILURE: "F", TIMEOUT: "T"}
     state = "stopping" if found["draining"] else "no admin" if not found["admins"] else (
         "registered" if found["registered"] else "not registered")
-    print(f"{found['app']} {found['version']}  {state}  pid {found['pid']}  up {seconds_text(found['uptime'])}  {found['address']}\n")
+    print(f"{found['app']}  {state}\n{found['address']}  pid {found['pid']}  up {seconds_text(found['uptime'])}  "
+          f"version {found['version']}\n")
     running = collections.Counter(run["job"] for run in found["running"])
     print_table(("JOB", "LAST RESULTS", "RUNNING", "WAITING"), (
         (name, "".join(marks.get(code, "?") for code in found["recent"].get(name, [])) or "-", running[name],
@@ -4061,7 +4062,7 @@ def print_status(found: dict) -> None:
     oldest = f", the oldest for {seconds_text(found['oldestUndelivered'])}" if found["oldestUndelivered"] else ""
     print(f"\n{found['undelivered']} results undelivered{oldest}" + (f", {found['dead']} given up" if found["dead"] else ""))
     if found["lastFailure"]:
-        print(f"last failure: {found['lastFailure']}")
+        print(fit(f"last failure: {found['lastFailure']}"))
     for admin in found["admins"]:
         since = f"last answer {seconds_text(time.time() - admin['lastSuccess'])} ago" if admin["lastSuccess"] else "no answer yet"
         print(f"admin {admin['address']}: {'ok' if admin['ok'] else 'FAILING'}, {since}")
