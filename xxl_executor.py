@@ -15,6 +15,7 @@ slot-N          Scheduler, on need   a lane that is ready, then its job    close
 callback        Callbacks.start      a result, the next attempt            close(), after at most 5 s of delivering
 registration    Registration.start   30 s, or a retry                      close(), after registryRemove
 (timers)        7 and 11             a deadline of one run or exchange     cancelled when that ends first
+(resolver)      11                   the name of an admin                  by itself, when the system's resolver gives up
 
 sections: 1 vocabulary, 2 config, 3 metrics, 4 HTTP server, 5 executor API, 6 scheduling, 7 job process, 8 job logs,
 9 journal, 10 callbacks, 11 admin client, 12 registration, 13 systemd, 14 daemon, 15 CLI.  `grep -n '^# [0-9]'` lists them.
