@@ -458,7 +458,7 @@ class _YamlReader:
         self.file, self.yaml, self.resolver = file, yaml, yaml.resolver.Resolver()
         self.files = [file]
         self.path = self.token = ""  # of the key that is being parsed; of the admin
-        self._pairs: typing.Dict[int, list] = {}
+        self._pairs: typing.Dict[int, tuple] = {}  # id of a node: (the node, so that no other gets its id, its pairs)
         self.problems: typing.List[typing.Tuple[str, int, str]] = []
         self.warnings: typing.List[str] = []
 
@@ -513,7 +513,7 @@ class _YamlReader:
     def pairs(self, node, path: str = "") -> list:
         """The (key, value) nodes of a mapping, merge keys (<<) resolved; a duplicate key is a problem."""
         if id(node) in self._pairs:  # used again by an alias: what was merged into it is no duplicate
-            return self._pairs[id(node)]
+            return self._pairs[id(node)][1]
         prefix = path + "." if path else ""
         seen: typing.Dict[str, int] = {}
         for key, _ in node.value:
@@ -531,8 +531,8 @@ class _YamlReader:
                 found[key.value] = key, value
             else:
                 self.problem(key, (path and path + ": ") + str(_expected("a name as key", key)))
-        self._pairs[id(node)] = list(found.values())
-        return self._pairs[id(node)]
+        self._pairs[id(node)] = node, list(found.values())
+        return self._pairs[id(node)][1]
 
     def section(self, kind, node, path: str, **fixed):
         """An instance of the dataclass `kind` from a mapping; a key that is absent or null has its default."""

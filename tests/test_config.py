@@ -786,3 +786,12 @@ def test_find_config(tmp_path, monkeypatch):
     monkeypatch.setenv("XXL_EXECUTOR_CONFIG", "from-environment.yaml")
     assert find_config(None) == "from-environment.yaml", "also when it does not exist: that is the error to show"
     assert find_config("given.yaml") == "given.yaml"
+
+
+def test_many_includes_do_not_get_mixed_up(load, tmp_path):
+    """Nodes of one file must not be taken for those of an earlier one that is gone from memory."""
+    for number in range(200):
+        write(tmp_path / f"jobs.d/{number:03d}.yaml", f"jobs:\n  job{number}:\n    shell: echo {number}\n    env: {{A: {number}}}\n")
+    jobs = load("include: ['jobs.d/*.yaml']").jobs
+    assert {name: (job.shell, job.env) for name, job in jobs.items()} == {
+        f"job{number}": (f"echo {number}", {"A": str(number)}) for number in range(200)}
