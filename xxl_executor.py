@@ -1121,8 +1121,10 @@ def decode(body: bytes) -> dict:
         found = json.loads(body.decode("utf-8"))
     except RecursionError:
         raise Refused("the body is nested too deeply") from None
-    except ValueError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise Refused(f"the body is not JSON: {error}") from None
+    except ValueError:  # CPython converts at most 4,300 digits
+        raise Refused("the body holds a number of too many digits") from None
     if not isinstance(found, dict):
         raise Refused(f"expected a JSON object, got {json.dumps(found)[:100]}")
     return found

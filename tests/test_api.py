@@ -283,9 +283,7 @@ def unreadable():
     yield "deep-objects", b'{"jobId":' * 100_000, "the body is nested too deeply"
     yield "deep-and-whole", b'{"jobId":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "the body is nested too deeply"
     if most:
-        yield "5000-digits", b'{"jobId":' + b"9" * 5000 + b"}", (
-            short + f"Exceeds the limit ({most} digits) for integer string conversion: value has 5000 digits; "
-            "use sys.set_int_max_str_digits() to increase the limit")
+        yield "5000-digits", b'{"jobId":' + b"9" * 5000 + b"}", "the body holds a number of too many digits"
 
 
 @pytest.mark.parametrize("body, text", [pytest.param(body, text, id=name) for name, body, text in unreadable()])
