@@ -2177,6 +2177,8 @@ class ProcessRun:
                 child = self._spawn(write)
             except (OSError, ValueError, KeyError) as error:
                 note_start(self._out, self._trigger, self._timeout, "pid=none")
+                if isinstance(error, TimeoutError):  # the Python server may have forked before it fell silent
+                    kill_family(self._marker)
                 return Result(FAILURE, self._spawn_failure(error), 127)
             finally:
                 if write >= 0:

@@ -596,3 +596,27 @@ def test_a_python_job_as_another_user(executor, admin):
             500, "cannot start: there is no user no-such-user on this host (jobs.nobody.user)")
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def test_a_server_that_falls_silent_is_replaced(monkeypatch, tmp_path):
+    (tmp_path / "quick.py").write_text("def main():\n    return 'fine'\n")
+    marker = "0" * 16 + "-" + "0" * 20
+    request = {"entry_point": "quick:main", "pythonpath": [], "cwd": str(tmp_path), "user": None, "env": {xxl_executor.MARKER: marker},
+               "context": {**vars(xxl_executor.Trigger(1, 2, "quick")), "timeout": 0}}
+    server = xxl_executor.PythonServer(sys.executable, {**os.environ, xxl_executor.MARKER: marker})
+    with open(tmp_path / "output", "wb") as output:
+        try:
+            server.start()
+            silent = server._popen.pid
+            os.kill(silent, signal.SIGSTOP)
+            with monkeypatch.context() as patch:
+                patch.setattr(xxl_executor, "SERVER_LIMIT", 0.3)
+                with pytest.raises(TimeoutError, match="the Python server does not answer"):
+                    server.spawn(request, output.fileno())
+            child = server.spawn(request, output.fileno())
+            wait_until(lambda: child.poll() is not None)
+            assert (child.poll(), child.message) == (0, "fine")
+            child.close()
+            assert not alive(silent)
+        finally:
+            server.close()
