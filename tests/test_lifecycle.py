@@ -364,7 +364,7 @@ def test_nothing_is_left_after_runs(executor, admin, tmp_path):
             "link": {"shell": 'ln -s /etc/hostname "$XXL_JOB_RESULT_FILE"; echo no link'},
             "directory": {"shell": 'mkdir "$XXL_JOB_RESULT_FILE"; rmdir "$XXL_JOB_RESULT_FILE"; echo done'},
             "thread": {"python": "platform:machine", "isolation": "thread"}, "python": {"python": "platform:machine"}}
-    daemon = executor(jobs, admin=admin, executor={"max_running": 4})
+    daemon = executor(jobs, admin=admin, executor={"max_running": 1})  # one slot: others would be started when they are needed
     scratch = daemon.data / "run"
 
     def descriptors():
