@@ -170,14 +170,17 @@ def test_admin_that_comes_later(executor, loopback, port):
     assert result_of(admin, 1, 30)["handleMsg"] == "hello later"
     assert admin.wait(lambda: admin.registry, 30) == [daemon.url + "/"]
     wait_until(lambda: daemon.status()["undelivered"] == 0)
-    status = daemon.status()
-    assert (status["registered"], status["lastFailure"], status["admins"][0]["ok"]) == (True, "", True)
+
+    def well():  # the daemon hears of it after the admin
+        status = daemon.status()
+        return (status["registered"], status["lastFailure"], status["admins"][0]["ok"]) == (True, "", True)
+    wait_until(well)
     # An outage is told once, its end too.
     told = re.findall("cannot register.*", daemon.log)
     assert len(told) == 1 and re.fullmatch(
         "cannot register at the admin, trying again until it works: " + refused % "(callback|registry)",
                                            told[0])
-    assert daemon.log.count(f" registered {daemon.url}/ as xxl-job-executor-sample") == 1
+    wait_until(lambda: daemon.log.count(f" registered {daemon.url}/ as xxl-job-executor-sample") == 1)
 
 
 def test_many_results_go_in_few_requests(executor, loopback, port):
