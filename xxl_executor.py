@@ -1941,8 +1941,11 @@ class PythonServer:
             if sent:
                 try:
                     return ForkedChild(read, popen.pid)
-                except TimeoutError:  # the next run gets a new one
+                except TimeoutError:
                     popen.kill()
+                    with self._lock:
+                        if self._popen is popen:  # wait until it has ended: the next run must get a new one
+                            self._close()
                     raise
 
     def _close(self) -> None:
