@@ -462,8 +462,8 @@ class _YamlReader:
         self.problems: typing.List[typing.Tuple[str, int, str]] = []
         self.warnings: typing.List[str] = []
 
-    def problem(self, node, text: str, *, line: int = 0) -> None:
-        self.problems.append((node.start_mark.name, line or node.start_mark.line + 1, text))
+    def problem(self, node, text: str) -> None:
+        self.problems.append((node.start_mark.name, node.start_mark.line + 1, text))
 
     def scalar(self, value: str, node, tag: str = "tag:yaml.org,2002:str"):
         return self.yaml.ScalarNode(tag, value, node.start_mark, node.end_mark)

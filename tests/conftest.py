@@ -116,8 +116,7 @@ class Executor:
         return self.wait(seconds)
 
     def wait(self, seconds=30):
-        status = self.process.wait(seconds)
-        return status
+        return self.process.wait(seconds)
 
     def kill(self):
         """SIGKILL, as a crash or the OOM killer does."""
