@@ -36,12 +36,14 @@ import fcntl
 import functools
 import gc
 import glob
+import hashlib
 import hmac
 import http.server
 import importlib
 import inspect
 import io
 import ipaddress
+import itertools
 import json
 import logging
 import os
@@ -83,9 +85,13 @@ REGISTRY_INTERVAL = 30.0      # seconds; RegistryConfig.BEAT_TIMEOUT of XXL-JOB,
 RESUME_WINDOW = 300.0         # seconds; an accepted run that is older is not started after a restart
 DEAD_AFTER = 7 * 86_400.0     # seconds; then an undelivered result is kept but no longer sent
 REPEAT_WINDOW = 86_400.0      # seconds a delivered run is remembered, so that its repeated trigger starts nothing
+GLUE = {                      # glueType: (interpreter, suffix of the file); GlueTypeEnum of XXL-JOB
+    "GLUE_SHELL": ("bash", ".sh"), "GLUE_PYTHON": ("python3", ".py"), "GLUE_PYTHON2": ("python", ".py"),
+    "GLUE_NODEJS": ("node", ".js"), "GLUE_PHP": ("php", ".php"), "GLUE_POWERSHELL": ("pwsh", ".ps1")}
 INT64 = range(-(1 << 63), 1 << 63)
 MARKER = "XXL_EXECUTOR_RUN"   # environment variable that names the data_dir and the run of every process of a job
-SECRETS = re.compile(r"XXL_JOB_ACCESS_TOKEN|NOTIFY_SOCKET|WATCHDOG_.*|LISTEN_.*|CREDENTIALS_DIRECTORY|" + MARKER)
+FAILPOINT = "XXL_EXECUTOR_FAILPOINT"  # environment variable of the tests, see `failpoint`
+SECRETS = re.compile(rf"XXL_JOB_ACCESS_TOKEN|NOTIFY_SOCKET|WATCHDOG_.*|LISTEN_.*|CREDENTIALS_DIRECTORY|{MARKER}|{FAILPOINT}")
 
 
 class ExecutorError(Exception):
@@ -97,7 +103,11 @@ class ConfigError(ExecutorError):
 
 
 class Refused(ExecutorError):
-    """A request that is answered with code 500; the text goes to the admin."""
+    """A request that is answered with code 500; the text goes to the admin, `reason` is a word for the metrics."""
+
+    def __init__(self, text: str, reason: str = "malformed"):
+        super().__init__(text)
+        self.reason = reason
 
 
 class JournalError(ExecutorError):
@@ -124,7 +134,8 @@ class RunState(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Trigger:
-    """One trigger as the admin sent it; `timeout` in seconds (0: none), `log_date_time` in ms since the epoch."""
+    """One trigger as the admin sent it; `timeout` in seconds (0: none), `log_date_time` and `glue_updated` in ms since the epoch.
+    The handler of a script from the admin is glue-<jobId>."""
     job_id: int
     log_id: int
     handler: str
@@ -133,11 +144,12 @@ class Trigger:
     timeout: int = 0
     log_date_time: int = 0
     glue_type: str = "BEAN"
+    glue_updated: int = 0
     shard_index: int = 0
     shard_total: int = 1
 
     def __str__(self) -> str:
-        return f"{self.handler or self.glue_type} logId={self.log_id} jobId={self.job_id}"
+        return f"{self.handler} logId={self.log_id} jobId={self.job_id}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +158,19 @@ class Result:
     code: int
     message: str
     exit_status: typing.Optional[int] = None
+
+
+def unusable(error: OSError) -> ExecutorError:
+    """What to tell about a file of the data directory that cannot be used."""
+    return ExecutorError(f"executor.data_dir: {error.filename}: {error.strerror}: choose a directory with space that this user may write")
+
+
+def make_directory(path: str) -> None:
+    """Raises ExecutorError."""
+    try:
+        os.makedirs(path, 0o750, exist_ok=True)
+    except OSError as error:
+        raise unusable(error) from None
 
 
 def clip(text: str) -> str:
@@ -160,6 +185,16 @@ def seconds_text(seconds: float) -> str:
         return f"{round(seconds, 3):.3g} s" if seconds < 100 else f"{seconds:.0f} s"
     (large, small), units = (divmod(int(seconds), 60), "ms") if seconds < 3600 else (divmod(int(seconds) // 60, 60), "hm")
     return f"{large}{units[0]} {small}{units[1]}" if small else f"{large}{units[0]}"
+
+
+_CRASH_AT, _, _PASSAGE = os.environ.get(FAILPOINT, "").partition(":")
+_passages = itertools.count(1)
+
+
+def failpoint(name: str) -> None:
+    """Where the tests have the daemon crash: at the n-th passage when $XXL_EXECUTOR_FAILPOINT is `name:n`; any thread."""
+    if name == _CRASH_AT and next(_passages) == int(_PASSAGE):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 _CORES = os.sched_getaffinity(0)
@@ -241,6 +276,8 @@ def _header(reader, node) -> str:
 
 
 def _token(reader, node) -> str:
+    if node.id == "scalar" and node.tag.rpartition(":")[2] in ("int", "float", "bool", "timestamp") and not hasattr(node, "expanded"):
+        raise _Bad("expected text: put it in quotes", node)  # the usual words would show it
     reader.token = _text(reader, node) and _header(reader, node)
     return reader.token
 
@@ -410,6 +447,8 @@ class ExecutorConfig:
 @dataclasses.dataclass(frozen=True)
 class GlueConfig:
     enabled: bool = _option(_flag, "false")
+    languages: tuple = _option(_list(_choice(*GLUE)), f"[{', '.join(GLUE)}]")
+    timeout: float = _option(_duration, "0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -565,9 +604,11 @@ class _YamlReader:
 
     def _default(self, text: str, node):
         mark = node.start_mark if node is not None else self.yaml.Mark(self.file, 0, 0, 0, None, None)
-        if text in ("[]", "{}"):
-            kind, tag = (self.yaml.SequenceNode, "seq") if text == "[]" else (self.yaml.MappingNode, "map")
-            return kind(f"tag:yaml.org,2002:{tag}", [], mark, mark)
+        if text == "{}":
+            return self.yaml.MappingNode("tag:yaml.org,2002:map", [], mark, mark)
+        if text[:1] == "[":
+            items = [self._default(item, node) for item in text[1:-1].split(", ") if item]
+            return self.yaml.SequenceNode("tag:yaml.org,2002:seq", items, mark, mark)
         tag = self.resolver.resolve(self.yaml.ScalarNode, text, (True, False))
         return self.yaml.ScalarNode(tag, text, mark, mark) if text else None
 
@@ -625,8 +666,6 @@ class _ConfigReader(_YamlReader):
         admin = dataclasses.replace(admin, access_token=self.token)
         executor = self.section(ExecutorConfig, parts["executor"], "executor")
         glue = self.section(GlueConfig, parts["glue"], "glue")
-        if glue.enabled:
-            self.warnings.append(f"{self.file}: glue.enabled: this version refuses scripts from the admin")
         jobs: typing.Dict[str, JobConfig] = {}
         where: typing.Dict[str, str] = {}
         self.jobs(parts["jobs"], jobs, where)
@@ -684,7 +723,7 @@ _METRICS = {  # name: (type, help)
     "runs_total": ("counter", "Finished runs by job handler and result code."),
     "run_duration_seconds": ("histogram", "Duration of finished runs."),
     "run_wait_seconds": ("histogram", "Time between the acceptance of a trigger and the start of its run."),
-    "refused_triggers_total": ("counter", "Triggers answered with code 500."),
+    "refused_triggers_total": ("counter", "Triggers answered with code 500, by reason."),
     "callback_failures_total": ("counter", "Failed attempts to deliver results."),
     "registration_failures_total": ("counter", "Failed heartbeats to the admin."),
     "log_dropped_bytes_total": ("counter", "Bytes of output beyond executor.log_limit or a full disk."),
@@ -692,6 +731,9 @@ _METRICS = {  # name: (type, help)
     "queued": ("gauge", "Accepted runs that have not started."),
     "stuck_threads": ("gauge", "Runs in a thread that did not return after their cancellation."),
     "undelivered_results": ("gauge", "Results that the admin has not acknowledged."),
+    "oldest_undelivered_seconds": ("gauge", "Age of the oldest of them, 0 when there is none."),
+    "dead_results": ("gauge", "Results that were given up after 7 days."),
+    "start_time_seconds": ("gauge", "When this executor started."),
     "connections": ("gauge", "Open HTTP connections."),
     "last_heartbeat_timestamp_seconds": ("gauge", "When the admin last acknowledged a heartbeat."),
 }
@@ -748,6 +790,7 @@ class Metrics:
 # ----------------------------------------------------------------------------------------------------------------------
 HEAD_LIMIT, BODY_LIMIT = 16 << 10, 5 << 20  # bytes
 REQUEST_TIMEOUT, IDLE_TIMEOUT, LINGER = 10.0, 120.0, 2.0  # seconds; the admin's client gives up after 3 (10 at most)
+ALIVE = 15.0  # seconds; the selector turns at least every LINGER
 _JSON = "application/json;charset=UTF-8"
 _HEAD_END = re.compile(rb"\r?\n\r?\n")
 _FRAMING = re.compile(rb"^(content-length|transfer-encoding|expect)[ \t]*:[ \t]*([^\r\n]*?)[ \t]*\r?$", re.I | re.M)
@@ -770,14 +813,23 @@ class HttpError(Exception):
 
 class Connection:
     """A client socket and the bytes of its current request; owned by one thread at a time (see _ONCE)."""
-    __slots__ = ("sock", "peer", "buffer", "head_end", "total", "out", "deadline", "busy", "close_after", "lingering")
+    __slots__ = ("sock", "peer", "buffer", "head_end", "total", "out", "deadline", "busy", "used", "close_after", "lingering")
 
     def __init__(self, sock: socket.socket, peer: str):
         self.sock, self.peer = sock, peer
         self.buffer, self.out = bytearray(), b""
         self.head_end = self.total = 0
         self.deadline = time.monotonic() + REQUEST_TIMEOUT
-        self.busy = self.close_after = self.lingering = False
+        self.busy = self.used = self.close_after = self.lingering = False
+
+    def idle(self) -> bool:
+        """Whether the client has had its answers and sends nothing now."""
+        if self.busy or self.buffer or self.out or not self.used:
+            return False
+        try:
+            return not self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except OSError:
+            return True
 
     def frame(self) -> typing.Optional[typing.Tuple[bytes, bytes]]:
         """Take (head, body) of one complete request from the buffer, or None. Raises HttpError."""
@@ -843,7 +895,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         known = self._parsed.get(head)
         if known is not None or self._parse(head):
             vars(self).update(known or {})
-            self.reply(*answer(self.command, self.path, self.headers, body))
+            self.reply(*answer(self.command, self.path, self.headers, body, peer))
         elif not self.wfile.tell():
             self.send_error(400, "the request line is blank")
 
@@ -931,7 +983,7 @@ class HttpServer:
 
     No connection holds a thread unless its request is complete, and no slow reader holds one either: what a socket does not
     take at once is sent by the selector. At `max_connections` the listener pauses; connections are never evicted for others.
-    `answer(method, target, headers, body)` returns (status, content type, body) and must not raise.
+    `answer(method, target, headers, body, address of the client)` returns (status, content type, body) and must not raise.
     """
 
     def __init__(self, listener: socket.socket, answer, max_connections: int, threads: int = 8):
@@ -941,7 +993,9 @@ class HttpServer:
         self._listener = Listener(listener, self._epoll)
         self._wake_read, self._wake_write = os.pipe()
         self._connections: typing.Dict[int, Connection] = {}
-        self._closing = threading.Event()
+        self._closing, self._holding = threading.Event(), threading.Event()
+        self._quiet = threading.Event()  # held, and every request that had begun to come is answered
+        self._ticked, self._handled, self._seen = time.monotonic(), 0, (0, 0)  # for `alive`
         self._threads = [threading.Thread(target=self._select, name="http-selector", daemon=True)]
         self._threads += [threading.Thread(target=self._work, name=f"http-{i}", daemon=True) for i in range(threads)]
 
@@ -954,6 +1008,22 @@ class HttpServer:
         self._listener.register()
         for thread in self._threads:
             thread.start()
+
+    def alive(self) -> bool:
+        """Whether the selector turns, and requests are answered if any wait since the last call; one thread calls it."""
+        before, self._seen = self._seen, (self._ready.qsize(), self._handled)
+        return time.monotonic() < self._ticked + ALIVE and not (before[0] and self._seen[0] and before[1] == self._seen[1])
+
+    def hold(self, seconds: float) -> None:
+        """Take no new connection and no further request of an old one until `release`; returns when what had begun to come is
+        answered, after `seconds` at the latest."""
+        self._holding.set()
+        os.write(self._wake_write, b"x")
+        self._quiet.wait(seconds)
+
+    def release(self) -> None:
+        self._holding.clear()
+        os.write(self._wake_write, b"x")
 
     def close(self, timeout: float = 3.0) -> None:
         """Refuse new connections, let requests that are being answered finish, close the rest."""
@@ -973,10 +1043,12 @@ class HttpServer:
 
     def _select(self) -> None:
         share_core()
-        sweep = 0.0
+        sweep, held = 0.0, False
         stop_at = None
         while stop_at is None or (self._connections and time.monotonic() < stop_at):
-            now = time.monotonic()
+            now = self._ticked = time.monotonic()
+            if held and all(c.lingering for c in list(self._connections.values())):
+                self._quiet.set()
             if now >= sweep:
                 sweep = self._sweep(now)
             limits = [limit for limit in (sweep, self._listener.paused_until, stop_at) if limit]
@@ -986,17 +1058,31 @@ class HttpServer:
             for fd, event in events:
                 connection = self._connections.get(fd)
                 if fd == self._listener.fd:
-                    self._accept()
+                    if not held:
+                        self._accept()
                 elif connection is not None:
                     connection.busy = True
                     self._guarded(self._send if event & select.EPOLLOUT else self._receive, connection)
                 elif fd == self._wake_read and stop_at is None:
-                    self._epoll.unregister(fd)
-                    self._listener.close()
-                    stop_at = time.monotonic() + LINGER
-                    for idle in [c for c in list(self._connections.values()) if not (c.busy or c.buffer or c.out)]:
-                        self._drop(idle)
+                    os.read(fd, 64)
+                    if self._closing.is_set():
+                        self._epoll.unregister(fd)
+                        self._listener.close()
+                        stop_at = time.monotonic() + LINGER
+                    else:
+                        held = self._holding.is_set()
+                        if held:
+                            self._listener.pause(ALIVE)
+                        else:
+                            self._listener.resume()
+                    for connection in list(self._connections.values()) if self._leaving() else ():
+                        if connection.idle() or self._closing.is_set() and not (connection.busy or connection.buffer or connection.out):
+                            self._drop(connection)
             sweep = min(sweep, time.monotonic() + LINGER)  # the soonest that anything armed just now can expire
+
+    def _leaving(self) -> bool:
+        """Whether each connection is to end with its next answer."""
+        return self._closing.is_set() or self._holding.is_set()
 
     def _sweep(self, now: float) -> float:
         """Close what is past its deadline; returns when to look again."""
@@ -1036,7 +1122,7 @@ class HttpServer:
     def _drop(self, connection: Connection) -> None:
         self._connections.pop(connection.sock.fileno(), None)
         connection.sock.close()
-        if not self._closing.is_set():
+        if not self._leaving():
             self._listener.resume()
 
     def _arm(self, connection: Connection, event: int, seconds: float) -> None:
@@ -1064,6 +1150,7 @@ class HttpServer:
             self._fail(connection, error)
             return
         if request:
+            connection.used = True
             self._ready.put((connection, request))
         else:
             self._arm(connection, select.EPOLLIN, patience)
@@ -1081,7 +1168,8 @@ class HttpServer:
             self._guarded(self._handle, connection, *request)
 
     def _handle(self, connection: Connection, head: bytes, body: bytes) -> None:
-        handler = _Handler(head, body, connection.peer, self._answer, self._closing.is_set)
+        handler = _Handler(head, body, connection.peer, self._answer, self._leaving)
+        self._handled += 1
         connection.out, connection.close_after = handler.wfile.getvalue(), handler.close_connection
         self._send(connection)
 
@@ -1090,11 +1178,13 @@ class HttpServer:
             connection.out = connection.out[connection.sock.send(connection.out):]
         if connection.out:
             self._arm(connection, select.EPOLLOUT, REQUEST_TIMEOUT)
-        elif connection.close_after or (self._closing.is_set() and not connection.buffer):
+        elif connection.close_after or (self._leaving() and not connection.buffer):
             # Closing with unread input would reset the connection and take the answer with it.
             connection.sock.shutdown(socket.SHUT_WR)
             connection.lingering = True
             self._arm(connection, select.EPOLLIN, LINGER)
+            if self._holding.is_set():
+                os.write(self._wake_write, b"x")
         elif connection.buffer:  # pipelined
             self._advance(connection, REQUEST_TIMEOUT)
         else:
@@ -1156,16 +1246,17 @@ def decode_trigger(fields: dict) -> Trigger:
         job_id=number(fields, "jobId"), log_id=number(fields, "logId"), handler=text(fields, "executorHandler"),
         param=text(fields, "executorParams"), block_strategy=text(fields, "executorBlockStrategy"),
         timeout=max(0, number(fields, "executorTimeout", 0)), log_date_time=log_date(fields),
-        glue_type=text(fields, "glueType") or "BEAN", shard_index=number(fields, "broadcastIndex", 0),
-        shard_total=number(fields, "broadcastTotal", 1))
+        glue_type=text(fields, "glueType") or "BEAN", glue_updated=number(fields, "glueUpdatetime", 0),
+        shard_index=number(fields, "broadcastIndex", 0), shard_total=number(fields, "broadcastTotal", 1))
 
 
 class Api:
     """Answers every request; called by the http threads, any number at a time."""
 
-    def __init__(self, config: Config, scheduler, logs, metrics: Metrics, status, learned_path):
+    def __init__(self, config: Config, scheduler, logs, scripts, metrics: Metrics, status, learned_path):
         self.config = config  # replaced as a whole by a reload
-        self._scheduler, self._logs, self._metrics, self._status, self._learned = scheduler, logs, metrics, status, learned_path
+        self._scheduler, self._logs, self._scripts, self._metrics = scheduler, logs, scripts, metrics
+        self._status, self._learned = status, learned_path
         self.draining = False
         self._prefix = urllib.parse.urlsplit(config.executor.address or "").path.rstrip("/")
         self._post = {"/beat": self._beat, "/idleBeat": self._idle_beat, "/run": self._run, "/trigger": self._run,
@@ -1173,7 +1264,7 @@ class Api:
         self._get = {"/health": self._health, "/metrics": self._show_metrics, "/status": self._show_status}
         self._alive = (200, _JSON, envelope(SUCCESS))
 
-    def answer(self, method: str, target: str, headers, body: bytes) -> typing.Tuple[int, str, bytes]:
+    def answer(self, method: str, target: str, headers, body: bytes, peer: str) -> typing.Tuple[int, str, bytes]:
         path = re.sub("/+", "/", target.partition("?")[0])
         if self._prefix and path.startswith(self._prefix + "/"):
             path = path[len(self._prefix):]
@@ -1182,10 +1273,10 @@ class Api:
                 return 405, _JSON, envelope(FAILURE, f"{path} takes POST, not {method}")
             try:
                 self._authorize(headers)
-                return self._post[path](path, body)
+                return self._post[path](path, body, peer)
             except Refused as error:
                 if path in ("/run", "/trigger"):
-                    self._metrics.count("refused_triggers_total")
+                    self._metrics.count("refused_triggers_total", reason=error.reason)
                     log.warning("refused a trigger: %s", error)
                 return 200, _JSON, envelope(FAILURE, str(error))
             except Exception as error:
@@ -1206,41 +1297,48 @@ class Api:
         token = self.config.admin.access_token
         given = headers.get_all("XXL-JOB-ACCESS-TOKEN", [])
         if token and (len(given) != 1 or not hmac.compare_digest(given[0].encode("latin-1", "replace"), token.encode())):
-            raise Refused("The access token is wrong: give admin and executor the same xxl.job.accessToken / admin.access_token.")
+            raise Refused("The access token is wrong: give admin and executor the same xxl.job.accessToken / admin.access_token.",
+                          "token")
         for name in headers.get_all("XXL-JOB-APPNAME", []):
             if name != self.config.executor.app_name:
-                raise Refused(f"this executor is {self.config.executor.app_name}, not {name[:100]}: check its address in the admin")
+                raise Refused(f"this executor is {self.config.executor.app_name}, not {name[:100]}: check its address in the admin",
+                              "app_name")
 
-    def _beat(self, path: str, body: bytes):
+    def _beat(self, path: str, body: bytes, peer: str):
         if self.draining:
             raise Refused("the executor is stopping")
         return self._alive
 
-    def _idle_beat(self, path: str, body: bytes):
+    def _idle_beat(self, path: str, body: bytes, peer: str):
         if self.draining:
             raise Refused("the executor is stopping")
         if self._scheduler.busy(number(decode(body), "jobId")):
             raise Refused("job thread is running or has trigger queue.")  # the Java executor's words
         return self._alive
 
-    def _run(self, path: str, body: bytes):
-        trigger = decode_trigger(decode(body))
+    def _run(self, path: str, body: bytes, peer: str):
+        fields = decode(body)
+        trigger = decode_trigger(fields)
         self._learned(path)
         if trigger.glue_type != "BEAN":
-            raise Refused(f"{trigger.glue_type}: scripts from the admin are not supported: write the script to this host, list it "
-                          "under jobs in the configuration, and choose BEAN with its name as JobHandler")
+            trigger = dataclasses.replace(trigger, handler=f"glue-{trigger.job_id}")
+            job = self._scripts.job(trigger)
+            self._scripts.store(trigger, text(fields, "glueSource"), peer)
+            self._scheduler.submit(trigger, job)
+            return self._alive
         job = self.config.jobs.get(trigger.handler)
         if job is None:
-            near = difflib.get_close_matches(trigger.handler, self.config.jobs, 1)
+            name = trigger.handler[:100]  # whatever a request holds, the answer and the log stay short
+            near = difflib.get_close_matches(name, self.config.jobs, 1)
             hint = f', did you mean "{near[0]}"?' if near else f": add it under jobs in {self.config.file}"
-            raise Refused(f'job handler "{trigger.handler}" not found{hint}')
+            raise Refused(f'job handler "{name}" not found{hint}', "unknown_handler")
         self._scheduler.submit(trigger, job)
         return self._alive
 
-    def _kill(self, path: str, body: bytes):
+    def _kill(self, path: str, body: bytes, peer: str):
         return 200, _JSON, envelope(SUCCESS, self._scheduler.kill(number(decode(body), "jobId")))
 
-    def _log(self, path: str, body: bytes):
+    def _log(self, path: str, body: bytes, peer: str):
         fields = decode(body)
         log_id = number(fields, "logId")
         page = self._logs.page(log_id, log_date(fields), number(fields, "fromLineNum", 1), ended=not self._scheduler.knows(log_id))
@@ -1285,11 +1383,12 @@ class Lane:
     def check(self, trigger: Trigger, job: JobConfig) -> None:
         """Raises Refused for a trigger that this lane does not take now."""
         if self.running is not None and self.running.stuck:
-            raise Refused(f"{self.stuck()}: restart the executor, and let the job watch Context.cancelled or use isolation: process")
+            raise Refused(f"{self.stuck()}: restart the executor, and let the job watch Context.cancelled or use isolation: process",
+                          "stuck")
         if trigger.block_strategy == "DISCARD_LATER" and (self.running or self.waiting):
-            raise Refused("block strategy effect: DISCARD_LATER, the job is running or waiting")
+            raise Refused("block strategy effect: DISCARD_LATER, the job is running or waiting", "discard_later")
         if len(self.waiting) >= job.queue_limit and trigger.block_strategy != "COVER_EARLY":
-            raise Refused(f"{len(self.waiting)} triggers of this job wait already: queue_limit is {job.queue_limit}")
+            raise Refused(f"{len(self.waiting)} triggers of this job wait already: queue_limit is {job.queue_limit}", "queue_limit")
 
     def may_start(self) -> bool:
         return self.running is None and bool(self.waiting) and self.waiting[0].state is not RunState.ACCEPTING
@@ -1383,10 +1482,11 @@ class Scheduler:
             fresh = self._journal.accept(trigger)
         except JournalError as error:
             self._withdraw(run)
-            raise Refused(f"the executor cannot store the trigger: {error}") from None
+            raise Refused(f"the executor cannot store the trigger: {error}", "journal") from None
         if not fresh:
             self._withdraw(run)
             return
+        failpoint("accepted")
         log.info("accepted %s", trigger)
         dropped, reason = [], f"covered by run {trigger.log_id}"
         with self._lock:
@@ -1415,7 +1515,7 @@ class Scheduler:
         """A place in the lane that cannot start yet; None when this logId is known already. Raises Refused."""
         delay = time.time() - trigger.log_date_time / 1000
         if job.max_delay and trigger.log_date_time and delay > job.max_delay:
-            raise Refused(f"the trigger is {seconds_text(delay)} old, more than max_delay {seconds_text(job.max_delay)}")
+            raise Refused(f"the trigger is {seconds_text(delay)} old, more than max_delay {seconds_text(job.max_delay)}", "max_delay")
         with self._lock:
             known = self._runs.get(trigger.log_id)
             while known is not None:
@@ -1425,11 +1525,11 @@ class Scheduler:
                     return None
                 known = latest  # it could not be stored, or has ended and another of those who waited was faster
             if self._idle_hook is not None:
-                raise Refused("the executor is stopping")
+                raise Refused("the executor is stopping", "stopping")
             lane = self._lanes.get(trigger.job_id) or Lane()
             lane.check(trigger, job)
             if self._queued >= self._max_queued:
-                raise Refused(f"{self._queued} triggers wait already: executor.max_queued is {self._max_queued}")
+                raise Refused(f"{self._queued} triggers wait already: executor.max_queued is {self._max_queued}", "max_queued")
             self._lanes[trigger.job_id] = lane
             self._runs[trigger.log_id] = run = Run(trigger, job, RunState.ACCEPTING)
             lane.waiting.append(run)
@@ -1477,6 +1577,7 @@ class Scheduler:
         except Exception as error:  # a slot thread must survive whatever a run does
             log.exception("unexpected error, please report it: %s", run.trigger)
             result = Result(FAILURE, f"the executor failed: {type(error).__name__}: {error}")
+        failpoint("exited")
         self._finish([run], result)
         with self._lock:
             lane.running = None
@@ -1490,6 +1591,7 @@ class Scheduler:
         waited = time.monotonic() - run.accepted
         if run.job.max_delay and waited > run.job.max_delay:
             return Result(FAILURE, f"waited {seconds_text(waited)}, more than max_delay {seconds_text(run.job.max_delay)}")
+        failpoint("starting")
         try:
             self._journal.start(run.trigger.log_id)
         except JournalError as error:
@@ -1601,6 +1703,7 @@ _CHUNK = 1 << 16       # bytes; what one read of a pipe or file asks for
 KILL_LIMIT = 10.0      # seconds that SIGKILL is repeated for a tree that keeps forking
 SERVER_LIMIT = 10.0    # seconds that a Python server may take to fork; it takes milliseconds
 PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
+M_MMAP_THRESHOLD = -3  # <malloc.h>
 _KEPT: typing.Dict[int, int] = {}  # {pid: start time} of what jobs with background: keep left
 _OWN: typing.Set[int] = set()  # direct children that somebody here waits for; all others are orphans that jobs left
 
@@ -1689,6 +1792,63 @@ def call_entry_point(entry_point: str, context: Context) -> str:
     return "" if value is None else str(value)
 
 
+class Scripts:
+    """Scripts that the admin sends with its triggers (GLUE), in one directory; any thread."""
+
+    def __init__(self, directory: str, config: GlueConfig, cwd: str):
+        self._directory, self._config, self._cwd, self._lock = directory, config, cwd, threading.Lock()
+        if config.enabled:
+            make_directory(directory)
+            os.chmod(directory, 0o700)
+
+    def _path(self, trigger: Trigger) -> str:
+        return os.path.join(self._directory, f"{trigger.job_id}_{trigger.glue_updated}{GLUE[trigger.glue_type][1]}")
+
+    def job(self, trigger: Trigger) -> JobConfig:
+        """What runs the script of `trigger`. Raises Refused."""
+        kind = trigger.glue_type[:100]
+        if kind == "GLUE_GROOVY":
+            raise Refused("GLUE_GROOVY: Groovy runs inside the Java executor only: choose another language, or a script of this host", "glue")
+        if kind not in GLUE:
+            raise Refused(f"{kind}: no such kind of script: known are {', '.join(GLUE)}", "glue")
+        if not self._config.enabled:
+            raise Refused(f"{kind}: scripts from the admin are not enabled here: write the script to this host, list it under jobs in "
+                          "the configuration and choose BEAN with its name as JobHandler, or set glue.enabled: true", "glue")
+        if kind not in self._config.languages:
+            raise Refused(f"{kind}: is not among glue.languages: {', '.join(self._config.languages) or 'none'}", "glue")
+        return JobConfig(
+            name=trigger.handler, description="", shell="", python="", isolation="process", timeout=self._config.timeout, kill_grace=5.0,
+            command=(GLUE[kind][0], self._path(trigger), "{param}", "{shard_index}", "{shard_total}"), cwd=self._cwd, env={}, user="",
+            interpreter="", pythonpath=(), max_delay=0, queue_limit=1000, on_crash="fail", background="kill")
+
+    def store(self, trigger: Trigger, source: str, caller: str) -> None:
+        """Write the script of `trigger` unless it is there already, and say so. Raises Refused."""
+        path, data = self._path(trigger), source.encode("utf-8", "replace")
+        try:
+            with self._lock:
+                with contextlib.suppress(FileNotFoundError), open(path, "rb") as stream:
+                    if stream.read() == data:
+                        os.utime(path)  # what was used lately is not pruned
+                        return
+                with open(os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o700), "wb") as stream:
+                    stream.write(data)
+                os.replace(f"{path}.new", path)
+        except OSError as error:
+            raise Refused(f"the executor cannot store the script: {path}: {error.strerror}", "glue") from None
+        log.warning("new script %s of jobId=%d from %s: %d bytes, sha256 %s", path, trigger.job_id, caller, len(data),
+                    hashlib.sha256(data).hexdigest())
+
+    def prune(self, age: float) -> int:
+        """Remove scripts that were not used for `age` seconds; returns how many."""
+        removed = 0
+        for file in glob.glob(os.path.join(glob.escape(self._directory), "*_*.*")):
+            with contextlib.suppress(OSError):
+                if os.stat(file).st_mtime < time.time() - age:
+                    os.unlink(file)
+                    removed += 1
+        return removed
+
+
 # -- the Python server: a process that imports nothing of the jobs and forks one child per run
 
 def serve_python(fd: int) -> typing.Optional[typing.Callable[[], int]]:
@@ -1721,6 +1881,7 @@ def serve_python(fd: int) -> typing.Optional[typing.Callable[[], int]]:
             continue
         head, fds, _, _ = socket.recv_fds(server, 8, 2)
         if not head:
+            signal.set_wakeup_fd(-1)
             return None
         while len(head) < 8:
             head += server.recv(8 - len(head))
@@ -1728,6 +1889,7 @@ def serve_python(fd: int) -> typing.Optional[typing.Callable[[], int]]:
         while len(body) < int.from_bytes(head, "big"):
             part = server.recv(int.from_bytes(head, "big") - len(body))  # not into the next request, which brings descriptors
             if not part:
+                signal.set_wakeup_fd(-1)
                 return None
             body += part
         request = json.loads(body)
@@ -1758,6 +1920,13 @@ def _report(fd: int, **fields: typing.Any) -> None:
 def _python_child(request: dict, output: int, report: int) -> int:
     """In the forked child: become the job, call it, report its return value or its exception; returns the exit status."""
     os.set_inheritable(report, False)
+    own, pipe = os.getpid(), os.fstat(report).st_ino
+
+    def tell(message: str) -> None:
+        """Not from a child that the job forked and that came back here, and not into what the job opened in place of the pipe."""
+        with contextlib.suppress(OSError):  # the job closed it
+            if os.getpid() == own and os.fstat(report).st_ino == pipe:
+                _report(report, message=clip(message))
     try:
         os.setsid()
         null = os.open(os.devnull, os.O_RDONLY)
@@ -1779,7 +1948,7 @@ def _python_child(request: dict, output: int, report: int) -> int:
         sys.argv = [request["entry_point"]]
         context = Context(request["context"], sys.stdout.write)
         message = call_entry_point(request["entry_point"], context)
-        _report(report, message=clip(message))
+        tell(message)
         return 0
     except SystemExit as error:
         if error.code is None or isinstance(error.code, int):
@@ -1788,7 +1957,7 @@ def _python_child(request: dict, output: int, report: int) -> int:
         return 1
     except BaseException as error:
         traceback.print_exception(type(error), error, _own_frames(error.__traceback__))
-        _report(report, message=clip(traceback.format_exception_only(type(error), error)[-1].strip()))
+        tell(traceback.format_exception_only(type(error), error)[-1].strip())
         return 1
 
 
@@ -1815,6 +1984,8 @@ def trim_memory() -> None:
     """Give back to the system what starting up needed for a moment; glibc keeps it otherwise."""
     gc.collect()
     with contextlib.suppress(AttributeError):  # another libc
+        # A fixed threshold: else glibc raises it to the largest block that was freed, and what log pages took stays, per thread.
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
         ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -1966,36 +2137,69 @@ class PythonServer:
             self._close()
 
 
+def _read_proc(path: str) -> bytes:
+    """A small file of the kernel; without the objects of open(), whose making takes longer than all the rest."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        data = part = os.read(fd, 1 << 15)
+        while part:
+            part = os.read(fd, 1 << 15)
+            data += part
+        return data
+    finally:
+        os.close(fd)
+
+
 def _process_stat(pid: int) -> typing.Optional[typing.Tuple[str, int, int, int]]:
     """(state, parent, session, start time) of a process, or None when it is gone."""
     try:
-        with open(f"/proc/{pid}/stat", "rb", buffering=0) as stream:
-            fields = stream.read().rpartition(b") ")[2].split()
+        fields = _read_proc(f"/proc/{pid}/stat").rpartition(b") ")[2].split()
     except OSError:
         return None
     return (fields[0].decode(), int(fields[1]), int(fields[3]), int(fields[19])) if fields else None
 
 
-def family(marker: str, session: int = 0, seen: typing.Mapping[int, int] = {}) -> typing.Dict[int, int]:
+def _pids() -> typing.List[int]:
+    """Of all processes. Waits for a free descriptor, at most KILL_LIMIT: what a run started is ended whatever is short."""
+    deadline = time.monotonic() + KILL_LIMIT
+    while True:
+        try:
+            return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE) or time.monotonic() >= deadline:
+                raise
+            await_exit([], 0.1)
+
+
+def _marked(pid: int, needle: bytes) -> bool:
+    with contextlib.suppress(OSError):
+        return needle in b"\0" + _read_proc(f"/proc/{pid}/environ")
+    return False
+
+
+def family(marker: str, session: int = 0, seen: typing.Mapping[int, int] = {},
+           act: typing.Callable[[int, int], typing.Any] = lambda pid, started: None) -> typing.Dict[int, int]:
     """{pid: start time} of living processes whose environment holds `marker` or whose session is `session`, of those `seen`
-    before, and of all their descendants. `marker` may be the beginning of one: then every run that it begins."""
+    before, and of all their descendants. `marker` may be the beginning of one: then every run that it begins.
+    `act(pid, start time)` is called for each as soon as it is found: one that forks and exits is gone when all are."""
     needle = f"\0{MARKER}={marker}".encode()
-    stats = {int(name): _process_stat(int(name)) for name in os.listdir("/proc") if name.isdigit()}
+    stats, members = {}, []
     children = collections.defaultdict(list)
-    members = []
-    for pid, found in stats.items():
+    for pid in _pids():
+        found = _process_stat(pid)
         if found is None or pid == os.getpid():
             continue
+        stats[pid] = found
         children[found[1]].append(pid)
-        if seen.get(pid) == found[3] or session and found[2] == session:  # 0 is the session of all that came from outside a PID namespace
+        # 0 is the session of all that came from outside a PID namespace
+        if seen.get(pid) == found[3] or session and found[2] == session or found[0] not in "ZX" and _marked(pid, needle):
             members.append(pid)
-            continue
-        with contextlib.suppress(OSError):
-            with open(f"/proc/{pid}/environ", "rb", buffering=0) as stream:
-                if needle in b"\0" + stream.read(1 << 20):
-                    members.append(pid)
+            act(pid, found[3])
     for pid in members:  # grows while it is walked
-        members += [child for child in children[pid] if child not in members]
+        for child in children[pid]:
+            if child not in members:
+                members.append(child)
+                act(child, stats[child][3])
     return {pid: stats[pid][3] for pid in members if stats[pid][0] not in "ZX"}
 
 
@@ -2030,17 +2234,61 @@ def await_exit(fds: typing.List[int], seconds: float) -> None:
         os.close(fd)
 
 
+@contextlib.contextmanager
+def urgent() -> typing.Iterator[None]:
+    """Inside, the calling thread goes before others, where that is permitted: it must outrun what it kills."""
+    before = os.getpriority(os.PRIO_PROCESS, 0)  # of the thread, on Linux
+    with contextlib.suppress(PermissionError):
+        os.setpriority(os.PRIO_PROCESS, 0, -20)
+    try:
+        with any_core():
+            yield
+    finally:
+        with contextlib.suppress(PermissionError):
+            os.setpriority(os.PRIO_PROCESS, 0, before)
+
+
 def kill_family(marker: str, session: int = 0, seen: typing.Mapping[int, int] = {}) -> typing.List[int]:
-    """SIGKILL until two passes find nobody, at most KILL_LIMIT; returns the pids that were still there, [] as it should be."""
-    deadline, empty = time.monotonic() + KILL_LIMIT, 0
+    """SIGKILL until two passes find nobody, at most KILL_LIMIT; returns the pids that were still there, [] as it should be.
+
+    Whoever is found is stopped at once, and killed when a pass finds nobody new: what is stopped neither forks nor exits, so
+    that no chain of forks outruns the search and no child without a marker loses the parent by which it is known. A pass
+    after which an orphan was reaped does not count as empty: it may have been a link of such a chain.
+    """
+    began, empty = time.monotonic(), 0
     members: typing.Dict[int, int] = {}
-    while empty < 2 and time.monotonic() < deadline:
-        members = family(marker, session, seen)
-        seen = {**seen, **members}
-        empty = 0 if members else empty + 1
-        await_exit(send_signal(members, signal.SIGKILL), 0.5)
-        reap_orphans()
+    stopped: typing.Dict[int, int] = {}
+
+    def stop(pid: int, started: int) -> None:
+        if stopped.get(pid) != started:
+            await_exit(send_signal({pid: started}, signal.SIGSTOP), 0)
+    with urgent():
+        while empty < 2 and time.monotonic() < began + KILL_LIMIT:
+            members = family(marker, session, {**seen, **stopped}, stop)
+            fresh = members.items() - stopped.items()
+            stopped.update(members)
+            if not fresh or time.monotonic() > began + KILL_LIMIT / 2:
+                await_exit(send_signal(members, signal.SIGKILL), 0.5)
+            ended, _ = _reap()
+            empty = 0 if members or ended else empty + 1
     return sorted(members)
+
+
+def _reap() -> typing.Tuple[bool, bool]:
+    """Reap what jobs left and has ended: (whether something had, whether an orphan is alive that nobody wants to keep)."""
+    try:
+        orphans = set(map(int, _read_proc(f"/proc/self/task/{os.getpid()}/children").split())) - _OWN
+    except OSError:  # a kernel without CONFIG_PROC_CHILDREN: have the caller look everywhere
+        return False, True
+    ended = alive = False
+    for pid in orphans:
+        with contextlib.suppress(ChildProcessError):  # another thread was faster
+            if os.waitpid(pid, os.WNOHANG)[0]:
+                _KEPT.pop(pid, None)
+                ended = True
+            elif pid not in _KEPT or (_process_stat(pid) or (0, 0, 0, 0))[3] != _KEPT[pid]:
+                alive = True
+    return ended, alive
 
 
 def reap_orphans() -> bool:
@@ -2048,18 +2296,9 @@ def reap_orphans() -> bool:
 
     The daemon is a subreaper: orphans become children of its main thread, so that one small file tells about all of them.
     """
-    try:
-        with open(f"/proc/self/task/{os.getpid()}/children", "rb", buffering=0) as stream:
-            orphans = set(map(int, stream.read().split())) - _OWN
-    except OSError:  # a kernel without CONFIG_PROC_CHILDREN: have the caller look everywhere
-        return True
-    alive = False
-    for pid in orphans:
-        with contextlib.suppress(ChildProcessError):  # another thread was faster
-            if os.waitpid(pid, os.WNOHANG)[0]:
-                _KEPT.pop(pid, None)
-            elif pid not in _KEPT or (_process_stat(pid) or (0, 0, 0, 0))[3] != _KEPT[pid]:
-                alive = True
+    ended, alive = _reap()
+    while ended and not alive:  # one that has just ended may have left a child
+        ended, alive = _reap()
     return alive
 
 
@@ -2081,6 +2320,16 @@ class ThreadOutput:
         return getattr(self.original, name)
 
 
+def remove(path: str) -> None:
+    """Remove what a job has put there, a file as a rule."""
+    try:
+        os.unlink(path)
+    except IsADirectoryError:
+        shutil.rmtree(path, ignore_errors=True)
+    except OSError:
+        pass
+
+
 class Runner:
     """Runs one job to its end, tree and all, in the calling thread; any number of threads at a time."""
 
@@ -2091,9 +2340,10 @@ class Runner:
         self._lock = threading.Lock()
         self._local = threading.local()  # `sink` is where the output of a job in this thread goes
         self._streams: typing.Optional[tuple] = None
-        os.makedirs(scratch, 0o750, exist_ok=True)
-        for file in glob.glob(os.path.join(scratch, "*.result")) + glob.glob(self.result_file("*", foreign=True)):
-            os.unlink(file)  # of runs that a crash interrupted
+        make_directory(scratch)
+        with contextlib.suppress(FileNotFoundError):  # no temporary directory: none is needed without jobs.*.user
+            for file in glob.glob(os.path.join(scratch, "*.result")) + glob.glob(self.result_file("*", foreign=True)):
+                remove(file)  # of runs that a crash interrupted
         if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
             raise ExecutorError(f"cannot become the reaper of orphans: {os.strerror(ctypes.get_errno())}: Linux 5.3 is needed")
 
@@ -2186,6 +2436,7 @@ class ProcessRun:
             finally:
                 if write >= 0:
                     os.close(write)
+            failpoint("forked")
             note_start(self._out, self._trigger, self._timeout, f"pid={child.pid}")
             self._control.attach(lambda: os.write(wake_write, b"x"))
             try:
@@ -2209,8 +2460,7 @@ class ProcessRun:
                 if fd >= 0:
                     os.close(fd)
             if self._result_file:
-                with contextlib.suppress(OSError):
-                    os.unlink(self._result_file)
+                remove(self._result_file)
 
     def _spawn(self, output: int):
         trigger, job = self._trigger, self._job
@@ -2228,6 +2478,7 @@ class ProcessRun:
             os.close(fd)
             environment.update(HOME=user.pw_dir, USER=user.pw_name, LOGNAME=user.pw_name)
         if job.python:
+            os.stat(job.cwd)  # the child would report it with less to go by
             return self._runner.server(job).spawn({
                 "entry_point": job.python, "pythonpath": job.pythonpath, "cwd": job.cwd, "user": job.user, "env": environment,
                 "context": {**vars(trigger), "timeout": self._timeout}}, output)
@@ -2293,14 +2544,16 @@ class ProcessRun:
             if self._control.result is not None and self._kill_at is None:
                 self._kill_at = deadline = time.monotonic() + self._job.kill_grace
                 poller.unregister(wake)
-                self._seen = family(self._marker, child.pid)
-                await_exit(send_signal(self._seen, signal.SIGTERM), 0)
+                with urgent():
+                    reap_orphans()  # thousands of them would make the search long
+                    self._seen = family(self._marker, child.pid)
+                    await_exit(send_signal(self._seen, signal.SIGTERM), 0)
 
     def _end_leftovers(self, session: int) -> None:
         """What is left of the tree gets SIGTERM, the rest of the grace, and SIGKILL."""
-        grace = self._job.kill_grace if self._kill_at is None else max(0.0, self._kill_at - time.monotonic())
+        kill_at = time.monotonic() + self._job.kill_grace if self._kill_at is None else self._kill_at
         self._seen.update(family(self._marker, session, self._seen))
-        await_exit(send_signal(self._seen, signal.SIGTERM), grace)
+        await_exit(send_signal(self._seen, signal.SIGTERM), max(0.0, kill_at - time.monotonic()))
         survivors = kill_family(self._marker, session, self._seen)
         if survivors:
             log.error("processes %s of %s cannot be killed", survivors, self._trigger)
@@ -2323,12 +2576,14 @@ class ProcessRun:
             return ""
         except OSError:
             return ""
-        with open(fd, "rb") as stream:
+        try:
             found = os.fstat(fd)
             if not stat.S_ISREG(found.st_mode):
                 return ""
-            stream.seek(max(0, found.st_size - 4 * MESSAGE_LIMIT))
-            return stream.read(4 * MESSAGE_LIMIT).decode("utf-8", "replace").strip().replace("\0", "\ufffd")
+            data = os.pread(fd, 4 * MESSAGE_LIMIT, max(0, found.st_size - 4 * MESSAGE_LIMIT))
+        finally:
+            os.close(fd)
+        return data.decode("utf-8", "replace").strip().replace("\0", "\ufffd")
 
     def _result(self, status: typing.Optional[int], message: str) -> Result:
         ended = self._control.result
@@ -2369,7 +2624,11 @@ def run_in_thread(trigger: Trigger, job: JobConfig, control: Control, timeout: f
     timers: typing.List[threading.Timer] = []
     control.attach(cancelled)
     if timeout:
-        later(timeout, control.cancel, TIMEOUT, f"timed out after {seconds_text(timeout)}")
+        try:
+            later(timeout, control.cancel, TIMEOUT, f"timed out after {seconds_text(timeout)}")
+        except RuntimeError as error:
+            control.attach(None)
+            return Result(FAILURE, f"cannot start the thread that watches over its timeout: {error}")
     for entry in (job.cwd, *reversed(job.pythonpath)):
         if entry not in sys.path:
             sys.path.insert(0, entry)
@@ -2401,13 +2660,14 @@ _INDEXED_FILES = 256  # how many files the positions of lines are remembered for
 class RunLog:
     """The log of one run; written by its slot thread, and by the threads of a Python job in a thread."""
 
-    def __init__(self, fd: int, limit: int, echo: str = ""):
-        """`echo`: what begins each line of output that also goes to stdout (executor.log_to_stdout); "": none does."""
-        self._fd, self._limit, self._lock = fd, limit, threading.Lock()
+    def __init__(self, fd: int, limit: int, echo: str = "", full: typing.Callable[[], bool] = lambda: False):
+        """`echo`: what begins each line of output that also goes to stdout (executor.log_to_stdout); "": none does.
+        While `full()` nothing is written: what is left of the disk is for results."""
+        self._fd, self._limit, self._lock, self._full = fd, limit, threading.Lock(), full
         self._left = limit
         self._echo, self._line = echo.encode(), b""
         self._tail = b""
-        self.dropped = 0
+        self.dropped = self._gap = 0  # bytes, in all and since the last that could be written
 
     def write(self, data: bytes) -> None:
         """Append output; what is beyond the limit or cannot be written is counted and dropped, the run goes on."""
@@ -2433,13 +2693,18 @@ class RunLog:
                 os.write(1, self._echo + line + b"\n")
 
     def _append(self, data: bytes) -> None:
+        notice = f"\n----- {self._gap} bytes could not be written here -----\n".encode() if self._gap else b""
+        size, data = len(data), notice + data
         try:
-            while data and self._fd >= 0:
+            while data and self._fd >= 0 and not self._full():
                 data = data[os.write(self._fd, data):]
         except OSError as error:
             if not self.dropped:
                 log.error("cannot write a job log, output is dropped: %s", error.strerror)
-        self.dropped += len(data)
+        if len(data) <= size:
+            self._gap = 0
+        lost = min(len(data), size)
+        self._gap, self.dropped = self._gap + lost, self.dropped + lost
 
     def note(self, text: str) -> None:
         with self._lock:
@@ -2466,9 +2731,11 @@ class RunLog:
 class JobLogs:
     """Files `yyyy-MM-dd/<logId>.log` below one directory: written with a cap, read by page, pruned by age; any thread."""
 
-    def __init__(self, directory: str, limit: int, retention: float, echo: bool = False):
-        self.directory, self._limit, self._retention, self._echo = directory, limit, retention, echo
-        os.makedirs(directory, 0o750, exist_ok=True)
+    def __init__(self, directory: str, limit: int, retention: float, echo: bool = False,
+                 full: typing.Callable[[], bool] = lambda: False):
+        """`full`: see RunLog."""
+        self.directory, self._limit, self._retention, self._echo, self._full = directory, limit, retention, echo, full
+        make_directory(directory)
         self._lock, self._made = threading.Lock(), ""  # the day directory that was made last
         # (logId, inode): [(line, offset), ...], about one for each _CHUNK, the last one where the last page ended
         self._index: typing.Dict[tuple, list] = collections.OrderedDict()
@@ -2488,19 +2755,27 @@ class JobLogs:
                 os.mkdir(directory, 0o750)
             self._made = directory
         parent = os.open(directory, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640, dir_fd=parent)
+        try:  # O_NONBLOCK: a FIFO in its place must not hold the thread
+            fd = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o640, dir_fd=parent)
         finally:
             os.close(parent)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise OSError(errno.EINVAL, "it is no regular file", name)
+        return fd
 
     def open(self, trigger: Trigger) -> RunLog:
         """The log to append to; one that drops everything when the file cannot be opened (full disk)."""
         try:
-            fd = self._open(trigger.log_id, trigger.log_date_time or int(time.time() * 1000), os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+            fd = self._open(trigger.log_id, trigger.log_date_time or int(time.time() * 1000), os.O_CREAT | os.O_RDWR | os.O_APPEND)
         except (OSError, Refused) as error:
             log.error("cannot open the log of %s, its output is dropped: %s", trigger, error)
             fd = -1
-        return RunLog(fd, self._limit, f"logId={trigger.log_id} " if self._echo else "")
+        out = RunLog(fd, self._limit, f"logId={trigger.log_id} " if self._echo else "", self._full)
+        size = os.fstat(fd).st_size if fd >= 0 else 0
+        if size and os.pread(fd, 1, size - 1) != b"\n":  # where a crash cut it
+            out.write(b"\n")
+        return out
 
     def page(self, log_id: int, log_date_time: int, first: int, *, ended: bool, most: int = 0, limit: int = PAGE_LIMIT) -> dict:
         """Lines from `first` (1 is the first) of a run, at most `most` (0: no bound) and `limit` bytes, as the admin reads them.
@@ -2549,16 +2824,18 @@ class JobLogs:
 
     @staticmethod
     def _read(fd: int, start: int, limit: int, most: int) -> bytes:
+        if not most:
+            return os.pread(fd, limit, start)  # at once: pieces would stay with the allocator, for each thread that reads
         parts, got, lines = [], 0, 0
-        while got < limit and not (most and lines >= most):
+        while got < limit and lines < most:
             part = os.pread(fd, min(_CHUNK, limit - got), start + got)
             if not part:
                 break
             parts.append(part)
             got += len(part)
-            lines += part.count(b"\n") if most else 0
+            lines += part.count(b"\n")
         data = b"".join(parts)
-        if most and lines > most:
+        if lines > most:
             data = data[:len(data) - len(data.split(b"\n", most)[-1])]
         return data
 
@@ -2625,6 +2902,11 @@ class JobLogs:
 # ----------------------------------------------------------------------------------------------------------------------
 # 9 journal
 # ----------------------------------------------------------------------------------------------------------------------
+RESERVE = 4 << 20  # bytes; SQLite uses its write-ahead log anew after 1,000 pages of 4 KiB
+_WAL_MAGIC = (b"\x37\x7f\x06\x82", b"\x37\x7f\x06\x83")  # https://sqlite.org/fileformat2.html#walformat
+_NO_SPACE = re.compile("is full|I/O error")  # what SQLite says of ENOSPC
+# Errors of SQLite that say nothing of what the file holds.
+_OUTSIDE = re.compile("is full|is locked|unable to open|I/O error|permission|protocol")
 # SQLite uses a partial index only for a query that repeats its condition: hence the `state <> 'delivered'` below.
 _SCHEMA = """
 PRAGMA journal_mode = WAL;
@@ -2637,6 +2919,52 @@ CREATE INDEX IF NOT EXISTS runs_by_state ON runs (state, finished) WHERE state <
 CREATE INDEX IF NOT EXISTS runs_delivered ON runs (finished) WHERE state = 'delivered';
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT);
 """
+
+
+class Reserve:
+    """Space on the disk of the journal that is given up when the disk is full, so that results can be stored nevertheless.
+
+    While it is `lost`, triggers are refused and job logs are not written, so that nothing else takes what it freed. Any thread
+    may call any method, one at a time.
+    """
+
+    def __init__(self, file: str):
+        self._file, self.lost = file, False
+        if not self._allocate():
+            self._lose("cannot be made")
+
+    def _lose(self, what: str) -> None:
+        self.lost = True
+        log.error("the disk is full: the reserve %s %s; triggers are refused and output of jobs is dropped until there is space",
+                  self._file, what)
+
+    def give_up(self) -> bool:
+        """Free the space; False when that was done before or cannot be done."""
+        try:
+            os.unlink(self._file)
+        except OSError:  # a disk that has become read-only
+            return False
+        self._lose(f"of {RESERVE >> 20} MiB is given up for results")
+        return True
+
+    def restore(self) -> bool:
+        """Have the space again, once as much is free besides."""
+        if self.lost:
+            found = os.statvfs(os.path.dirname(self._file))
+            if found.f_bavail * found.f_frsize >= 2 * RESERVE and self._allocate():
+                self.lost = False
+                log.info("there is space on the disk again, triggers are accepted")
+        return not self.lost
+
+    def _allocate(self) -> bool:
+        try:
+            with open(os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640), "rb") as stream:
+                os.posix_fallocate(stream.fileno(), 0, RESERVE)
+            return True
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.unlink(self._file)
+            return False
 
 
 class _Write:
@@ -2653,11 +2981,12 @@ class _Write:
 class GroupCommit:
     """Transactions on one connection, shared by all threads: the first that comes commits all that waits as one transaction,
     and makes the first of those that came meanwhile the next leader before it wakes the others. So nobody queues for a lock
-    only to find his work done. `lock` guards `db`; `stored` is called after writes that nobody waits for.
+    only to find his work done. `lock` guards `db`; `stored` is called after writes that nobody waits for. A transaction that
+    fails is tried once more when `make_room()` has made room on the disk.
     """
 
-    def __init__(self, db: sqlite3.Connection):
-        self.db, self.lock, self.waiting = db, threading.Lock(), collections.deque()
+    def __init__(self, db: sqlite3.Connection, make_room: typing.Callable[[], bool]):
+        self.db, self.lock, self.waiting, self._make_room = db, threading.Lock(), collections.deque(), make_room
         self._turn, self._leading = threading.Lock(), False  # guards `waiting` and `_leading`
         self.stored: typing.Callable[[], None] = lambda: None
 
@@ -2692,18 +3021,23 @@ class GroupCommit:
                 self.stored()
 
     def _commit(self, batch: typing.List[_Write]) -> None:
-        error = None
+        error = self._try(batch)
+        if isinstance(error, sqlite3.OperationalError) and _NO_SPACE.search(str(error)) and self._make_room():
+            error = self._try(batch)
+        for write in batch:
+            write.error, write.done = error, True
+
+    def _try(self, batch: typing.List[_Write]) -> typing.Optional[Exception]:
         try:
             self.db.execute("BEGIN IMMEDIATE")
             for write in batch:
                 write.value = write.work(self.db)
             self.db.execute("COMMIT")
-        except Exception as found:
-            error = found
+        except Exception as error:
             with contextlib.suppress(sqlite3.Error):
                 self.db.execute("ROLLBACK")
-        for write in batch:
-            write.error, write.done = error, True
+            return error
+        return None
 
 
 class Journal:
@@ -2717,30 +3051,71 @@ class Journal:
         self._file = file
         self._held: typing.List[typing.Tuple[int, Result]] = []
         try:
-            self._db = self._open()
+            self.reserve = Reserve(os.path.join(os.path.dirname(file), "reserve"))
+            self._check_wal()
+            try:
+                self._db = self._open()
+            except sqlite3.OperationalError:
+                if not self.reserve.give_up():
+                    raise
+                self._db = self._open()
         except (sqlite3.OperationalError, OSError) as error:  # permissions, a full disk: the file may be fine
             raise ExecutorError(f"{file}: cannot be opened: {getattr(error, 'strerror', None) or error}") from None
         except sqlite3.DatabaseError as error:
-            aside = f"{file}.broken-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
-            for suffix in ("", "-wal", "-shm"):
-                with contextlib.suppress(FileNotFoundError):
-                    os.replace(file + suffix, aside + suffix)
+            aside = self._set_aside("", "-wal", "-shm")
             log.error("the journal %s is broken (%s): moved to %s, starting with an empty one; the admin will show runs that "
                       "were in it as running", file, " ".join(str(error).split()), aside)
             self._db = self._open()
-        self._group = GroupCommit(self._db)
+        self._group = GroupCommit(self._db, self._make_room)
+
+    def _check_wal(self) -> None:
+        """SQLite takes a write-ahead log that is none for an empty one, and says nothing of what is lost."""
+        with contextlib.suppress(FileNotFoundError), open(self._file + "-wal", "rb") as stream:
+            magic = stream.read(4)
+            if magic and magic not in _WAL_MAGIC:
+                log.error("the write-ahead log %s-wal is broken: moved to %s; the admin will show the latest runs as running",
+                          self._file, self._set_aside("-wal"))
+
+    def _set_aside(self, *suffixes: str) -> str:
+        """Rename the files of the journal with these suffixes; returns the new name of the first."""
+        aside = f"broken-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
+        for suffix in suffixes:
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(self._file + suffix, f"{self._file}.{aside}{suffix}")
+        return f"{self._file}.{aside}{suffixes[0]}"
+
+    def _make_room(self) -> bool:
+        """With the lock held."""
+        made = self.reserve.give_up()
+        if made:
+            self._group.stored()  # it is the caller of `store_held` who takes the space back
+        return made
 
     def _open(self) -> sqlite3.Connection:
         os.close(os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640))  # it holds parameters and results
+        with contextlib.suppress(FileNotFoundError):
+            if not os.path.getsize(self._file) and os.path.getsize(self._file + "-wal"):  # SQLite would delete that one
+                raise sqlite3.DatabaseError("it is empty, its write-ahead log is not")
         db = sqlite3.connect(self._file, isolation_level=None, check_same_thread=False, timeout=0.5)
+        db.text_factory = lambda data: data.decode("utf-8", "replace")  # a damaged text must not hide the rows behind it
         try:
             db.executescript(_SCHEMA)
             found = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+            # What the check does not see: other tables than these (a version that changes them must convert them before), and a
+            # header that forbids to write.
+            with contextlib.closing(sqlite3.connect(":memory:")) as wanted:
+                wanted.executescript(_SCHEMA)
+                schema = "SELECT name, sql FROM sqlite_master"
+                if found == "ok" and not set(wanted.execute(schema)) <= set(db.execute(schema)):
+                    found = "its tables are not those of this program"
             if found != "ok":
                 raise sqlite3.DatabaseError(found)
-        except sqlite3.Error:
+            db.executescript("BEGIN; INSERT OR REPLACE INTO facts VALUES ('', ''); ROLLBACK")
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # SQLite's message may quote what is damaged
             db.close()
-            raise
+            if isinstance(error, sqlite3.OperationalError) and _OUTSIDE.search(str(error)):
+                raise
+            raise sqlite3.DatabaseError(error) from None
         return db
 
     def tell(self, stored: typing.Callable[[], None]) -> None:
@@ -2772,6 +3147,8 @@ class Journal:
 
     def accept(self, trigger: Trigger) -> bool:
         """Store a new run; False when its logId is known."""
+        if self.reserve.lost:
+            raise JournalError(f"{self._file}: the disk is full")
         row = (trigger.log_id, trigger.log_date_time, RunState.ACCEPTED.value, time.time(), json.dumps(vars(trigger)))
         return self._write(lambda db: db.execute(
             "INSERT OR IGNORE INTO runs (log_id, log_date_time, state, accepted, trigger) VALUES (?, ?, ?, ?, ?)", row).rowcount == 1)
@@ -2794,9 +3171,10 @@ class Journal:
         results = [(trigger.log_id, result) for trigger in triggers]
 
         def failed(error: Exception) -> None:
-            log.error("cannot store %d results, holding them until it works again: %s: %s", len(results), self._file, error)
             with self._group.lock:
-                self._held += results
+                first, self._held = not self._held, self._held + results
+            if first:  # an outage is told once
+                log.error("cannot store results, holding them until it works again: %s: %s", self._file, error)
         self._group.join(_Write(lambda db: self._store(db, results), failed))
 
     @staticmethod
@@ -2807,17 +3185,17 @@ class Journal:
             [(result.code, result.message, time.time(), log_id) for log_id, result in results]).rowcount
 
     def store_held(self) -> bool:
-        """Try again to store what `finish` could not; False when some is still held."""
-        with self._group.lock:
-            held, self._held = self._held, []
+        """Try again to store what `finish` could not, then to have the reserve again; False when something is still missing.
+        Not by two threads at once."""
+        held = list(self._held)
         if held:
-            try:
+            with contextlib.suppress(JournalError):
                 self._write(lambda db: self._store(db, held))
-                log.info("stored %d held results", len(held))
-            except JournalError:
                 with self._group.lock:
-                    self._held += held
-        return not self._held
+                    self._held = self._held[len(held):]
+                log.info("stored %d held results", len(held))
+        with self._group.lock:
+            return not self._held and self.reserve.restore()
 
     def undelivered(self, limit: int) -> typing.List[typing.Tuple[int, int, int, str, float]]:
         """(logId, log_date_time, code, message, finished) of results that wait for the admin, the oldest first."""
@@ -2835,15 +3213,23 @@ class Journal:
 
     def unfinished(self) -> typing.List[typing.Tuple[Trigger, RunState, float, int]]:
         """(trigger, state, when accepted, how often started) of every run without a result; read once, at start."""
-        rows = self._read("SELECT trigger, state, accepted, starts FROM runs WHERE state <> 'delivered' AND state IN ('accepted', 'running') ORDER BY accepted")
-        return [(Trigger(**json.loads(trigger)), RunState(state), accepted, starts) for trigger, state, accepted, starts in rows]
+        rows = self._read("SELECT log_id, log_date_time, trigger, state, accepted, starts FROM runs "
+                          "WHERE state <> 'delivered' AND state IN ('accepted', 'running') ORDER BY accepted")
+        found = []
+        for log_id, date, stored, state, accepted, starts in rows:
+            try:
+                trigger = Trigger(**json.loads(stored))
+            except (ValueError, TypeError):  # a page may be damaged without SQLite noticing
+                trigger = Trigger(0, log_id, "(unknown)", log_date_time=date, glue_type="")
+            found.append((trigger, RunState(state), accepted, starts))
+        return found
 
     def counts(self) -> typing.Dict[str, typing.Any]:
-        """How many results are undelivered and dead, and when the oldest undelivered one was finished."""
+        """How many results are undelivered, held because they could not be stored, and dead; when the oldest one was finished."""
         rows = self._read("SELECT state, count(*), min(finished) FROM runs WHERE state <> 'delivered' AND state IN ('finished', 'dead') GROUP BY state")
         found = {state: (count, oldest) for state, count, oldest in rows}
         count, oldest = found.get("finished", (0, None))
-        return {"undelivered": count + len(self._held), "oldest": oldest, "dead": found.get("dead", (0, None))[0]}
+        return {"undelivered": count + len(self._held), "held": len(self._held), "oldest": oldest, "dead": found.get("dead", (0, None))[0]}
 
     def fact(self, name: str) -> str:
         """What was learned about the admin, "" when nothing was."""
@@ -2893,9 +3279,12 @@ class Callbacks:
         self._failures = self._refusals = 0
         self._retry_at = 0.0
         self.last_error = ""
+        self._step_at = 0.0  # monotonic; when the last attempt began, 0 while there is nothing to do
         self._thread = threading.Thread(target=self._loop, name="callback", daemon=True)
 
     def start(self) -> None:
+        if self._admin.addresses:
+            self._retry_at = time.monotonic() + 1.0  # the first heartbeat goes first, see `retry`
         self._wake.set()
         self._thread.start()
 
@@ -2903,10 +3292,13 @@ class Callbacks:
         self._wake.set()
 
     def retry(self) -> None:
-        """The admin answers again: do not wait for the end of a backoff."""
-        if self._failures:
-            self._retry_at = 0.0
-            self._wake.set()
+        """The admin answers: do not wait for the end of a backoff."""
+        self._retry_at = 0.0
+        self._wake.set()
+
+    def alive(self, attempt: float) -> bool:
+        """Whether the thread makes progress, be it from one failed attempt to the next; `attempt`: seconds that one may take."""
+        return self._thread.is_alive() and not (self._step_at and time.monotonic() > self._step_at + attempt)
 
     def close(self, timeout: float = 5.0) -> None:
         """Deliver what is left, for at most `timeout` seconds; the rest waits in the journal."""
@@ -2920,8 +3312,10 @@ class Callbacks:
         share_core()
         wait: typing.Optional[float] = None
         while True:
+            self._step_at = 0.0
             self._wake.wait(wait)
             self._wake.clear()
+            self._step_at = time.monotonic()
             self._closing.wait(max(0.0, self._next_at - time.monotonic()))
             closing = self._closing.is_set()
             try:
@@ -2977,6 +3371,7 @@ class Callbacks:
         return [row for row in rows if row[4] >= oldest]
 
     def _send(self, rows: list) -> None:
+        self._step_at = time.monotonic()
         try:
             self._admin.callback(rows)
         except AdminRefused as error:
@@ -2996,6 +3391,7 @@ class Callbacks:
         if not self._admin.addresses:
             self._journal.settle([row[0] for row in rows], RunState.DELIVERED)  # nobody waits for them
             return
+        failpoint("sent")
         self._refusals = -1_000_000  # this admin takes results: whatever else it refuses is about the result itself
         self._journal.settle([row[0] for row in rows], RunState.DELIVERED)
         for row in rows:
@@ -3014,7 +3410,9 @@ class Address:
 
     def __init__(self, url: str):
         self.url, self.failures, self.last_error = url, 0, ""
-        self.not_before = self.failed_at = self.last_success = 0.0  # monotonic; last_success: seconds since the epoch
+        self.not_before, self.tried_at = 0.0, float("-inf")  # monotonic: end of the backoff, begin of the last attempt
+        self.well = False  # whether the last attempt brought an answer, be it a refusal
+        self.last_success = 0.0  # seconds since the epoch
 
 
 class _Link:
@@ -3028,7 +3426,8 @@ class _Link:
         import requests
         import urllib3
         self._url, self._connect_timeout, self._timeout = url, connect_timeout, timeout
-        self._errors = (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError)
+        self._errors = (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError,
+                        RuntimeError)  # no thread for the timer
         self._socket: typing.Optional[socket.socket] = None
         self._expired = False
         self._session = requests.Session()
@@ -3089,8 +3488,8 @@ class _Link:
         self._expired = False
         timer = threading.Timer(self._timeout, self._expire)
         timer.daemon = True
-        timer.start()
         try:
+            timer.start()
             with self._session.post(self._url + path, data=body, headers=headers, timeout=(self._connect_timeout, self._timeout),
                                     stream=True, allow_redirects=False) as reply:
                 data = b""
@@ -3143,9 +3542,11 @@ def resolve(host: str, port: int, seconds: float) -> list:
             box.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
         except OSError as error:
             box.put(error)
-    threading.Thread(target=work, name="resolver", daemon=True).start()
     try:
+        threading.Thread(target=work, name="resolver", daemon=True).start()
         found = box.get(timeout=seconds)
+    except RuntimeError as error:
+        raise OSError(f"{host} was not resolved: {error}") from None
     except queue.Empty:
         raise OSError(f"{host} was not resolved within {seconds_text(seconds)}") from None
     if isinstance(found, OSError):
@@ -3164,9 +3565,14 @@ class AdminClient:
         self._config, self._learn = config, learn
         self._dialect = dialect or "array"  # or "wrapper", from 3.5
         self._local = threading.local()
+        self._turn = threading.Lock()  # guards `tried_at`
         self._links: typing.List[_Link] = []
-        self._headers = {"Content-Type": "application/json;charset=UTF-8", "XXL-JOB-APPNAME": config.executor.app_name,
-                         "XXL-JOB-ACCESS-TOKEN": config.admin.access_token or ""}  # 3.3.0 insists on it, even when empty
+        self.use_token(config.admin.access_token)
+
+    def use_token(self, token: typing.Optional[str]) -> None:
+        """Send `token` from now on."""
+        self._headers = {"Content-Type": "application/json;charset=UTF-8", "XXL-JOB-APPNAME": self._config.executor.app_name,
+                         "XXL-JOB-ACCESS-TOKEN": token or ""}  # 3.3.0 insists on it, even when empty
 
     def registry(self, address: str, remove: bool = False) -> None:
         """Register `address`, or take it back. Tries every address that was not tried within the last second."""
@@ -3208,19 +3614,25 @@ class AdminClient:
 
     def _call(self, path: str, body: typing.Any, eager: bool = False) -> None:
         now = time.monotonic()
-        candidates = [a for a in self.addresses if now >= (a.failed_at + 1.0 if eager and a.failures else a.not_before)]
+        candidates = [a for a in self.addresses if eager or now >= a.not_before]
+        if not candidates:  # else heartbeats that fail would put off results for ever, and those have a backoff of their own
+            candidates = [min(self.addresses, key=lambda a: a.not_before)]
         data = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
-        failure: ExecutorError = AdminUnreachable(next((a.last_error for a in self.addresses if a.last_error), "no admin.addresses"))
+        failure: ExecutorError = AdminUnreachable(next((a.last_error for a in self.addresses if a.last_error), "no answer yet"))
         for address in sorted(candidates, key=lambda a: a.not_before > now):
+            link = self._link(address.url)  # takes a while when it is the first
+            with self._turn:  # one attempt a second, by all threads together, at an address that does not answer or has not yet
+                if not address.well and time.monotonic() < address.tried_at + 1.0:
+                    continue
+                address.tried_at = time.monotonic()
             try:
-                status, reply = self._link(address.url).post(path, self._headers, data)
+                status, reply = link.post(path, self._headers, data)
             except AdminUnreachable as error:
-                address.failures += 1
-                address.failed_at, address.last_error = time.monotonic(), str(error)
-                address.not_before = address.failed_at + backoff(address.failures)
+                address.failures, address.well = address.failures + 1, False
+                address.last_error, address.not_before = str(error), time.monotonic() + backoff(address.failures)
                 failure = error
                 continue
-            address.failures, address.not_before = 0, 0.0
+            address.failures, address.not_before, address.well = 0, 0.0, True
             code, message = self._verdict(status, reply)
             if code == SUCCESS:
                 address.last_error, address.last_success = "", time.time()
@@ -3350,6 +3762,10 @@ class Registration:
 # ----------------------------------------------------------------------------------------------------------------------
 # 13 systemd
 # ----------------------------------------------------------------------------------------------------------------------
+LISTEN_FDS_START = 3   # <systemd/sd-daemon.h>
+STATUS_INTERVAL = 5.0  # seconds
+
+
 def notify(state: str) -> None:
     """Tell systemd, as sd_notify(3) does; nothing happens without $NOTIFY_SOCKET."""
     address = os.environ.get("NOTIFY_SOCKET", "")
@@ -3358,11 +3774,52 @@ def notify(state: str) -> None:
             sock.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
 
 
+class ServiceManager:
+    """What systemd is told while the daemon runs, and the watchdog; main thread. `due` is None without $NOTIFY_SOCKET."""
+
+    def __init__(self, status: typing.Callable[[], str], well: typing.Callable[[], bool]):
+        """`status()` is shown by systemctl; the watchdog is fed only while `well()`."""
+        self._status, self._well, self._shown = status, well, ""
+        mine = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        usec = os.environ.get("WATCHDOG_USEC", "") if mine else ""
+        self._watched = usec.isdigit() and int(usec) > 0
+        self._interval = min(STATUS_INTERVAL, int(usec) / 2e6) if self._watched else STATUS_INTERVAL
+        self.due = time.monotonic() + self._interval if os.environ.get("NOTIFY_SOCKET") else None
+
+    def tell(self) -> None:
+        """To be called when it is due."""
+        self.due = time.monotonic() + self._interval
+        status = self._status()
+        lines = [f"STATUS={status}"] if status != self._shown else []
+        self._shown = status
+        if self._watched:
+            if self._well():
+                lines.append("WATCHDOG=1")
+            else:
+                log.error("the HTTP server or the delivery of results makes no progress: systemd may restart this service")
+        if lines:
+            notify("\n".join(lines))
+
+
+def inherited_listener() -> typing.Optional[socket.socket]:
+    """The socket that systemd listens on for this process, as sd_listen_fds(3) does. Raises ExecutorError."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or os.environ.get("LISTEN_FDS", "0") == "0":
+        return None
+    os.environ["LISTEN_PID"] = ""  # once
+    os.set_inheritable(LISTEN_FDS_START, False)
+    listener = socket.socket(fileno=LISTEN_FDS_START)
+    if listener.family not in (socket.AF_INET, socket.AF_INET6) or not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        listener.close()
+        raise ExecutorError("the first socket that systemd passed does not listen for TCP: its unit needs ListenStream=<port>")
+    return listener
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 14 daemon
 # ----------------------------------------------------------------------------------------------------------------------
+HOLD = 1.0             # seconds; the admin waits for an answer at least 3
 MAX_STARTS = 3         # of one run with on_crash: rerun; a job that brings the executor down must not do so for ever
-WATCH_INTERVAL = 1.0   # seconds between two looks at the files with executor.watch_config
+WATCH_INTERVAL = 1.0   # seconds between two looks at the files with executor.watch_config, and of status --watch
 HOUSEKEEPING = 3600.0  # seconds between two prunings of logs and journal
 
 
@@ -3371,11 +3828,11 @@ class DataDir:
 
     def __init__(self, path: str):
         self.path = path
+        make_directory(path)
         try:
-            os.makedirs(path, 0o750, exist_ok=True)
             self._fd = os.open(os.path.join(path, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
         except OSError as error:
-            raise ExecutorError(f"executor.data_dir: {error.filename}: {error.strerror}: choose a directory this user may write") from None
+            raise unusable(error) from None
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -3386,16 +3843,25 @@ class DataDir:
         found = os.pread(self._fd, 4096, 0).decode("ascii", "replace").split()
         valid = found and re.fullmatch(r"[0-9a-f]{16}", found[0])
         self.identity = found[0] if valid else secrets.token_hex(8)
-        self.publish("")
+        try:
+            self.publish("")
+        except ExecutorError:
+            os.close(self._fd)
+            raise
 
     def publish(self, url: str) -> None:
-        """Note this process and where it listens, for `status` and for whoever is refused by the lock."""
+        """Note this process and where it listens, for `status` and for whoever is refused by the lock. Raises ExecutorError."""
         data = f"{self.identity} {os.getpid()} {url}\n".encode()
-        os.pwrite(self._fd, data, 0)
-        os.ftruncate(self._fd, len(data))
+        try:
+            os.pwrite(self._fd, data, 0)
+            os.ftruncate(self._fd, len(data))
+        except OSError as error:
+            error.filename = os.path.join(self.path, "lock")
+            raise unusable(error) from None
 
     def close(self) -> None:
-        self.publish("")
+        with contextlib.suppress(ExecutorError):  # a disk that has become read-only
+            self.publish("")
         os.close(self._fd)
 
     @staticmethod
@@ -3419,26 +3885,30 @@ def end_leftovers(journal: Journal, identity: str) -> None:
                 log.error("processes %s cannot be ended: end them by hand", survivors)
 
 
-def recover(journal: Journal, logs: JobLogs, scheduler: Scheduler, jobs: typing.Dict[str, JobConfig]) -> None:
+def recover(journal: Journal, logs: JobLogs, scheduler: Scheduler, scripts: Scripts, jobs: typing.Dict[str, JobConfig]) -> None:
     """Runs that the last executor did not finish: start again, or report."""
     for trigger, state, accepted, starts in journal.unfinished():
-        job = jobs.get(trigger.handler)
+        job = jobs.get(trigger.handler) if trigger.glue_type == "BEAN" else None
+        if trigger.glue_type in GLUE:
+            with contextlib.suppress(Refused):  # not enabled any more
+                job = scripts.job(trigger)
         age = time.time() - accepted
         message = ""
         if state is RunState.RUNNING:
-            message = "executor restarted while the job ran"
             again = job is not None and job.on_crash == "rerun" and starts < MAX_STARTS
-            logs.open(trigger).end(f"{message}; it is run again" if again else f"failed: {message}")
+            message = "executor restarted while the job ran" + ("; it is run again" if again else ", its outcome is unknown")
+            logs.open(trigger).end(message if again else f"failed: {message}")
             if again:
                 try:
                     journal.restart(trigger.log_id)
                     message = ""
                 except JournalError as error:
-                    message = f"{message}; it cannot be run again: {error}"
+                    message = f"executor restarted while the job ran, it cannot be run again: {error}"
         elif age > RESUME_WINDOW:
             message = f"accepted {seconds_text(age)} before the executor restarted, too long ago to start now"
         if not message and job is None:
-            message = f'job handler "{trigger.handler}" was removed before the run started'
+            message = (f'job handler "{trigger.handler}" was removed before the run started' if trigger.glue_type else
+                       "its trigger in the journal is broken")
         if message:
             log.warning("failed %s: %s", trigger, message)
             journal.finish([trigger], Result(FAILURE, message))
@@ -3504,21 +3974,30 @@ class Daemon:
 
     def start(self) -> None:
         """Raises ExecutorError; nothing runs then."""
-        config = self.config
-        refuse_unsafe(config)
-        provide_descriptors(config.executor)
         with contextlib.ExitStack() as undo:
-            listener = listen(config.executor.bind)
-            undo.callback(listener.close)
+            listener = inherited_listener()
+            self._activated = listener is not None
+            if listener is not None:
+                undo.callback(listener.close)
+                self.config = dataclasses.replace(self.config, executor=dataclasses.replace(
+                    self.config.executor, bind=listener.getsockname()[:2]))
+            config = self.config
+            refuse_unsafe(config)
+            room = provide_limits(config.executor)
+            if listener is None:
+                listener = listen(config.executor.bind)
+                undo.callback(listener.close)
             self._data = DataDir(config.executor.data_dir)
             undo.callback(self._data.close)
             self._journal = Journal(os.path.join(self._data.path, "journal.db"))
             undo.callback(self._journal.close)
             self._logs = JobLogs(os.path.join(self._data.path, "logs"), config.executor.log_limit, config.executor.log_retention,
-                                 config.executor.log_to_stdout)
+                                 config.executor.log_to_stdout, lambda: self._journal.reserve.lost)
             self.metrics = Metrics()
             self._runner = Runner(self._logs, self._data.identity, os.path.join(self._data.path, "run"), self.metrics)
             undo.callback(self._runner.close)
+            self._scripts = Scripts(os.path.join(self._data.path, "gluesource"), config.glue,
+                                    os.path.dirname(os.path.abspath(config.file)))
             end_leftovers(self._journal, self._data.identity)
             self._admin = AdminClient(config, self._journal.fact("dialect"), self._journal.learn)
             self._callbacks = Callbacks(self._journal, self._admin, self.metrics)
@@ -3528,13 +4007,16 @@ class Daemon:
             self._scheduler.register()
             self.port = listener.getsockname()[1]
             self._registration = Registration(config, self._admin, self.metrics, self.port, self._callbacks.retry)
-            self._api = Api(config, self._scheduler, self._logs, self.metrics, self.status, self._admin.learned)
-            self._http = HttpServer(listener, self._api.answer, config.executor.max_connections)
+            self._api = Api(config, self._scheduler, self._logs, self._scripts, self.metrics, self.status, self._admin.learned)
+            self._http = HttpServer(listener, self._api.answer, room)
             self.metrics.gauge("connections", lambda: self._http.connections)
             self.metrics.gauge("undelivered_results", lambda: self._journal.counts()["undelivered"])
+            self.metrics.gauge("oldest_undelivered_seconds", lambda: max(0.0, time.time() - (self._journal.counts()["oldest"] or time.time())))
+            self.metrics.gauge("dead_results", lambda: self._journal.counts()["dead"])
+            self.metrics.gauge("start_time_seconds", lambda: self._started)
             undo.pop_all()
         self._runner.prepare(config.jobs.values())
-        recover(self._journal, self._logs, self._scheduler, config.jobs)
+        recover(self._journal, self._logs, self._scheduler, self._scripts, config.jobs)
         self._scheduler.start()
         self._http.start()
         host = config.executor.bind[0]
@@ -3547,6 +4029,16 @@ class Daemon:
                  "admin " + ", ".join(config.admin.addresses) if config.admin.addresses else "no admin")
         trim_memory()
         notify(f"READY=1\nSTATUS=listening on {self.url}, {len(config.jobs)} jobs")
+        patience = 30 + 4 * len(config.admin.addresses) * (config.admin.timeout + config.admin.connect_timeout)
+        self._manager = ServiceManager(self._summary, lambda: self._http.alive() and self._callbacks.alive(patience))
+
+    def _summary(self) -> str:
+        found = self._scheduler.snapshot()
+        try:
+            undelivered = f"{self._journal.counts()['undelivered']} undelivered"
+        except JournalError as error:
+            undelivered = str(error)
+        return f"{len(found['running'])} running, {sum(found['queued'].values())} queued, {undelivered}"
 
     def status(self) -> dict:
         """Everything that `status` shows; any thread."""
@@ -3582,9 +4074,12 @@ class Daemon:
 
     def _next(self, deadline: typing.Optional[float]) -> bool:
         """Wait for a signal or a wake-up until `deadline` (monotonic) and act on it; True for SIGTERM and SIGINT."""
-        limits = [limit for limit in (deadline, self._reap_at, self._watch_at, self._housekeeping_at) if limit is not None]
+        limits = [limit for limit in (deadline, self._reap_at, self._watch_at, self._housekeeping_at, self._manager.due)
+                  if limit is not None]
         got = self._signals.wait(min(limits))
         now = time.monotonic()
+        if self._manager.due is not None and now >= self._manager.due:
+            self._manager.tell()
         if self._reap_at is not None and now >= self._reap_at:
             self._reap_at = None
             signal.signal(signal.SIGCHLD, Signals.ignore)
@@ -3612,6 +4107,7 @@ class Daemon:
     def _prune(self) -> None:
         try:
             logs, runs = self._logs.prune(), self._journal.prune()
+            self._scripts.prune(self.config.executor.log_retention)
         except (OSError, JournalError) as error:
             log.warning("cannot prune: %s", error)
         else:
@@ -3624,18 +4120,23 @@ class Daemon:
         old = self.config
         try:
             new = load_config(old.file)
+            refuse_unsafe(dataclasses.replace(old, admin=new.admin))
         except ConfigError as error:
             first, *more = str(error).splitlines()
             log.error("reload failed, the old jobs stay: %s%s", first, f" (and {len(more)} more, see check)" if more else "")
         else:
             for warning in new.warnings:
                 log.warning("%s", warning)
+            admin = dataclasses.replace(old.admin, access_token=new.admin.access_token)
+            if admin != old.admin:
+                self._admin.use_token(admin.access_token)
+                log.info("the access token has changed")
             for part in ("admin", "executor", "glue"):
-                if getattr(old, part) != getattr(new, part):
-                    log.warning("%s has changed in %s: that takes effect at a restart, a reload takes over only jobs", part, old.file)
+                if getattr(dataclasses.replace(old, admin=admin), part) != getattr(new, part):
+                    log.warning("%s has changed in %s: that takes effect at a restart, a reload takes over only jobs and the token", part, old.file)
             added, removed = sorted(new.jobs.keys() - old.jobs.keys()), sorted(old.jobs.keys() - new.jobs.keys())
             changed = sorted(name for name in old.jobs.keys() & new.jobs.keys() if old.jobs[name] != new.jobs[name])
-            self.config = self._api.config = dataclasses.replace(old, jobs=new.jobs, files=new.files)
+            self.config = self._api.config = dataclasses.replace(old, admin=admin, jobs=new.jobs, files=new.files)
             self._runner.prepare(new.jobs.values())
             log.info("reloaded %s: %d jobs, added %s, changed %s, removed %s", old.file, len(new.jobs),
                      *(", ".join(names) or "none" for names in (added, changed, removed)))
@@ -3647,8 +4148,11 @@ class Daemon:
             self.take_signals()
         log.info("stopping: no new runs, up to %s for those that run", seconds_text(self.config.executor.drain_timeout))
         notify("STOPPING=1")
-        self._api.draining = True
         self._registration.close()
+        if self._activated:  # who comes now may wait for the next executor, if that is soon
+            self._http.hold(HOLD)
+        else:
+            self._api.draining = True
         idle = threading.Event()
         signals = self._signals
 
@@ -3657,6 +4161,9 @@ class Daemon:
             signals.wake()
         self._scheduler.drain(idle_hook)
         deadline = time.monotonic() + self.config.executor.drain_timeout
+        if self._activated and not idle.wait(HOLD):
+            self._api.draining = True
+            self._http.release()
         while not idle.is_set() and time.monotonic() < deadline and not self._next(deadline):
             pass
         if not idle.is_set():
@@ -3668,16 +4175,19 @@ class Daemon:
         self._registration.join(self.config.admin.timeout)
         self._callbacks.close()
         try:
-            left = self._journal.counts()["undelivered"]
-        except JournalError:
-            left = "some"
+            counts = self._journal.counts()
+            left = (f"{counts['held']} results could not be stored: the next start reports their outcome as unknown" if counts["held"]
+                    else f"{counts['undelivered']} results wait for the next start" if counts["undelivered"]
+                    else "every result is delivered")
+        except JournalError as error:
+            left = f"the journal cannot be read: {error}"
         self._http.close()
         self._runner.close()
         kill_family(f"{self._data.identity}-")
         self._admin.close()
         self._journal.close()
         self._data.close()
-        log.info("stopped, %s", f"{left} results wait for the next start" if left else "every result is delivered")
+        log.info("stopped, %s", left)
 
 
 def listen(bind: typing.Tuple[str, int]) -> socket.socket:
@@ -3700,16 +4210,26 @@ def listen(bind: typing.Tuple[str, int]) -> socket.socket:
     return listener
 
 
-def provide_descriptors(config: ExecutorConfig) -> None:
-    """Raise the soft limit of open files to what the configuration may need, and say so when the hard one is below that."""
-    needed = config.max_connections + 8 * config.max_running + 64
+def provide_limits(config: ExecutorConfig) -> int:
+    """Raise the soft limit of open files to what the configuration may need; says so when the hard one, or that of processes,
+    is below. Returns how many connections leave enough for the jobs."""
+    jobs = 8 * config.max_running + 64  # pipes, logs and pidfds; the journal, the admin
+    needed, room = config.max_connections + jobs, config.max_connections
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < needed:
+        room = max(16, hard - jobs)
         log.warning("at most %d files may be open; max_connections %d and max_running %d may need %d: raise the limit (systemd: "
-                    "LimitNOFILE=%d) or lower them", hard, config.max_connections, config.max_running, needed, needed)
+                    "LimitNOFILE=%d) or lower them; until then %d connections are served at once", hard, config.max_connections,
+                    config.max_running, needed, needed, room)
         needed = hard
     if soft != resource.RLIM_INFINITY and soft < needed:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    tasks = 2 * config.max_running + 32  # a thread and a process for each run
+    most = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+    if most != resource.RLIM_INFINITY and most < tasks and os.getuid():
+        log.warning("user %d may have %d processes and threads; max_running %d needs at least %d: raise the limit (systemd: "
+                    "LimitNPROC=%d) or lower it", os.getuid(), most, config.max_running, tasks, tasks)
+    return room
 
 
 def is_loopback(host: str) -> bool:
@@ -3726,6 +4246,10 @@ def refuse_unsafe(config: Config) -> None:
     if not token and not config.executor.allow_no_token and not is_loopback(host):
         raise ConfigError(f"{config.file}: admin.access_token: is empty, and executor.bind {host} is open to the network: set a token, "
                           "bind to 127.0.0.1, or set executor.allow_no_token: true when a firewall keeps others out")
+    if config.glue.enabled and token in (None, "", "default_token"):
+        raise ConfigError(f"{config.file}: glue.enabled: whoever knows the token can run any script here, and admin.access_token is "
+                          f"{'the one that every attacker tries first' if token else 'empty'}: set another one there and in the admin, "
+                          "or set glue.enabled: false")
     if token == "default_token":
         log.warning("ACCESS TOKEN IS default_token, which every attacker tries first: set another xxl.job.accessToken in the admin "
                     "and admin.access_token here")
@@ -3936,7 +4460,7 @@ def cmd_demo(arguments: argparse.Namespace) -> int:
         cleanup.callback(admin.close)
         executor = dataclasses.replace(config.executor, bind=("127.0.0.1", 0), address=None, data_dir=data_dir)
         daemon = Daemon(dataclasses.replace(config, admin=dataclasses.replace(config.admin, addresses=(admin.url,), access_token=""),
-                                            executor=executor))
+                                            executor=executor, glue=dataclasses.replace(config.glue, enabled=False)))
         daemon.start()
         cleanup.callback(daemon.close)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
@@ -4030,8 +4554,24 @@ def cmd_exec(arguments: argparse.Namespace) -> int:
 
 
 def cmd_status(arguments: argparse.Namespace) -> int:
-    import requests
     config = load_config(find_config(arguments.config))
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            found = ask_status(config)
+            if arguments.watch and sys.stdout.isatty():
+                print("\x1b[H\x1b[2J", end="")
+            if arguments.json:
+                print(json.dumps(found, ensure_ascii=False, indent=None if arguments.watch else 2), flush=True)
+            else:
+                print_status(found)
+            if not arguments.watch or threading.Event().wait(WATCH_INTERVAL):
+                break
+    return 0
+
+
+def ask_status(config: Config) -> dict:
+    """What the running daemon tells. Raises ExecutorError."""
+    import requests
     url = DataDir.url(config.executor.data_dir)
     if not url:
         raise ExecutorError(f"no executor is running with data_dir {config.executor.data_dir}")
@@ -4044,11 +4584,7 @@ def cmd_status(arguments: argparse.Namespace) -> int:
     if "version" not in found:
         raise ExecutorError(f"the executor on {url} refuses: {found.get('msg')} This command took its token from {config.file}: "
                             "if that names an environment variable, set it here as for the executor.")
-    if arguments.json:
-        print(json.dumps(found, ensure_ascii=False, indent=2))
-    else:
-        print_status(found)
-    return 0
+    return found
 
 
 def print_status(found: dict) -> None:
@@ -4060,7 +4596,7 @@ def print_status(found: dict) -> None:
     running = collections.Counter(run["job"] for run in found["running"])
     print_table(("JOB", "LAST RESULTS", "RUNNING", "WAITING"), (
         (name, "".join(marks.get(code, "?") for code in found["recent"].get(name, [])) or "-", running[name],
-         found["queued"].get(name, 0)) for name in found["jobs"]))
+         found["queued"].get(name, 0)) for name in [*found["jobs"], *sorted(found["recent"].keys() - set(found["jobs"]))]))
     print("\nlast results, newest on the right: . succeeded, F failed, T timed out")
     if found["running"]:
         print()
@@ -4076,6 +4612,7 @@ def print_status(found: dict) -> None:
         print(f"admin {admin['address']}: {'ok' if admin['ok'] else 'FAILING'}, {since}")
         if admin["error"]:
             print(f"  {admin['error'].replace(admin['address'], '', 1)}")
+    sys.stdout.flush()
 
 
 def _shard(text: str) -> typing.Tuple[int, int]:
@@ -4125,6 +4662,7 @@ exit status: 0 fine, 1 failed, 2 bad usage or configuration""")
     one.add_argument("--timeout", type=_seconds, metavar="T", help="such as 90, 90s or 10m; the job's own applies too")
     status = command("status", "show what the running daemon does", "status --json", cmd_status)
     status.add_argument("--json", action="store_true", help="for programs")
+    status.add_argument("--watch", action="store_true", help="again every second, until Ctrl-C; with --json a line each")
     return top
 
 

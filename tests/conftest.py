@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -42,13 +43,16 @@ def alive(pid):
 class Executor:
     """The daemon under test: `python xxl_executor.py -c FILE run` on a free port, its stderr in a file."""
 
-    def __init__(self, directory, config, *, env=None, arguments=("run",), flags=("-W", "error", "-X", "dev")):
-        self.directory, self.flags, self.arguments = directory, flags, arguments
+    def __init__(self, directory, config, *, env=None, arguments=("run",), flags=("-W", "error", "-X", "dev"), prefix=(),
+                 program=PROGRAM):
+        """`prefix`: a command that executes the interpreter, such as setpriv or unshare; `program`: another file that runs ours."""
+        self.directory, self.flags, self.arguments, self.prefix, self.program = directory, flags, arguments, prefix, program
         self.env = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
         self.file = directory / "config.yaml"
         self.data = directory / "data"
         self.stderr = directory / "stderr.txt"
         self.process = None
+        self.pass_fds = ()
         self.session = requests.Session()
         self.session.trust_env = False
         self.write(config)
@@ -58,9 +62,10 @@ class Executor:
 
     def start(self, *, wait=True):
         self.errors = open(self.stderr, "ab")
-        self.process = subprocess.Popen([sys.executable, *self.flags, str(PROGRAM), "-c", str(self.file), *self.arguments],
+        self.lock_before = self.lock
+        self.process = subprocess.Popen([*self.prefix, sys.executable, *self.flags, str(self.program), "-c", str(self.file), *self.arguments],
                                         env=self.env, stdin=subprocess.DEVNULL, stdout=self.errors, stderr=self.errors,
-                                        cwd=self.directory, start_new_session=True)
+                                        cwd=self.directory, start_new_session=True, pass_fds=self.pass_fds)
         self.errors.close()
         if wait:
             wait_until(lambda: self.url or self.process.poll() is not None, 20, "the start of the daemon")
@@ -70,10 +75,17 @@ class Executor:
     @property
     def url(self):
         """Where the daemon listens, without a slash at the end; "" before it does."""
-        with contextlib.suppress(OSError, ValueError):
-            _, pid, url = (self.data / "lock").read_text().split()
-            if self.process is not None and int(pid) == self.process.pid:
+        with contextlib.suppress(ValueError):
+            _, pid, url = self.lock.split()
+            # In a PID namespace it is not the pid that we know.
+            if self.process is not None and (self.lock != self.lock_before if self.prefix else int(pid) == self.process.pid):
                 return url.rstrip("/")
+        return ""
+
+    @property
+    def lock(self):
+        with contextlib.suppress(OSError):
+            return (self.data / "lock").read_text()
         return ""
 
     @property
@@ -83,7 +95,7 @@ class Executor:
     @property
     def identity(self):
         """The beginning of the marker of every process of this daemon."""
-        return (self.data / "lock").read_text().split()[0]
+        return self.lock.split()[0]
 
     @property
     def log(self):
@@ -135,20 +147,22 @@ class Executor:
 
 @pytest.fixture
 def executor(tmp_path):
-    """A factory: executor(jobs={...}, admin=LoopbackAdmin or None, executor={...}, admin_options={...}, env={...}, start=True).
+    """A factory: executor(jobs={...}, admin=LoopbackAdmin or None, executor={...}, admin_options={...}, env={...}, start=True,
+    prefix=[...], program=file).
 
     Every daemon it made is stopped at the end; then none of its processes may live, and it may have warned of no resource.
     """
     made = []
 
-    def make(jobs=None, *, admin=None, executor=None, admin_options=None, env=None, start=True, directory=None, **others):
+    def make(jobs=None, *, admin=None, executor=None, admin_options=None, env=None, start=True, directory=None, prefix=(),
+             program=PROGRAM, **others):
         place = directory or tmp_path / (f"executor{len(made)}" if made else "executor")
         place.mkdir(exist_ok=True)
         config = {
             "admin": {"addresses": [admin.url] if admin else [], "access_token": admin.token if admin else "", **(admin_options or {})},
             "executor": {"bind": "127.0.0.1:0", "data_dir": "./data", "drain_timeout": "5s", **(executor or {})},
             "jobs": jobs or {}, **others}
-        made.append(Executor(place, config, env=env))
+        made.append(Executor(place, config, env=env, prefix=prefix, program=program))
         return made[-1].start() if start else made[-1]
 
     yield make
@@ -176,6 +190,15 @@ def loopback():
 def admin(loopback):
     """One loopback admin that speaks 3.5."""
     return loopback()
+
+
+@pytest.fixture
+def port():
+    """A port that refuses connections and that nobody else is given; a LoopbackAdmin can take it over."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
 
 
 def result_of(admin, log_id, seconds=15):

@@ -44,15 +44,6 @@ def normal(path, body):
     """The loopback admin's own behaviour."""
 
 
-@pytest.fixture
-def port():
-    """A port on which nobody listens and which nobody else is given; a LoopbackAdmin can take it over."""
-    with socket.socket() as holder:
-        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        holder.bind(("127.0.0.1", 0))
-        yield holder.getsockname()[1]
-
-
 def absent(port, version="3.5", token=""):
     """What `executor(admin=...)` needs to know of an admin that is not there yet."""
     return SimpleNamespace(url=f"http://127.0.0.1:{port}" + ("" if version == "3.5" else "/xxl-job-admin"), token=token)
@@ -126,7 +117,7 @@ def test_dialect_is_learned_from_the_answer_and_remembered(executor, loopback, v
     daemon.kill()
     before = len(shapes())
     daemon.start()
-    assert result_of(admin, 2)["handleMsg"] == "executor restarted while the job ran"
+    assert result_of(admin, 2)["handleMsg"] == "executor restarted while the job ran, its outcome is unknown"
     assert shapes()[before:] == [right]
 
 

@@ -309,7 +309,7 @@ def test_data_dir_that_cannot_be_used(place, data_dir, reason):
     (place.directory / "closed").mkdir(0o500)
     place.write(f"executor: {{bind: '127.0.0.1:0', data_dir: {data_dir}}}\n")
     assert place.run() == (1, "", (
-        f"xxl-executor: executor.data_dir: {reason.format(place.directory)}: choose a directory this user may write\n"))
+        f"xxl-executor: executor.data_dir: {reason.format(place.directory)}: choose a directory with space that this user may write\n"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -518,6 +518,20 @@ def test_status_of_an_undelivered_result(executor, place):
         daemon.kill()  # what it has not delivered waits in the journal
     status, out, err = place.run("-c", str(daemon.file), "status")
     assert (status, out) == (1, "") and err.startswith("xxl-executor: "), err
+
+
+@pytest.mark.parametrize("arguments", [["--watch"], ["--watch", "--json"]], ids=" ".join)
+def test_status_again_and_again(executor, arguments):
+    """What runs is shown anew every second, until Ctrl-C."""
+    daemon = executor({"ok": {"shell": "echo fine"}})
+    with subprocess.Popen([sys.executable, "-W", "error", str(PROGRAM), "-c", str(daemon.file), "status", *arguments], text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as watching:
+        begins = '{"version"' if "--json" in arguments else "xxl-job-executor-sample"
+        assert len([line for line in (watching.stdout.readline() for _ in range(40 if begins[0] == "x" else 3))
+                    if line.startswith(begins)]) >= 3
+        watching.send_signal(signal.SIGINT)
+        out, err = watching.communicate(timeout=20)
+        assert (watching.returncode, err) == (0, "")
 
 
 # -- demo

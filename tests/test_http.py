@@ -339,7 +339,7 @@ def test_what_came_before_a_malformed_request_is_answered(client):
 
 # -- time limits, with a server in this process so that they can be short
 
-def beat_only(method, target, headers, body):
+def beat_only(method, target, headers, body, peer):
     return 200, "application/json", xxl_executor.envelope(200)
 
 
@@ -538,11 +538,11 @@ def test_close_answers_what_was_sent(serve):
     """More requests than threads, and one more on each connection, which only learns that the connection closes."""
     go, entered = threading.Event(), threading.Semaphore(0)
 
-    def answer(method, target, headers, body):
+    def answer(method, target, headers, body, peer):
         if target == "/wait":
             entered.release()
             go.wait(20)
-        return beat_only(method, target, headers, body)
+        return beat_only(method, target, headers, body, peer)
     server, port = serve(answer, threads=2)
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(Client(port)) for _ in range(20)]

@@ -502,4 +502,4 @@ def test_too_few_files_are_told_at_the_start(executor, admin):
         pytest.skip("there is no limit")
     daemon = executor({}, admin=admin, executor={"max_connections": 100000, "max_running": 10})
     assert (f"at most {hard} files may be open; max_connections 100000 and max_running 10 may need 100144: raise the limit "
-            "(systemd: LimitNOFILE=100144) or lower them") in daemon.log
+            f"(systemd: LimitNOFILE=100144) or lower them; until then {hard - 144} connections are served at once") in daemon.log

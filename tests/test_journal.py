@@ -52,14 +52,14 @@ def test_a_run_from_its_acceptance_to_its_delivery(journal):
     assert (found, state, starts) == (wanted, RunState.ACCEPTED, 0) and began <= accepted <= time.time()
     journal.start(5)
     assert [row[1:2] + row[3:] for row in journal.unfinished()] == [(RunState.RUNNING, 1)]
-    assert journal.undelivered(10) == [] and journal.counts() == {"undelivered": 0, "oldest": None, "dead": 0}
+    assert journal.undelivered(10) == [] and journal.counts() == {"undelivered": 0, "held": 0, "oldest": None, "dead": 0}
     finish(journal, 5, 502, "timed out 你好")
     assert journal.unfinished() == []
     (*row, finished), = journal.undelivered(10)
     assert row == [5, NOW, 502, "timed out 你好"] and began <= finished <= time.time()
-    assert journal.counts() == {"undelivered": 1, "oldest": finished, "dead": 0}
+    assert journal.counts() == {"undelivered": 1, "held": 0, "oldest": finished, "dead": 0}
     journal.settle([5], RunState.DELIVERED)
-    assert journal.undelivered(10) == [] and journal.counts() == {"undelivered": 0, "oldest": None, "dead": 0}
+    assert journal.undelivered(10) == [] and journal.counts() == {"undelivered": 0, "held": 0, "oldest": None, "dead": 0}
     # Still known, so that its repeated trigger starts nothing.
     assert journal.knows(5) and journal.accept(wanted) is False
 
@@ -346,8 +346,7 @@ def test_results_that_cannot_be_stored_are_held(journal, file, caplog):
         (1, "fine"), (2, "two"), (3, "three and four"), (4, "three and four")]
     assert journal.counts()["undelivered"] == 4
     assert [record.getMessage() for record in caplog.records] == [
-        f"cannot store 1 results, holding them until it works again: {file}: the disk is full",
-        f"cannot store 2 results, holding them until it works again: {file}: the disk is full"]
+        f"cannot store results, holding them until it works again: {file}: the disk is full"]
     assert journal.store_held() is True  # nothing is held any more
     assert waiting(journal) == [1, 2, 3, 4]
 
@@ -504,10 +503,10 @@ def test_a_crash_in_the_middle_of_a_run(slow, admin):
     slow.start()
     wait_until(lambda: not any(map(alive, pids)), 10, "the end of what the crashed daemon had started")
     result = result_of(admin, log_id)
-    assert (result["handleCode"], result["handleMsg"]) == (500, "executor restarted while the job ran")
-    assert re.search(r"\n----- [-\d]+ [:\d]+ failed: executor restarted while the job ran -----\n$",
+    assert (result["handleCode"], result["handleMsg"]) == (500, "executor restarted while the job ran, its outcome is unknown")
+    assert re.search(r"(^|\n)----- [-\d]+ [:\d]+ failed: executor restarted while the job ran, its outcome is unknown -----\n$",
                      slow.log_text(log_id))
-    assert re.search(f"failed slow logId={log_id} jobId=1: executor restarted while the job ran", slow.log)
+    assert re.search(f"failed slow logId={log_id} jobId=1: executor restarted while the job ran, its outcome is unknown", slow.log)
     assert re.search(r"ending [1-9]\d* processes that jobs of an earlier executor left", slow.log)
     assert result_of(admin, behind)["handleCode"] == 200
     for repeated, handler in ((done, "quick"), (log_id, "slow"), (behind, "quick")):
@@ -547,7 +546,7 @@ def test_on_crash_rerun_has_an_end(slow, admin):
         slow.kill()
         slow.start()
     result = result_of(admin, log_id)
-    assert (result["handleCode"], result["handleMsg"]) == (500, "executor restarted while the job ran")
+    assert (result["handleCode"], result["handleMsg"]) == (500, "executor restarted while the job ran, its outcome is unknown")
     assert slow.ready.read_text().count("\n") == 3
 
 
@@ -566,7 +565,7 @@ def test_what_is_too_old_or_gone_is_failed_at_the_start(slow, admin):
     slow.start()
     found = {log_id: result_of(admin, log_id) for log_id in (log_id, old, young, gone)}
     assert [item["handleCode"] for item in found.values()] == [500, 500, 200, 500]
-    assert found[log_id]["handleMsg"] == "executor restarted while the job ran"
+    assert found[log_id]["handleMsg"] == "executor restarted while the job ran, its outcome is unknown"
     assert re.fullmatch(r"accepted 5m \d+s before the executor restarted, too long ago to start now",
                         found[old]["handleMsg"])
     assert found[gone]["handleMsg"] == 'job handler "again" was removed before the run started'
@@ -599,9 +598,9 @@ def test_a_journal_that_cannot_store_refuses_triggers_and_holds_results(executor
     reason = f"{daemon.data / 'journal.db'}: the disk is full"
     assert (reply["code"], reply["msg"]) == (500, f"the executor cannot store the trigger: {reason}")
     go.touch()
-    wait_until(lambda: daemon.log.count(f"cannot store 1 results, holding them until it works again: {reason}") == 2)
     # The one behind it could not be stored as running, so it was not started, lest it start twice.
-    assert daemon.status()["undelivered"] == 2 and not admin.results
+    wait_until(lambda: daemon.status()["undelivered"] == 2)
+    assert daemon.log.count(f"cannot store results, holding them until it works again: {reason}") == 1 and not admin.results
     assert daemon.post("/beat")["code"] == 200
     for what in ("INSERT", "UPDATE"):
         edit(daemon, f"DROP TRIGGER full_{what}")
@@ -661,4 +660,4 @@ def test_a_full_disk_at_the_start_reports_what_cannot_be_run_again(slow, admin):
     slow.start()
     result = result_of(admin, log_id)
     assert (result["handleCode"], result["handleMsg"]) == (
-        500, f"executor restarted while the job ran; it cannot be run again: {slow.data}/journal.db: disk full")
+        500, f"executor restarted while the job ran, it cannot be run again: {slow.data}/journal.db: disk full")
