@@ -88,6 +88,7 @@ REPEAT_WINDOW = 86_400.0      # seconds a delivered run is remembered, so that i
 GLUE = {                      # glueType: (interpreter, suffix of the file); GlueTypeEnum of XXL-JOB
     "GLUE_SHELL": ("bash", ".sh"), "GLUE_PYTHON": ("python3", ".py"), "GLUE_PYTHON2": ("python", ".py"),
     "GLUE_NODEJS": ("node", ".js"), "GLUE_PHP": ("php", ".php"), "GLUE_POWERSHELL": ("pwsh", ".ps1")}
+LIBC = ctypes.CDLL(None, use_errno=True)
 INT64 = range(-(1 << 63), 1 << 63)
 MARKER = "XXL_EXECUTOR_RUN"   # environment variable that names the data_dir and the run of every process of a job
 FAILPOINT = "XXL_EXECUTOR_FAILPOINT"  # environment variable of the tests, see `failpoint`
@@ -1858,7 +1859,7 @@ def serve_python(fd: int) -> typing.Optional[typing.Callable[[], int]]:
     Ends when the daemon closes the socket.
     """
     trim_memory()
-    marker = ctypes.CDLL(None).getenv
+    marker = LIBC.getenv
     marker.restype = ctypes.c_void_p
     marker_at = marker(MARKER.encode())
     server = socket.socket(fileno=fd)
@@ -1985,8 +1986,8 @@ def trim_memory() -> None:
     gc.collect()
     with contextlib.suppress(AttributeError):  # another libc
         # A fixed threshold: else glibc raises it to the largest block that was freed, and what log pages took stays, per thread.
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
-        ctypes.CDLL(None).malloc_trim(0)
+        LIBC.mallopt(M_MMAP_THRESHOLD, 1 << 20)
+        LIBC.malloc_trim(0)
 
 
 class Child:
@@ -2344,7 +2345,7 @@ class Runner:
         with contextlib.suppress(FileNotFoundError):  # no temporary directory: none is needed without jobs.*.user
             for file in glob.glob(os.path.join(scratch, "*.result")) + glob.glob(self.result_file("*", foreign=True)):
                 remove(file)  # of runs that a crash interrupted
-        if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        if LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
             raise ExecutorError(f"cannot become the reaper of orphans: {os.strerror(ctypes.get_errno())}: Linux 5.3 is needed")
 
     def prepare(self, jobs: typing.Iterable[JobConfig]) -> None:
@@ -3941,6 +3942,14 @@ class Signals:
     def ignore(number: int, frame) -> None:
         """The handler: the byte in the pipe is all that is wanted."""
 
+    def mute(self, number: int) -> None:
+        """Let the system drop a signal that it ignores by default, until `unmute`. Past `signal.signal`, whose handler must stay: Python
+        complains of one that came just before it was taken away ("ignored due to race condition")."""
+        LIBC.signal(number, None)
+
+    def unmute(self, number: int) -> None:
+        signal.signal(number, self.ignore)
+
     def wake(self) -> None:
         with contextlib.suppress(OSError):
             os.write(self._write, b"\0")
@@ -4082,11 +4091,11 @@ class Daemon:
             self._manager.tell()
         if self._reap_at is not None and now >= self._reap_at:
             self._reap_at = None
-            signal.signal(signal.SIGCHLD, Signals.ignore)
+            self._signals.unmute(signal.SIGCHLD)
             reap_orphans()
         elif signal.SIGCHLD in got:
             # Each job that ends raises one, and the slots reap theirs themselves: once a second is enough for orphans.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            self._signals.mute(signal.SIGCHLD)
             self._reap_at = now + 1.0
         if now >= self._housekeeping_at:
             self._housekeeping_at = now + HOUSEKEEPING
