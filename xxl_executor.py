@@ -720,11 +720,11 @@ def load_config(file: str) -> Config:
 # 3 metrics
 # ----------------------------------------------------------------------------------------------------------------------
 _BUCKETS = (0.005, 0.02, 0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 14_400)  # seconds: a warm start to a nightly job
-_METRICS = {  # name: (type, help)
-    "runs_total": ("counter", "Finished runs by job handler and result code."),
+_METRICS = {  # name: (type, help, names of labels)
+    "runs_total": ("counter", "Finished runs by job handler and result code.", "job", "code"),
     "run_duration_seconds": ("histogram", "Duration of finished runs."),
     "run_wait_seconds": ("histogram", "Time between the acceptance of a trigger and the start of its run."),
-    "refused_triggers_total": ("counter", "Triggers answered with code 500, by reason."),
+    "refused_triggers_total": ("counter", "Triggers answered with code 500, by reason.", "reason"),
     "callback_failures_total": ("counter", "Failed attempts to deliver results."),
     "registration_failures_total": ("counter", "Failed heartbeats to the admin."),
     "log_dropped_bytes_total": ("counter", "Bytes of output beyond executor.log_limit or a full disk."),
@@ -745,7 +745,10 @@ class Metrics:
 
     def __init__(self):
         self._lock = threading.Lock()
-        self._values: typing.Dict[tuple, typing.Any] = {}
+        # From the start, where no label is awaited: a rate counts from the 0 before the first failure.
+        self._values: typing.Dict[tuple, typing.Any] = {
+            (name, ()): 0 if kind == "counter" else [0] * (len(_BUCKETS) + 1) + [0.0]
+            for name, (kind, _, *labels) in _METRICS.items() if kind != "gauge" and not labels}
         self._gauges: typing.Dict[str, typing.Callable[[], float]] = {}
 
     def count(self, name: str, amount: float = 1, **labels: typing.Any) -> None:
@@ -755,7 +758,7 @@ class Metrics:
 
     def observe(self, name: str, value: float) -> None:
         with self._lock:
-            sums = self._values.setdefault((name, ()), [0] * (len(_BUCKETS) + 1) + [0.0])
+            sums = self._values[name, ()]
             sums[next((i for i, bound in enumerate(_BUCKETS) if value <= bound), len(_BUCKETS))] += 1
             sums[-1] += value
 
@@ -767,7 +770,7 @@ class Metrics:
             values = {key: list(value) if isinstance(value, list) else value for key, value in self._values.items()}
         values.update({(name, ()): value() for name, value in self._gauges.items()})
         lines = []
-        for name, (kind, text) in _METRICS.items():
+        for name, (kind, text, *_) in _METRICS.items():
             lines += [f"# HELP xxl_executor_{name} {text}", f"# TYPE xxl_executor_{name} {kind}"]
             for (found, labels), value in values.items():
                 if found != name:

@@ -590,10 +590,41 @@ def test_metrics_are_prometheus_text_and_say_nothing_of_parameters(executor, adm
 
 
 def test_metrics_of_a_daemon_that_has_done_nothing(executor):
+    """What cannot be told apart by labels is there from the start, as Prometheus asks: a `rate` needs the 0 before the first failure."""
     daemon = executor()
     kinds, samples = parse_metrics(daemon.session.get(daemon.url + "/metrics", timeout=20).text)
     assert all(name.startswith("xxl_executor_") for name in kinds)
     assert samples["xxl_executor_connections", ()] == 1 and samples["xxl_executor_undelivered_results", ()] == 0
+    labelled = {"xxl_executor_runs_total", "xxl_executor_refused_triggers_total"}
+    assert {name + ("_count" if kind == "histogram" else "") for name, kind in kinds.items()} - labelled - {"xxl_executor_build_info"} == {
+        name for name, labels in samples if not labels and not name.endswith("_sum")}
+
+
+def test_the_official_client_reads_the_metrics(executor, admin):
+    """The names follow Prometheus' conventions, and its own parser finds what happened."""
+    parser = pytest.importorskip("prometheus_client.parser")
+    daemon = executor(JOBS, admin=admin)
+    for handler in ('say "\\"\n', "count", "count"):
+        run_job(daemon, admin, handler)
+    assert run_job(daemon, admin, "secret", executorParams="")[1]["handleCode"] == 500
+    assert admin.trigger(daemon.url, "unknown")[1]["code"] == 500
+    families = {family.name: family for family in parser.text_string_to_metric_families(
+        daemon.session.get(daemon.url + "/metrics", timeout=20).text)}
+    samples = {(sample.name, *sample.labels.values()): sample.value for family in families.values() for sample in family.samples}
+    runs = {key[1:]: value for key, value in samples.items() if key[0] == "xxl_executor_runs_total"}
+    assert runs == {('say "\\"\n', "200"): 1, ("count", "200"): 2, ("secret", "500"): 1}
+    assert samples["xxl_executor_refused_triggers_total", "unknown_handler"] == 1
+    for name in ("xxl_executor_run_duration_seconds", "xxl_executor_run_wait_seconds"):
+        buckets = [value for key, value in samples.items() if key[0] == name + "_bucket"]
+        assert buckets == sorted(buckets) and buckets[-1] == samples[name + "_bucket", "+Inf"] == samples[name + "_count",] == 4
+        assert families[name].type == "histogram" and samples[name + "_sum",] > 0
+    assert families["xxl_executor_build_info"].samples[0].labels == {"version": xxl_executor.__version__, "python": sys.version.split()[0]}
+    assert samples["xxl_executor_last_heartbeat_timestamp_seconds",] >= samples["xxl_executor_start_time_seconds",] > 1_700_000_000
+    for family in families.values():
+        assert family.type in ("counter", "gauge", "histogram") and family.documentation.endswith("."), family
+        assert re.fullmatch(r"xxl_executor_[a-z_]+", family.name) and not re.search("_(ms|millis|minutes|mib|kb)$", family.name), family
+        # The parser takes _total off the name of a counter; only counters may end so.
+        assert family.name.endswith("_total") is False, family
 
 
 def test_no_secret_reaches_the_log(executor, loopback):
