@@ -188,6 +188,10 @@ def seconds_text(seconds: float) -> str:
     return f"{large}{units[0]} {small}{units[1]}" if small else f"{large}{units[0]}"
 
 
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 _CRASH_AT, _, _PASSAGE = os.environ.get(FAILPOINT, "").partition(":")
 _passages = itertools.count(1)
 
@@ -3360,14 +3364,14 @@ class Callbacks:
                 wait = backoff(self._failures)
                 self._retry_at = time.monotonic() + wait
                 if str(error) != self.last_error:  # an outage is told once, not once a minute
-                    log.warning("cannot deliver %d results, next attempt in %.0f s: %s", len(due), wait, error)
+                    log.warning("cannot deliver %s, next attempt in %.0f s: %s", counted(len(due), "result"), wait, error)
                 self.last_error = str(error)
 
     def _bury(self, rows: list) -> list:
         oldest = time.time() - DEAD_AFTER
         dead = [row[0] for row in rows if row[4] < oldest]
         if dead:
-            log.error("giving up %d results that the admin did not take for %d days: logId=%s", len(dead), DEAD_AFTER // 86_400,
+            log.error("giving up %s that the admin did not take for %d days: logId=%s", counted(len(dead), "result"), DEAD_AFTER // 86_400,
                       ",".join(map(str, dead)))
             self._journal.settle(dead, RunState.DEAD)
             for log_id in dead:
@@ -4037,10 +4041,10 @@ class Daemon:
         self._data.publish(self.url)
         self._registration.start()
         self._callbacks.start()
-        log.info("listening on %s:%d, %d jobs, %s", *config.executor.bind[:1], self.port, len(config.jobs),
+        log.info("listening on %s:%d, %s, %s", *config.executor.bind[:1], self.port, counted(len(config.jobs), "job"),
                  "admin " + ", ".join(config.admin.addresses) if config.admin.addresses else "no admin")
         trim_memory()
-        notify(f"READY=1\nSTATUS=listening on {self.url}, {len(config.jobs)} jobs")
+        notify(f"READY=1\nSTATUS=listening on {self.url}, {counted(len(config.jobs), 'job')}")
         patience = 30 + 4 * len(config.admin.addresses) * (config.admin.timeout + config.admin.connect_timeout)
         self._manager = ServiceManager(self._summary, lambda: self._http.alive() and self._callbacks.alive(patience))
 
@@ -4124,7 +4128,7 @@ class Daemon:
             log.warning("cannot prune: %s", error)
         else:
             if logs or runs:
-                log.info("pruned %d logs and %d runs", logs, runs)
+                log.info("pruned %s and %s", counted(logs, "log"), counted(runs, "run"))
 
     def reload(self) -> None:
         """Take over `jobs` from the configuration file; a bad file changes nothing."""
@@ -4150,7 +4154,7 @@ class Daemon:
             changed = sorted(name for name in old.jobs.keys() & new.jobs.keys() if old.jobs[name] != new.jobs[name])
             self.config = self._api.config = dataclasses.replace(old, admin=admin, jobs=new.jobs, files=new.files)
             self._runner.prepare(new.jobs.values())
-            log.info("reloaded %s: %d jobs, added %s, changed %s, removed %s", old.file, len(new.jobs),
+            log.info("reloaded %s: %s, added %s, changed %s, removed %s", old.file, counted(len(new.jobs), "job"),
                      *(", ".join(names) or "none" for names in (added, changed, removed)))
         notify("READY=1")
 
@@ -4188,8 +4192,8 @@ class Daemon:
         self._callbacks.close()
         try:
             counts = self._journal.counts()
-            left = (f"{counts['held']} results could not be stored: the next start reports their outcome as unknown" if counts["held"]
-                    else f"{counts['undelivered']} results wait for the next start" if counts["undelivered"]
+            left = (f"{counted(counts['held'], 'result')} could not be stored: the next start reports their outcome as unknown" if counts["held"]
+                    else f"{counted(counts['undelivered'], 'result')} kept for the next start" if counts["undelivered"]
                     else "every result is delivered")
         except JournalError as error:
             left = f"the journal cannot be read: {error}"
@@ -4428,7 +4432,7 @@ def cmd_check(arguments: argparse.Namespace) -> int:
     print_table(("JOB", "KIND", "TIMEOUT", "DESCRIPTION"), (
         (job.name, kinds[job.name], seconds_text(job.timeout) if job.timeout else "-", job.description or job.what)
         for job in config.jobs.values()))
-    print(f"\n{config.file} is fine: {len(config.jobs)} job{'s' * (len(config.jobs) != 1)}")
+    print(f"\n{config.file} is fine: {counted(len(config.jobs), 'job')}")
     return 0
 
 
@@ -4479,7 +4483,7 @@ def cmd_demo(arguments: argparse.Namespace) -> int:
         print(f"admin     {admin.url}/ (on this machine only)\nexecutor  {daemon.url}")
         if not admin.wait(lambda: admin.registry, 30):
             raise ExecutorError("the executor did not register within 30 s")
-        print(f"\n{config.executor.app_name} has registered. {len(config.jobs)} jobs of {config.file}:\n", flush=True)
+        print(f"\n{config.executor.app_name} has registered. {counted(len(config.jobs), 'job')} of {config.file}:\n", flush=True)
         runs = {}
         for number, name in enumerate(config.jobs, 1):
             log_id, reply = admin.trigger(daemon.url, name, jobId=number)
@@ -4487,7 +4491,7 @@ def cmd_demo(arguments: argparse.Namespace) -> int:
                 raise ExecutorError(f"the trigger of {name} was refused: {reply['msg']}")
             runs[name] = (log_id, time.monotonic())
         results = _demo_progress(admin, daemon, runs)
-        print(f"\n{len(results)} runs, {sum(code == SUCCESS for code in results)} succeeded, every result arrived at the admin.")
+        print(f"\n{counted(len(results), 'run')}, {sum(code == SUCCESS for code in results)} succeeded, every result arrived at the admin.")
         if not arguments.once:
             daemon.take_signals()
             print(f"Still serving on {daemon.url}; Ctrl-C ends it.", flush=True)
@@ -4616,7 +4620,7 @@ def print_status(found: dict) -> None:
                                                    + (" (cancelled, but its thread does not return)" if run["stuck"] else ""))
                                                   for run in found["running"]))
     oldest = f", the oldest for {seconds_text(found['oldestUndelivered'])}" if found["oldestUndelivered"] else ""
-    print(f"\n{found['undelivered']} results undelivered{oldest}" + (f", {found['dead']} given up" if found["dead"] else ""))
+    print(f"\n{counted(found['undelivered'], 'result')} undelivered{oldest}" + (f", {found['dead']} given up" if found["dead"] else ""))
     if found["lastFailure"]:
         print(fit(f"last failure: {found['lastFailure']}"))
     for admin in found["admins"]:

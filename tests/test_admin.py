@@ -63,7 +63,7 @@ def undelivered(daemon, port, count):
         trigger(daemon, log_id, executorParams=str(log_id))
     wait_until(lambda: daemon.status()["undelivered"] == count, 30)
     assert daemon.stop() == 0
-    assert f"stopped, {count} results wait for the next start" in daemon.log
+    assert f"stopped, {count} results kept for the next start" in daemon.log
 
 
 # -- the shapes
@@ -563,7 +563,7 @@ def test_a_result_is_given_up_after_seven_days(executor, loopback, port):
         assert daemon.stop() == 0
     assert 1 not in admin.results and len(admin.results[2]) == len(admin.results[3]) == 1
     assert re.findall("ERROR.*giving up.*",
-                      daemon.log) == ["ERROR   giving up 1 results that the admin did not take for 7 days: logId=1"]
+                      daemon.log) == ["ERROR   giving up 1 result that the admin did not take for 7 days: logId=1"]
     with contextlib.closing(sqlite3.connect(daemon.data / "journal.db")) as db:
         assert db.execute("SELECT log_id, message FROM runs WHERE state = 'dead'").fetchall() == [(1, "hello 1")]
 

@@ -512,7 +512,7 @@ def test_status_of_an_undelivered_result(executor, place):
         status, out, err = place.run("-c", str(daemon.file), "status")
         assert (status, err) == (0, "")
         assert out.split("\n")[0].endswith("  not registered")
-        assert re.search(r"^1 results undelivered, the oldest for [\d.e-]+ s$", out, re.MULTILINE)
+        assert re.search(r"^1 result undelivered, the oldest for [\d.e-]+ s$", out, re.MULTILINE)
         assert re.search(rf"^last failure: .*{re.escape(url)}.*[Rr]efused", out, re.MULTILINE), out
         assert re.search(rf"^admin {re.escape(url)}: FAILING, no answer yet\n  /api/\w+: .*[Rr]efused", out, re.MULTILINE), out
         daemon.kill()  # what it has not delivered waits in the journal

@@ -1,12 +1,15 @@
 """What the documents say of options, commands and examples is what the program has."""
 import dataclasses
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import yaml
 
 import xxl_executor
-from conftest import ROOT
+from conftest import PROGRAM, ROOT
 
 SECTIONS = {"admin": xxl_executor.AdminConfig, "executor": xxl_executor.ExecutorConfig, "glue": xxl_executor.GlueConfig,
             "jobs.NAME": xxl_executor.JobConfig}
@@ -64,3 +67,24 @@ def test_the_test_command_is_what_ci_calls(document):
     """.ci/run takes the first line with `-m pytest` of the README."""
     lines = [line for line in (ROOT / document).read_text(encoding="utf-8").splitlines() if "-m pytest" in line]
     assert lines == ["python3 -m venv .venv && .venv/bin/pip install -q -e '.[test]' && .venv/bin/python -m pytest"]
+
+
+def test_the_first_job_of_the_readme_does_what_the_page_shows(tmp_path):
+    """Its configuration, typed off, and each command of the block that follows; process ids and times differ."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    config, console = re.findall(r"^```(?:yaml)?\n(.*?)^```", text[text.index("## Your first job"):], re.M | re.S)[:2]
+    (tmp_path / "config.yaml").write_text(config, encoding="utf-8")
+
+    def masked(shown):
+        return re.sub(r"pid=\d+|[\d.]+ s:", "N", shown)
+    commands = re.findall(r"^\$ python3 xxl_executor.py (.*)\n((?:(?!\$ ).*\n)+)", console, re.M)
+    assert [arguments.split()[0] for arguments, _ in commands] == ["check", "exec"]
+    for arguments, shown in commands:
+        ran = subprocess.run([sys.executable, str(PROGRAM), *arguments.split()], cwd=tmp_path, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, text=True, timeout=60, env={**os.environ, "XXL_JOB_ACCESS_TOKEN": "t"})
+        assert (ran.returncode, masked(ran.stdout)) == (0, masked(shown))
+    mistake = re.search(r"`(\./config\.yaml:\d+: .*)`", text)[1]
+    (tmp_path / "config.yaml").write_text(config.replace("timeout", "timout"), encoding="utf-8")
+    ran = subprocess.run([sys.executable, str(PROGRAM), "check"], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+                         env={**os.environ, "XXL_JOB_ACCESS_TOKEN": "t"})
+    assert (ran.returncode, ran.stderr) == (2, mistake + "\n")

@@ -121,7 +121,7 @@ def test_stop_has_an_end_when_the_admin_hangs(executor, tmp_path):
         assert daemon.post("/run", {"jobId": 1, "logId": 1, "executorHandler": "hello"})["code"] == 200
         wait_until(lambda: "finished hello logId=1 " in daemon.log)
         assert daemon.stop(25) == 0
-        assert " stopped, 1 results wait for the next start\n" in daemon.log
+        assert " stopped, 1 result kept for the next start\n" in daemon.log
 
 
 # -- reload
@@ -188,7 +188,7 @@ def test_reload_of_a_broken_file_keeps_the_old_jobs(executor, admin):
         f"{keep}{file}: cannot be read: No such file or directory: give a readable file with -c FILE"]
     assert daemon.status()["jobs"] == ["hello"] and run_job(daemon, admin, "hello")[1]["handleMsg"] == "hello"
     assert reload(daemon, config_of(admin, {"fresh": {"shell": "echo fresh"}})) == [
-        f"INFO    reloaded {file}: 1 jobs, added fresh, changed none, removed hello"]
+        f"INFO    reloaded {file}: 1 job, added fresh, changed none, removed hello"]
     assert run_job(daemon, admin, "fresh")[1]["handleMsg"] == "fresh"
 
 
@@ -199,7 +199,7 @@ def test_reload_warns_of_what_needs_a_restart(executor, admin):
     config = config_of(admin, jobs, max_running=3)
     config["admin"].update(access_token="t", addresses=[])
     warning = f"has changed in {daemon.file}: that takes effect at a restart, a reload takes over only jobs and the token"
-    done = f"INFO    reloaded {daemon.file}: 1 jobs, added none, changed none, removed none"
+    done = f"INFO    reloaded {daemon.file}: 1 job, added none, changed none, removed none"
     assert reload(daemon, config) == [f"WARNING admin {warning}", f"WARNING executor {warning}", done]
     # Indeed it does not take effect: the old admin still gets the results.
     run_job(daemon, admin, "hello")
@@ -304,7 +304,7 @@ def test_systemd_is_told(executor, admin, tmp_path, abstract):
             """The next message that is not only about what runs."""
             return next(text for text in iter(lambda: sock.recv(4096).decode(), None) if not text.startswith("STATUS="))
         daemon = executor({"env": {"shell": 'echo "[$NOTIFY_SOCKET]"'}}, admin=admin, env={"NOTIFY_SOCKET": name})
-        assert told() == f"READY=1\nSTATUS=listening on {daemon.url}/, 1 jobs"
+        assert told() == f"READY=1\nSTATUS=listening on {daemon.url}/, 1 job"
         assert run_job(daemon, admin, "env")[1]["handleMsg"] == "[]", "a job that sent READY=1 would confuse systemd"
         before = time.monotonic_ns() // 1000
         daemon.signal(signal.SIGHUP)
@@ -470,7 +470,7 @@ def test_a_changed_file_is_taken_over_by_itself(executor, admin, tmp_path):
     daemon = executor({"old": {"shell": "true"}}, admin=admin, executor={"watch_config": True}, include=["jobs.d/*.yaml"])
 
     def reloads():
-        return re.findall(r"reloaded \S+: \d+ jobs, (.*)", daemon.log)
+        return re.findall(r"reloaded \S+: \d+ jobs?, (.*)", daemon.log)
 
     def settings(text):
         return daemon.file.read_text().replace("old", text)

@@ -549,7 +549,7 @@ def test_the_daemon_prunes_at_start(executor, admin):
     os.utime(file, (1e9, 1e9))
     daemon.start()
     wait_until(lambda: not file.parent.exists())
-    wait_until(lambda: "pruned 1 logs and 0 runs" in daemon.log)
+    wait_until(lambda: "pruned 1 log and 0 runs" in daemon.log)
 
 
 # -- threads

@@ -99,7 +99,7 @@ def test_the_wall_clock_jumps(executor, admin, tmp_path, jump):
 
         down = True
         log_id = ledger.trigger(daemon)
-        wait_until(lambda: "cannot deliver 1 results" in daemon.log, 10, "the first attempt")
+        wait_until(lambda: "cannot deliver 1 result," in daemon.log, 10, "the first attempt")
         clock.jump(2 * jump)
         down = False
         assert ledger.result(log_id, 8) == (200, "done")
