@@ -192,6 +192,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
+def authority(host: str, port: int) -> str:
+    """host:port as a URL has it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 _CRASH_AT, _, _PASSAGE = os.environ.get(FAILPOINT, "").partition(":")
 _passages = itertools.count(1)
 
@@ -3754,7 +3759,7 @@ class Registration:
                     error = found
             else:
                 raise error
-        return f"http://{f'[{host}]' if ':' in host else host}:{self._port}/"
+        return f"http://{authority(host, self._port)}/"
 
     def _failed(self, error: Exception) -> float:
         self._failures += 1
@@ -3987,17 +3992,16 @@ class Daemon:
         self._housekeeping_at = time.monotonic()
         self._watch_at = self._housekeeping_at if config.executor.watch_config else None
         self._seen = self._loaded = file_stamps(config.files)  # at the last look, and when they were read
+        self._inherited: typing.Optional[tuple] = None  # the address of a socket that the service manager handed over
 
     def start(self) -> None:
         """Raises ExecutorError; nothing runs then."""
         with contextlib.ExitStack() as undo:
             listener = inherited_listener()
-            self._activated = listener is not None
             if listener is not None:
                 undo.callback(listener.close)
-                self.config = dataclasses.replace(self.config, executor=dataclasses.replace(
-                    self.config.executor, bind=listener.getsockname()[:2]))
-            config = self.config
+                self._inherited = listener.getsockname()[:2]
+            config = self.config = self._bound(self.config)
             refuse_unsafe(config)
             room = provide_limits(config.executor)
             if listener is None:
@@ -4037,16 +4041,21 @@ class Daemon:
         self._http.start()
         host = config.executor.bind[0]
         host = "127.0.0.1" if host == "0.0.0.0" else "::1" if host == "::" else host
-        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}/"
+        self.url = f"http://{authority(host, self.port)}/"
         self._data.publish(self.url)
         self._registration.start()
         self._callbacks.start()
-        log.info("listening on %s:%d, %s, %s", *config.executor.bind[:1], self.port, counted(len(config.jobs), "job"),
+        log.info("listening on %s, %s, %s", authority(config.executor.bind[0], self.port), counted(len(config.jobs), "job"),
                  "admin " + ", ".join(config.admin.addresses) if config.admin.addresses else "no admin")
         trim_memory()
         notify(f"READY=1\nSTATUS=listening on {self.url}, {counted(len(config.jobs), 'job')}")
         patience = 30 + 4 * len(config.admin.addresses) * (config.admin.timeout + config.admin.connect_timeout)
         self._manager = ServiceManager(self._summary, lambda: self._http.alive() and self._callbacks.alive(patience))
+
+    def _bound(self, config: Config) -> Config:
+        """`config` with the address that is listened on: that of an inherited socket takes the place of `executor.bind`."""
+        bind = self._inherited or config.executor.bind
+        return dataclasses.replace(config, executor=dataclasses.replace(config.executor, bind=bind))
 
     def _summary(self) -> str:
         found = self._scheduler.snapshot()
@@ -4135,7 +4144,7 @@ class Daemon:
         notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         old = self.config
         try:
-            new = load_config(old.file)
+            new = self._bound(load_config(old.file))
             refuse_unsafe(dataclasses.replace(old, admin=new.admin))
         except ConfigError as error:
             first, *more = str(error).splitlines()
@@ -4165,7 +4174,7 @@ class Daemon:
         log.info("stopping: no new runs, up to %s for those that run", seconds_text(self.config.executor.drain_timeout))
         notify("STOPPING=1")
         self._registration.close()
-        if self._activated:  # who comes now may wait for the next executor, if that is soon
+        if self._inherited:  # who comes now may wait for the next executor, if that is soon
             self._http.hold(HOLD)
         else:
             self._api.draining = True
@@ -4177,7 +4186,7 @@ class Daemon:
             signals.wake()
         self._scheduler.drain(idle_hook)
         deadline = time.monotonic() + self.config.executor.drain_timeout
-        if self._activated and not idle.wait(HOLD):
+        if self._inherited and not idle.wait(HOLD):
             self._api.draining = True
             self._http.release()
         while not idle.is_set() and time.monotonic() < deadline and not self._next(deadline):
@@ -4222,7 +4231,7 @@ def listen(bind: typing.Tuple[str, int]) -> socket.socket:
             listener.close()
             raise
     except OSError as error:
-        raise ExecutorError(f"executor.bind: cannot listen on {host}:{port}: {error.strerror}: choose a free port of this host") from None
+        raise ExecutorError(f"executor.bind: cannot listen on {authority(host, port)}: {error.strerror}: choose a free port of this host") from None
     return listener
 
 

@@ -1,5 +1,6 @@
 """What systemd and the daemon tell each other: the notify socket, the watchdog, inherited sockets."""
 import contextlib
+import signal
 import socket
 import sys
 import threading
@@ -182,6 +183,18 @@ def test_an_inherited_socket_takes_the_place_of_bind(activated, admin):
         assert result["handleCode"] == 200
         assert "LISTEN=\n0\n1\n2\n" in daemon.log_text(result["logId"]), "jobs get neither the variables nor the socket"
         assert admin.registry == [f"{daemon.url}/"]
+        assert daemon.stop() == 0
+
+
+def test_a_reload_does_not_take_the_inherited_address_for_a_change(activated):
+    jobs = {"job": {"shell": "true"}}
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as listener:
+        daemon = activated(listener, jobs, executor={"bind": "127.0.0.1:1"}).start()
+        port = listener.getsockname()[1]
+        wait_until(lambda: f"listening on [::1]:{port}, 1 job, " in daemon.log)
+        daemon.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: "reloaded " in daemon.log)
+        assert "takes effect at a restart" not in daemon.log
         assert daemon.stop() == 0
 
 
