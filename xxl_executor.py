@@ -100,7 +100,8 @@ class ExecutorError(Exception):
 
 
 class ConfigError(ExecutorError):
-    """All problems of the configuration, one `file:line: key: problem` a line."""
+    """All problems of the configuration, one `file:line: key: problem` a line; `files` as in Config."""
+    files: tuple = ()
 
 
 class Refused(ExecutorError):
@@ -294,6 +295,7 @@ def _token(reader, node) -> str:
 
 def _token_file(reader, node) -> str:
     file = _path(reader, node)
+    reader.files.append(glob.escape(file))
     if reader.token:
         raise _Bad("access_token is set too: keep one of them", node)
     try:
@@ -495,7 +497,7 @@ class Config:
     executor: ExecutorConfig
     glue: GlueConfig
     jobs: typing.Dict[str, JobConfig]
-    files: tuple = ()  # all that were read
+    files: tuple = ()  # patterns of all that were read, or would be if they existed
     warnings: tuple = ()
 
 
@@ -505,7 +507,7 @@ class _YamlReader:
     def __init__(self, file: str):
         import yaml
         self.file, self.yaml, self.resolver = file, yaml, yaml.resolver.Resolver()
-        self.files = [file]
+        self.files = [glob.escape(file)]
         self.path = self.token = ""  # of the key that is being parsed; of the admin
         self._pairs: typing.Dict[int, tuple] = {}  # id of a node: (the node, so that no other gets its id, its pairs)
         self.problems: typing.List[typing.Tuple[str, int, str]] = []
@@ -694,7 +696,7 @@ class _ConfigReader(_YamlReader):
             files = sorted(glob.glob(pattern))
             if not files:
                 self.warnings.append(f"{item.start_mark.name}:{item.start_mark.line + 1}: include: {item.value} matches no file")
-            self.files += files
+            self.files.append(pattern)
             for file in files:
                 root = self.document(file)
                 for key, value in self.pairs(root) if root is not None else ():
@@ -721,7 +723,9 @@ def load_config(file: str) -> Config:
     config = reader.config()
     if reader.problems:
         lines = [f"{name}:{line}: {text}" if line else f"{name}: {text}" for name, line, text in sorted(set(reader.problems))]
-        raise ConfigError("\n".join(lines))
+        error = ConfigError("\n".join(lines))
+        error.files = tuple(reader.files)
+        raise error
     return config
 
 
@@ -2299,7 +2303,7 @@ def _reap() -> typing.Tuple[bool, bool]:
             if os.waitpid(pid, os.WNOHANG)[0]:
                 _KEPT.pop(pid, None)
                 ended = True
-            elif pid not in _KEPT or (_process_stat(pid) or (0, 0, 0, 0))[3] != _KEPT[pid]:
+            elif (_process_stat(pid) or (0, 0, 0, 0))[3] != _KEPT.get(pid):
                 alive = True
     return ended, alive
 
@@ -3930,14 +3934,14 @@ def recover(journal: Journal, logs: JobLogs, scheduler: Scheduler, scripts: Scri
             scheduler.resume(trigger, job)
 
 
-def file_stamps(files: typing.Iterable[str]) -> list:
-    """What tells whether one of `files` or their directories was changed, replaced, or is another one behind a symlink."""
+def file_stamps(patterns: typing.Iterable[str]) -> list:
+    """What tells whether a file was changed, replaced, added, removed, or is another one behind a symlink."""
     stamps = []
-    for file in dict.fromkeys((*files, *(os.path.dirname(os.path.abspath(file)) for file in files))):
+    for file in itertools.chain.from_iterable(map(glob.glob, patterns)):
         with contextlib.suppress(OSError):
             found = os.stat(file)
             stamps.append((file, found.st_mtime_ns, found.st_ino, found.st_size))
-    return stamps
+    return sorted(stamps)
 
 
 class Signals:
@@ -3991,7 +3995,8 @@ class Daemon:
         self._reap_at: typing.Optional[float] = None
         self._housekeeping_at = time.monotonic()
         self._watch_at = self._housekeeping_at if config.executor.watch_config else None
-        self._seen = self._loaded = file_stamps(config.files)  # at the last look, and when they were read
+        self._files = config.files  # what is watched: those of the last configuration, be it good or bad
+        self._seen = self._loaded = file_stamps(self._files)  # at the last look, and when they were read
         self._inherited: typing.Optional[tuple] = None  # the address of a socket that the service manager handed over
 
     def start(self) -> None:
@@ -4123,11 +4128,23 @@ class Daemon:
     def _changed(self) -> bool:
         """Whether a file of the configuration has changed and was then left alone for a look."""
         self._watch_at = time.monotonic() + WATCH_INTERVAL
-        before, self._seen = self._seen, file_stamps(self.config.files)
-        settled = self._seen == before and self._seen != self._loaded
-        if settled:
-            self._loaded = self._seen
-        return settled
+        before, self._seen = self._seen, file_stamps(self._files)
+        return self._seen == before and self._seen != self._loaded
+
+    def _load(self) -> Config:
+        """Raises ConfigError. Read again when other files are named than before, for the stamps must be older than what was read."""
+        while True:
+            self._seen = self._loaded = file_stamps(self._files)
+            try:
+                config = load_config(self.config.file)
+            except ConfigError as error:
+                if error.files == self._files:
+                    raise
+                self._files = error.files
+            else:
+                if config.files == self._files:
+                    return config
+                self._files = config.files
 
     def _prune(self) -> None:
         try:
@@ -4144,7 +4161,7 @@ class Daemon:
         notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         old = self.config
         try:
-            new = self._bound(load_config(old.file))
+            new = self._bound(self._load())
             refuse_unsafe(dataclasses.replace(old, admin=new.admin))
         except ConfigError as error:
             first, *more = str(error).splitlines()
@@ -4161,7 +4178,7 @@ class Daemon:
                     log.warning("%s has changed in %s: that takes effect at a restart, a reload takes over only jobs and the token", part, old.file)
             added, removed = sorted(new.jobs.keys() - old.jobs.keys()), sorted(old.jobs.keys() - new.jobs.keys())
             changed = sorted(name for name in old.jobs.keys() & new.jobs.keys() if old.jobs[name] != new.jobs[name])
-            self.config = self._api.config = dataclasses.replace(old, admin=admin, jobs=new.jobs, files=new.files)
+            self.config = self._api.config = dataclasses.replace(old, admin=admin, jobs=new.jobs)
             self._runner.prepare(new.jobs.values())
             log.info("reloaded %s: %s, added %s, changed %s, removed %s", old.file, counted(len(new.jobs), "job"),
                      *(", ".join(names) or "none" for names in (added, changed, removed)))

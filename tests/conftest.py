@@ -17,6 +17,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "xxl_executor.py"
+LAUNCH = ROOT / "tests" / "launch.py"
 sys.path.insert(0, str(ROOT))
 
 import xxl_executor  # noqa: E402
@@ -38,6 +39,11 @@ def alive(pid):
     """Whether process `pid` runs; a zombie does not."""
     found = xxl_executor._process_stat(pid)
     return found is not None and found[0] not in "ZX"
+
+
+def launch(**constants):
+    """Environment for program=LAUNCH: the daemon with other values of constants of its module."""
+    return {"LAUNCH_CONSTANTS": json.dumps(constants)}
 
 
 class Executor:

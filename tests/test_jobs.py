@@ -168,6 +168,24 @@ def test_exit_statuses_are_exact_and_nobody_stays_a_zombie(executor, admin):
     wait_until(lambda: not children_of(daemon.process.pid, "Z"), 5, "the reaping of every child")
 
 
+def test_a_kept_process_may_be_reaped_by_another_thread_meanwhile(monkeypatch):
+    """It took the result of an unrelated run away: that run failed with a KeyError."""
+    kept, stat = {}, xxl_executor._process_stat
+    monkeypatch.setattr(xxl_executor, "_KEPT", kept)
+    with subprocess.Popen(["sleep", "60"]) as process:
+        try:
+            kept[process.pid] = stat(process.pid)[3]
+            assert xxl_executor._reap() == (False, False)
+
+            def faster(pid):
+                kept.clear()
+                return stat(pid)
+            monkeypatch.setattr(xxl_executor, "_process_stat", faster)
+            assert xxl_executor._reap() == (False, True)
+        finally:
+            process.kill()
+
+
 def test_a_burst_of_output_does_not_block(executor, admin):
     daemon = executor({"burst": {"shell": "head -c 52428800 /dev/zero | tr '\\0' x; echo; echo the end"}}, admin=admin,
                       executor={"log_limit": "1MiB"})

@@ -11,7 +11,7 @@ import time
 import pytest
 import requests
 
-from conftest import PROGRAM, alive, result_of, run_job, wait_until
+from conftest import LAUNCH, PROGRAM, alive, launch, result_of, run_job, wait_until
 
 STOPPING = {"code": 500, "msg": "the executor is stopping", "content": None, "data": None}
 
@@ -465,29 +465,97 @@ def test_output_also_goes_to_stdout(executor, admin):
     assert f"\nlogId={quiet} \n" not in daemon.log
 
 
-def test_a_changed_file_is_taken_over_by_itself(executor, admin, tmp_path):
-    """As editors and ConfigMaps change it: rewritten, replaced, and behind a symlink that moves; an include too."""
-    daemon = executor({"old": {"shell": "true"}}, admin=admin, executor={"watch_config": True}, include=["jobs.d/*.yaml"])
+@pytest.fixture
+def watching(executor, admin):
+    """A factory of daemons with `executor.watch_config` that look ten times a second."""
+    return lambda jobs, **options: executor(jobs, admin=admin, executor={"watch_config": True}, program=LAUNCH,
+                                            env=launch(WATCH_INTERVAL=0.1), **options)
 
-    def reloads():
-        return re.findall(r"reloaded \S+: \d+ jobs?, (.*)", daemon.log)
 
-    def settings(text):
-        return daemon.file.read_text().replace("old", text)
+def reloads(daemon):
+    """What each reload said of the jobs."""
+    return re.findall(r"reloaded \S+: \d+ jobs?, (.*)", daemon.log)
+
+
+def test_a_changed_file_is_taken_over_by_itself(watching, admin):
+    """As editors change it: rewritten, replaced; an include too, and one that is new."""
+    daemon = watching({"old": {"shell": "true"}}, include=["jobs.d/*.yaml"])
     replaced = daemon.file.with_suffix(".new")
-    replaced.write_text(settings("new"))
+    replaced.write_text(daemon.file.read_text().replace("old", "new"))
     replaced.replace(daemon.file)
-    wait_until(lambda: reloads() == ["added new, changed none, removed old"])
-    (daemon.directory / "jobs.d").mkdir()
-    (daemon.directory / "jobs.d/more.yaml").write_text("jobs: {more: {shell: echo more}}")
-    daemon.file.write_text(daemon.file.read_text() + "# so that the include is looked at\n")
-    wait_until(lambda: reloads()[1:] == ["added more, changed none, removed none"])
-    (daemon.directory / "jobs.d/more.yaml").write_text("jobs: {more: {shell: echo changed}}")
-    wait_until(lambda: reloads()[2:] == ["added none, changed more, removed none"])
-    good = daemon.file.read_text()
-    daemon.file.write_text(good + "  broken: [\n")
-    wait_until(lambda: "reload failed, the old jobs stay: " in daemon.log)
+    wait_until(lambda: reloads(daemon) == ["added new, changed none, removed old"])
+    more = daemon.directory / "jobs.d/more.yaml"
+    more.parent.mkdir()
+    more.write_text("jobs: {more: {shell: echo more}}")
+    wait_until(lambda: reloads(daemon)[1:] == ["added more, changed none, removed none"])
+    more.write_text("jobs: {more: {shell: echo changed}}")
+    wait_until(lambda: reloads(daemon)[2:] == ["added none, changed more, removed none"])
     assert run_job(daemon, admin, "more")[1]["handleMsg"] == "changed"
+    (daemon.directory / "note.txt").write_text("a file that is none of ours")
+    more.unlink()
+    wait_until(lambda: reloads(daemon)[3:] == ["added none, changed none, removed more"])
+
+
+def test_a_mistake_is_told_once_and_its_correction_taken_over(watching, admin):
+    """Also when it is in a file that the old configuration did not have."""
+    daemon = watching({"old": {"shell": "echo old"}}, include=["jobs.d/*.yaml"])
+    good = daemon.file.read_text()
+    daemon.file.write_text(good + "broken: [\n")
+    wait_until(lambda: "reload failed, the old jobs stay: " in daemon.log)
     daemon.file.write_text(good)
-    wait_until(lambda: len(reloads()) == 4)
-    assert daemon.log.count("reload failed") == 1 and reloads()[3] == "added none, changed none, removed none"
+    wait_until(lambda: reloads(daemon) == ["added none, changed none, removed none"])
+    more = daemon.directory / "jobs.d/more.yaml"
+    more.parent.mkdir()
+    more.write_text("jobs: {more: {shel: echo more}}")
+    mistake = f'reload failed, the old jobs stay: {more}:1: jobs.more.shel: unknown key, did you mean "shell"?'
+    wait_until(lambda: mistake in daemon.log)
+    assert run_job(daemon, admin, "old")[1]["handleMsg"] == "old"
+    more.write_text("jobs: {more: {shell: echo more}}")
+    wait_until(lambda: reloads(daemon)[1:] == ["added more, changed none, removed none"])
+    assert daemon.log.count("reload failed") == 2
+
+
+def test_a_moved_symlink_is_a_change(watching, admin, tmp_path):
+    """As Kubernetes renews a ConfigMap and a Secret: the file leads through ..data, which is replaced by one that leads elsewhere."""
+    daemon = watching({"old": {"shell": "true"}}, start=False)
+    volume, settings = tmp_path / "volume", daemon.file.read_text().replace("access_token: ''", "access_token_file: token")
+
+    def publish(name, text, token):
+        (volume / name).mkdir(parents=True)
+        (volume / name / "config.yaml").write_text(text)
+        (volume / name / "token").write_text(token)
+        (volume / "..new").symlink_to(name)
+        (volume / "..new").rename(volume / "..data")
+    publish("..1", settings, "first")
+    daemon.file.unlink()
+    for name in ("config.yaml", "token"):
+        (daemon.directory / name).symlink_to(volume / "..data" / name)
+    daemon.start()
+    publish("..2", settings.replace("old", "new"), "first")
+    wait_until(lambda: reloads(daemon) == ["added new, changed none, removed old"])
+    publish("..3", settings.replace("old", "new"), "second")
+    wait_until(lambda: "the access token has changed" in daemon.log)
+    assert daemon.status(**{"XXL-JOB-ACCESS-TOKEN": "second"})["jobs"] == ["new"]
+
+
+def test_a_token_alone_that_has_changed_is_taken_over(watching, tmp_path):
+    daemon = watching({"old": {"shell": "true"}}, start=False)
+    token = tmp_path / "token"
+    token.write_text("first")
+    daemon.file.write_text(daemon.file.read_text().replace("access_token: ''", f"access_token_file: {token}"))
+    daemon.start()
+    token.write_text("second")
+    wait_until(lambda: "the access token has changed" in daemon.log)
+
+
+def test_a_removed_job_finishes(watching, admin, tmp_path):
+    go = tmp_path / "go"
+    daemon = watching({"old": {"shell": waits(go)}})
+    log_id, _ = admin.trigger(daemon.url, "old")
+    running(daemon)
+    daemon.file.write_text(daemon.file.read_text().replace("old", "new"))
+    wait_until(lambda: reloads(daemon) == ["added new, changed none, removed old"])
+    assert admin.trigger(daemon.url, "old")[1]["code"] == 500
+    assert [run["logId"] for run in daemon.status()["running"]] == [log_id]
+    go.touch()
+    assert result_of(admin, log_id)["handleMsg"] == "done"

@@ -4,7 +4,7 @@ Fast are time.time, time.monotonic, Event.wait (so threading.Timer too) and sele
 the heartbeats, the deadlines of an exchange and the housekeeping wait with. Not fast are sockets, joins and the HTTP
 server's epoll. Its patience with a client and the time to kill a tree are stretched: clients and processes live in real
 time. The file $FAST_CLOCK_ATTEMPTS gets a line "time thread port", in the daemon's own time, for each connection it
-tries to open, and one of thread "real" when the speed changed. Constants come as in launch.py.
+tries to open, and one of thread "real" when the speed changed. Constants come as in ../launch.py.
 """
 import json
 import os

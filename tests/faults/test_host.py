@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 import xxl_executor
-from conftest import alive, wait_until
-from tools import LAUNCH, Ledger, Proxy, launch, need_root, rounds
+from conftest import LAUNCH, alive, launch, wait_until
+from tools import Ledger, Proxy, need_root, rounds
 
 
 def need(*programs):

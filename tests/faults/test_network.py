@@ -14,8 +14,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import wait_until
-from tools import LAUNCH, Ledger, Proxy, forget_peak, launch, need_root, rounds, rss
+from conftest import LAUNCH, launch, wait_until
+from tools import Ledger, Proxy, forget_peak, need_root, rounds, rss
 import xxl_executor
 
 FAST_CLOCK = Path(__file__).with_name("fast_clock.py")

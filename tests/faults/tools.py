@@ -1,7 +1,6 @@
 """What the fault matrix shares: a ledger of what was accepted, a proxy that breaks connections, a daemon with other constants."""
 import collections
 import contextlib
-import json
 import os
 import re
 import socket
@@ -13,8 +12,6 @@ import pytest
 import requests
 from conftest import wait_until
 import xxl_executor
-
-LAUNCH = Path(__file__).with_name("launch.py")
 
 
 def rounds(ci, name="XXL_FAULT_ROUNDS"):
@@ -227,11 +224,6 @@ class Proxy:
             if not part:
                 return b""
             data += part
-
-
-def launch(**constants):
-    """Environment for program=LAUNCH: the daemon with other values of constants of its module."""
-    return {"LAUNCH_CONSTANTS": json.dumps(constants)}
 
 
 def stderr_lines(daemon, pattern):

@@ -1,10 +1,10 @@
-"""Run the daemon with other values of constants of its module, from $LAUNCH_CONSTANTS (JSON); see tools.launch."""
+"""Run the daemon with other values of constants of its module, from $LAUNCH_CONSTANTS (JSON); see conftest.launch."""
 import json
 import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import xxl_executor  # noqa: E402
 
