@@ -3427,7 +3427,7 @@ class Address:
 
     def __init__(self, url: str):
         self.url, self.failures, self.last_error = url, 0, ""
-        self.not_before, self.tried_at = 0.0, float("-inf")  # monotonic: end of the backoff, begin of the last attempt
+        self.not_before, self.tried_at = 0.0, float("-inf")  # monotonic: end of the backoff; when an attempt last began or failed
         self.well = False  # whether the last attempt brought an answer, be it a refusal
         self.last_success = 0.0  # seconds since the epoch
 
@@ -3646,7 +3646,8 @@ class AdminClient:
                 status, reply = link.post(path, self._headers, data)
             except AdminUnreachable as error:
                 address.failures, address.well = address.failures + 1, False
-                address.last_error, address.not_before = str(error), time.monotonic() + backoff(address.failures)
+                address.last_error, address.tried_at = str(error), time.monotonic()
+                address.not_before = address.tried_at + backoff(address.failures)
                 failure = error
                 continue
             address.failures, address.not_before, address.well = 0, 0.0, True
