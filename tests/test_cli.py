@@ -218,6 +218,26 @@ ticker   python (thread)   -        滴答
     assert sorted(os.listdir(place.directory)) == ["config.yaml", "mod.py", "scratch"], "check makes nothing"
 
 
+def test_check_leaves_a_running_executor_alone(executor, place):
+    """It asks nobody and opens nothing of the data_dir: an audit hook in the program sees both."""
+    daemon = executor({"hello": {"shell": "echo hello"}})
+    daemon.file.write_text(daemon.file.read_text().replace("hello", "other"))
+    before = {file: file.stat().st_mtime_ns for file in daemon.data.rglob("*")}
+    hook = place.directory / "hook"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(
+        "import sys\n"
+        "def seen(event, arguments):\n"
+        f"    if event.startswith('socket.') or event in ('open', 'os.listdir') and str(arguments[0]).startswith({str(daemon.data)!r}):\n"
+        "        print('SEEN', event, arguments)\n"
+        "sys.addaudithook(seen)\n")
+    status, out, err = place.run("-c", str(daemon.file), "check", PYTHONPATH=str(hook))
+    assert (status, err) == (0, "") and "\nother " in out and "SEEN" not in out
+    assert {file: file.stat().st_mtime_ns for file in daemon.data.rglob("*")} == before
+    assert daemon.status()["jobs"] == ["hello"]
+    assert "SEEN socket" in place.run("-c", str(daemon.file), "status", PYTHONPATH=str(hook))[1], "the hook sees"
+
+
 @pytest.mark.parametrize("arguments", [["check"], ["run"], [], ["demo"], ["exec", "hello"], ["status"]], ids=" ".join)
 def test_broken_configuration(place, arguments):
     place.write("executor:\n  max_running: 0\njobs:\n  hello:\n    timout: 5\n    shell: x\n")
