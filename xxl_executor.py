@@ -3935,14 +3935,41 @@ def recover(journal: Journal, logs: JobLogs, scheduler: Scheduler, scripts: Scri
             scheduler.resume(trigger, job)
 
 
-def file_stamps(patterns: typing.Iterable[str]) -> list:
-    """What tells whether a file was changed, replaced, added, removed, or is another one behind a symlink."""
-    stamps = []
-    for file in itertools.chain.from_iterable(map(glob.glob, patterns)):
-        with contextlib.suppress(OSError):
-            found = os.stat(file)
-            stamps.append((file, found.st_mtime_ns, found.st_ino, found.st_size))
-    return sorted(stamps)
+class ConfigFiles:
+    """The files that make up the configuration, and whether one was changed, replaced, added, removed, or is another one behind a
+    symlink; used by the main thread only."""
+
+    def __init__(self, config: Config):
+        self._file, self._patterns = config.file, config.files
+        self._seen = self._loaded = self._stamps()  # at the last look, and when they were read
+
+    def _stamps(self) -> list:
+        stamps = []
+        for file in itertools.chain.from_iterable(map(glob.glob, self._patterns)):
+            with contextlib.suppress(OSError):
+                found = os.stat(file)
+                stamps.append((file, found.st_mtime_ns, found.st_ino, found.st_size))
+        return sorted(stamps)
+
+    def changed(self) -> bool:
+        """Whether something has changed since `load` and was then left alone for a look."""
+        before, self._seen = self._seen, self._stamps()
+        return self._seen == before and self._seen != self._loaded
+
+    def load(self) -> Config:
+        """Raises ConfigError. Read again when other files are named than before, for the stamps must be older than what was read."""
+        while True:
+            self._seen = self._loaded = self._stamps()
+            try:
+                config = load_config(self._file)
+            except ConfigError as error:
+                if error.files == self._patterns:
+                    raise
+                self._patterns = error.files
+            else:
+                if config.files == self._patterns:
+                    return config
+                self._patterns = config.files
 
 
 class Signals:
@@ -3996,8 +4023,7 @@ class Daemon:
         self._reap_at: typing.Optional[float] = None
         self._housekeeping_at = time.monotonic()
         self._watch_at = self._housekeeping_at if config.executor.watch_config else None
-        self._files = config.files  # what is watched: those of the last configuration, be it good or bad
-        self._seen = self._loaded = file_stamps(self._files)  # at the last look, and when they were read
+        self._files = ConfigFiles(config)
         self._inherited: typing.Optional[tuple] = None  # the address of a socket that the service manager handed over
 
     def start(self) -> None:
@@ -4122,30 +4148,13 @@ class Daemon:
         if now >= self._housekeeping_at:
             self._housekeeping_at = now + HOUSEKEEPING
             self._prune()
-        if not self._api.draining and (signal.SIGHUP in got or (self._watch_at is not None and now >= self._watch_at and self._changed())):
+        changed = signal.SIGHUP in got
+        if self._watch_at is not None and now >= self._watch_at:
+            self._watch_at = now + WATCH_INTERVAL
+            changed = self._files.changed() or changed
+        if changed and not self._api.draining:
             self.reload()
         return bool(got & {signal.SIGTERM, signal.SIGINT})
-
-    def _changed(self) -> bool:
-        """Whether a file of the configuration has changed and was then left alone for a look."""
-        self._watch_at = time.monotonic() + WATCH_INTERVAL
-        before, self._seen = self._seen, file_stamps(self._files)
-        return self._seen == before and self._seen != self._loaded
-
-    def _load(self) -> Config:
-        """Raises ConfigError. Read again when other files are named than before, for the stamps must be older than what was read."""
-        while True:
-            self._seen = self._loaded = file_stamps(self._files)
-            try:
-                config = load_config(self.config.file)
-            except ConfigError as error:
-                if error.files == self._files:
-                    raise
-                self._files = error.files
-            else:
-                if config.files == self._files:
-                    return config
-                self._files = config.files
 
     def _prune(self) -> None:
         try:
@@ -4162,7 +4171,7 @@ class Daemon:
         notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         old = self.config
         try:
-            new = self._bound(self._load())
+            new = self._bound(self._files.load())
             refuse_unsafe(dataclasses.replace(old, admin=new.admin))
         except ConfigError as error:
             first, *more = str(error).splitlines()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import requests
@@ -559,3 +560,22 @@ def test_a_removed_job_finishes(watching, admin, tmp_path):
     assert [run["logId"] for run in daemon.status()["running"]] == [log_id]
     go.touch()
     assert result_of(admin, log_id)["handleMsg"] == "done"
+
+
+def test_draining_with_watch_config_waits_quietly(watching, admin, tmp_path):
+    """A look that was due and never taken had the main thread turn round a thousand times a second until the end."""
+    go = tmp_path / "go"
+    daemon = watching({"job": {"shell": waits(go)}})
+    admin.trigger(daemon.url, "job")
+    running(daemon)
+    daemon.signal(signal.SIGTERM)
+    draining(daemon)
+
+    def turns():
+        return int(re.search(r"^voluntary_ctxt_switches:\s+(\d+)", Path(f"/proc/{daemon.process.pid}/status").read_text(), re.M)[1])
+    before, began = turns(), time.monotonic()
+    wait_until(lambda: time.monotonic() > began + 1)
+    turned = turns() - before
+    go.touch()
+    assert daemon.wait() == 0
+    assert turned < 100  # ten looks, and what interrupts them
