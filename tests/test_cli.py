@@ -446,7 +446,7 @@ def test_exec_needs_no_data_dir(place):
 def test_exec_a_signal_ends_the_whole_tree(place, number):
     with place.ended(place.write(JOBS).start("exec", "tree")) as process:
         assert process.stdout.readline() == "ready\n"
-        assert len(place.processes()) >= 4, "the program, the shell and two that sleep"
+        wait_until(lambda: len(place.processes()) >= 4, what="the program, the shell and two that sleep")
         os.killpg(process.pid, number)
         out, err = process.communicate(timeout=30)
     assert process.returncode == 137, "its shell ignores SIGTERM"
