@@ -2,6 +2,7 @@
 import contextlib
 import json
 import os
+import py_compile
 import re
 import signal
 import socket
@@ -21,6 +22,10 @@ LAUNCH = ROOT / "tests" / "launch.py"
 sys.path.insert(0, str(ROOT))
 
 import xxl_executor  # noqa: E402
+
+# Where PYTHONDONTWRITEBYTECODE is set, as in many images, every daemon and every server of Python jobs would compile it once more.
+with contextlib.suppress(OSError):
+    py_compile.compile(str(PROGRAM))
 
 
 def wait_until(predicate, seconds=10.0, what="the condition"):

@@ -270,6 +270,16 @@ def size_of(file):
     return os.path.getsize(file)
 
 
+def break_first_page(db, wal, offset, data):
+    """SQLite takes a page from the log if it is there, as the first one is when the file has grown, and sees no damage."""
+    replace(db, offset, data)
+    log = wal.read_bytes()
+    for frame in range(32, len(log), 24 + 4096):  # each: the number of the page, five more numbers, the page
+        if log[frame:frame + 4] == b"\0\0\0\1":
+            os.truncate(wal, frame)
+            return
+
+
 def database_empty(db, wal):
     os.truncate(db, 0)
 
@@ -283,7 +293,7 @@ def database_little_more_than_a_header(db, wal):
 
 
 def database_first_page(db, wal):
-    overwrite(db, 0, 4096)
+    break_first_page(db, wal, 0, random.Random(0).randbytes(4096))
 
 
 def database_middle_page(db, wal):
@@ -292,22 +302,22 @@ def database_middle_page(db, wal):
 
 def database_format(db, wal):
     """SQLite: "unsupported file format"."""
-    replace(db, 47, b"\xff")
+    break_first_page(db, wal, 47, b"\xff")
 
 
 def database_version(db, wal):
     """SQLite: "attempt to write a readonly database"."""
-    replace(db, 18, b"\xff")
+    break_first_page(db, wal, 18, b"\xff")
 
 
 def database_schema(db, wal):
     """SQLite: "no such column: starts"."""
-    replace(db, db.read_bytes().index(b"starts INTEGER"), b"startz")
+    break_first_page(db, wal, db.read_bytes().index(b"starts INTEGER"), b"startz")
 
 
 def database_schema_text(db, wal):
     """SQLite: "malformed database schema", in a message that is no UTF-8."""
-    replace(db, db.read_bytes().index(b"KEY, log_date_time"), b"\xff\xff")
+    break_first_page(db, wal, db.read_bytes().index(b"KEY, log_date_time"), b"\xff\xff")
 
 
 def wal_garbage(db, wal):

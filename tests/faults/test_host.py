@@ -80,7 +80,7 @@ def test_the_wall_clock_jumps(executor, admin, tmp_path, jump):
                                         timeout="3s"),
             "job": ledger.job("echo done"),
             "long": ledger.job("exec sleep 600", kill_grace="0.3s")},
-            program=LAUNCH, env={**clock.env, **launch(REGISTRY_INTERVAL=2.0)}, executor={"drain_timeout": "2s"},
+            program=LAUNCH, env={**clock.env, **launch(REGISTRY_INTERVAL=1.0)}, executor={"drain_timeout": "2s"},
             admin_options={"addresses": [proxy.url]})
         assert ledger.result(ledger.trigger(daemon)) == (200, "done")
         wait_until(lambda: heartbeats(admin) >= 2, 10, "the second heartbeat")
@@ -95,7 +95,7 @@ def test_the_wall_clock_jumps(executor, admin, tmp_path, jump):
             assert time.monotonic() - began >= 2.9 and time.monotonic() - jumped <= 8
         wait_until(lambda: abs(stamps(daemon)[-1] - wall - jump) < 60, 10, "the jump in the daemon")
         wait_until(lambda: heartbeats(admin) >= beats + 2, 8, "two more heartbeats")
-        assert heartbeats(admin) - beats <= (time.monotonic() - jumped) / 2.0 + 2, "no more of them than always"
+        assert heartbeats(admin) - beats <= time.monotonic() - jumped + 2, "no more of them than always"
 
         down = True
         log_id = ledger.trigger(daemon)

@@ -126,7 +126,7 @@ def attempts(file, thread):
 
 def test_attempts_at_an_address_that_refuses(executor, port, tmp_path):
     """Results and heartbeats together try an address that refuses connections at most once a second."""
-    speed, seconds, file = 20, rounds(100, "XXL_FAULT_REFUSED"), tmp_path / "attempts"
+    speed, seconds, file = 20, rounds(60, "XXL_FAULT_REFUSED"), tmp_path / "attempts"
     ledger = Ledger(None, tmp_path)
     daemon = executor(admin=at(f"http://127.0.0.1:{port}"), start=False, **fast(speed, FAST_CLOCK_ATTEMPTS=str(file)))
     prefill(daemon, ledger, 1)
@@ -338,7 +338,7 @@ class Resolver:
 def test_one_of_two_admins_has_a_name_that_is_not_resolved(executor, admin, tmp_path, answers):
     """The heartbeats to the other slip by less than 5 s, results reach it, the daemon stops without the resolver."""
     need_root()
-    ledger, beats, interval = Ledger(admin, tmp_path), [], 3.0
+    ledger, beats, interval = Ledger(admin, tmp_path), [], 1.5
 
     def behave(path, body):
         if path.endswith("/registry"):
