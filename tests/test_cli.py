@@ -19,6 +19,7 @@ import pytest
 import xxl_executor
 from conftest import PROGRAM, alive, result_of, run_job, wait_until
 
+program = PROGRAM  # as a user does
 COMMANDS = ("run", "check", "demo", "exec", "status")
 PYTHON_JOBS = """
 import sys, threading

@@ -14,6 +14,7 @@ import requests
 
 from conftest import LAUNCH, PROGRAM, alive, launch, result_of, run_job, wait_until
 
+program = PROGRAM  # a life begins as a user begins it
 STOPPING = {"code": 500, "msg": "the executor is stopping", "content": None, "data": None}
 
 

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import requests
-from conftest import run_job, wait_until
+from conftest import PROGRAM, run_job, wait_until
 import xxl_executor
 
+program = PROGRAM  # as the unit does
 # Puts a descriptor where systemd does and says so to the process that will be the daemon.
 ACTIVATE = """import os, sys
 os.dup2(int(sys.argv[1]), 3)

@@ -16,8 +16,10 @@ from pathlib import Path
 
 import pytest
 import xxl_executor
-from conftest import LAUNCH, alive, launch, wait_until
+from conftest import LAUNCH, PROGRAM, alive, launch, wait_until
 from tools import Ledger, Proxy, need_root, rounds
+
+program = PROGRAM  # limits and namespaces hold from the first moment
 
 
 def need(*programs):
