@@ -1802,11 +1802,15 @@ def call_entry_point(entry_point: str, context: Context) -> str:
     """Import `module:function` and call it, with `context` if it takes an argument; returns its result as text."""
     module, _, name = entry_point.partition(":")
     function = getattr(importlib.import_module(module), name)
-    value = function(context) if _takes_argument(function) else function()
-    if inspect.iscoroutine(value):
-        import asyncio
-        value = asyncio.run(value)
-    return "" if value is None else str(value)
+    try:
+        value = function(context) if _takes_argument(function) else function()
+        if inspect.iscoroutine(value):
+            import asyncio
+            value = asyncio.run(value)
+        return "" if value is None else str(value)
+    except MemoryError as error:
+        traceback.clear_frames(error.__traceback__)  # what filled the memory is in their variables, and to report it needs some
+        raise
 
 
 class Scripts:
@@ -1973,8 +1977,8 @@ def _python_child(request: dict, output: int, report: int) -> int:
         print(error.code, file=sys.stderr)
         return 1
     except BaseException as error:
+        tell(traceback.format_exception_only(type(error), error)[-1].strip())  # first: it needs the least memory
         traceback.print_exception(type(error), error, _own_frames(error.__traceback__))
-        tell(traceback.format_exception_only(type(error), error)[-1].strip())
         return 1
 
 

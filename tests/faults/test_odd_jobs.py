@@ -409,6 +409,7 @@ PROCESS = {
     "limit_memory()\nbytearray(1 << 32)": (500, "MemoryError"),
     "limit_memory()\nfound = []\nwhile True: found.append(bytearray(1 << 20))": (500, "MemoryError"),
     "limit_memory()\nfound = []\nwhile True: found.append(bytes(100))": (500, "MemoryError"),
+    "global found\nlimit_memory()\nfound = []\nwhile True: found.append(bytes(100))": (500, "MemoryError"),
     "import ctypes\nctypes.string_at(0)": (500, "killed by signal 11"),
     "os.kill(os.getpid(), 11)": (500, "killed by signal 11"),
     "os.kill(os.getpid(), 9)": (500, "killed by signal 9"), "os.abort()": (500, "killed by signal 6"),
