@@ -501,6 +501,22 @@ class Config:
     warnings: tuple = ()
 
 
+_YAML_REMEDIES = (  # for what PyYAML says, the first that fits; no other parser's words are looked at
+    (r"'\\t'", "indent with spaces instead of tabs"),
+    (r"end of stream|stream end", "close the quotes or brackets that are open here"),
+    (r"mapping values|expected ':'", 'put a value with ": " in it into quotes or below a "|", or look for a missing colon or a wrong indent '
+                                     'here or in the line above'),
+    (r"escape character", "take single quotes, in which a backslash is only a backslash"),
+    (r"another document", 'remove the line "---"'),
+    (r"<block end>", 'indent the lines of one level alike, and put a value with special characters into quotes or below a "|"'),
+    (r"',' or '", "close the brackets that are open here, or put a value with special characters into quotes"),
+    (r"", 'put a value with special characters into quotes or below a "|"'))
+
+
+def _not_yaml(problem: str) -> str:
+    return f"not YAML: {problem}: {next(remedy for pattern, remedy in _YAML_REMEDIES if re.search(pattern, problem))}"
+
+
 class _YamlReader:
     """Turns composed YAML nodes, which still know their file and line, into dataclasses, and collects every problem."""
 
@@ -523,7 +539,8 @@ class _YamlReader:
         """The root mapping of `file`, or None after a problem."""
         try:
             with open(file, encoding="utf-8") as stream:
-                loader = self.yaml.SafeLoader(stream.read())
+                text = stream.read()
+            loader = self.yaml.SafeLoader(text)
             loader.name = file
             root = loader.get_single_node()
         except OSError as error:
@@ -532,9 +549,12 @@ class _YamlReader:
             self.problems.append((file, 0, f"is not UTF-8 at byte {error.start}: save it as UTF-8"))
         except self.yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
-            self.problems.append((file, mark.line + 1, f"not YAML: {error.problem or error.context}"))
-        except (self.yaml.YAMLError, RecursionError) as error:
-            self.problems.append((file, 0, f"not YAML: {str(error).splitlines()[0]}"))
+            self.problems.append((file, mark.line + 1, _not_yaml(error.problem.replace("but found another", "found another"))))
+        except self.yaml.reader.ReaderError as error:
+            line = text.count("\n", 0, error.position) + 1
+            self.problems.append((file, line, f"not YAML: it holds the control character #x{error.character:04x}: remove it"))
+        except RecursionError:
+            self.problems.append((file, 0, "not YAML: it is nested too deeply: look for brackets that are never closed"))
         else:
             if root is not None and root.id == "mapping":
                 return root
