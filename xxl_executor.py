@@ -3606,7 +3606,7 @@ class AdminClient:
         self._config, self._learn = config, learn
         self._dialect = dialect or "array"  # or "wrapper", from 3.5
         self._local = threading.local()
-        self._turn = threading.Lock()  # guards `tried_at`
+        self._turn, self._closing = threading.Lock(), threading.Event()  # the lock guards `tried_at`
         self._links: typing.List[_Link] = []
         self.use_token(config.admin.access_token)
 
@@ -3616,7 +3616,7 @@ class AdminClient:
                          "XXL-JOB-ACCESS-TOKEN": token or ""}  # 3.3.0 insists on it, even when empty
 
     def registry(self, address: str, remove: bool = False) -> None:
-        """Register `address`, or take it back. Tries every address that was not tried within the last second."""
+        """Register `address`, or take it back. Tries every address until one answers, also those in a backoff."""
         body = {"registryGroup": "EXECUTOR", "registryKey": self._config.executor.app_name, "registryValue": address}
         self._call("/api/registryRemove" if remove else "/api/registry", body, eager=True)
 
@@ -3659,13 +3659,10 @@ class AdminClient:
         if not candidates:  # else heartbeats that fail would put off results for ever, and those have a backoff of their own
             candidates = [min(self.addresses, key=lambda a: a.not_before)]
         data = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
-        failure: ExecutorError = AdminUnreachable(next((a.last_error for a in self.addresses if a.last_error), "no answer yet"))
-        for address in sorted(candidates, key=lambda a: a.not_before > now):
-            link = self._link(address.url)  # takes a while when it is the first
-            with self._turn:  # one attempt a second, by all threads together, at an address that does not answer or has not yet
-                if not address.well and time.monotonic() < address.tried_at + 1.0:
-                    continue
-                address.tried_at = time.monotonic()
+        waiting = sorted(candidates, key=lambda a: a.not_before > now)
+        failure: ExecutorError
+        while waiting:
+            address, link = self._next(waiting)
             try:
                 status, reply = link.post(path, self._headers, data)
             except AdminUnreachable as error:
@@ -3684,6 +3681,24 @@ class AdminClient:
             if code is not None:  # one cluster: the others would say the same
                 break
         raise failure
+
+    def _next(self, waiting: typing.List[Address]) -> typing.Tuple[Address, _Link]:
+        """Take the first address from `waiting` that may be tried; wait until one may.
+
+        One that does not answer, or has not yet, is tried once a second, by all threads together. Who comes in between waits
+        for his turn: if he failed instead, with a backoff, heartbeats could stay away for as long as callbacks fail.
+        """
+        while True:
+            for address in waiting:
+                link = self._link(address.url)  # takes a while when it is the first
+                with self._turn:
+                    now = time.monotonic()
+                    if address.well or now >= address.tried_at + 1.0:
+                        address.tried_at = now
+                        waiting.remove(address)
+                        return address, link
+            if self._closing.wait(max(0.0, min(a.tried_at for a in waiting) + 1.0 - time.monotonic())):
+                raise AdminUnreachable("the executor stops")
 
     @staticmethod
     def _verdict(status: int, reply: bytes) -> typing.Tuple[typing.Optional[int], str]:
@@ -3709,7 +3724,8 @@ class AdminClient:
         return links[url]
 
     def close(self) -> None:
-        """After the threads that call have ended."""
+        """After the threads that call have ended, or were left behind."""
+        self._closing.set()
         for link in self._links:
             link.close()
 

@@ -7,6 +7,7 @@ import socket
 import sqlite3
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -526,6 +527,25 @@ def test_failover_is_in_process_too(loopback, port, tmp_path):
         assert str(caught.value) == f"{admin.url}/api/callback: code 500: no"
     finally:
         client.close()
+
+
+def test_threads_wait_for_their_turn_at_an_address_that_refuses(port, tmp_path):
+    """Each has tried before it says that it failed, though they came within the second in which there is one attempt."""
+    file = tmp_path / "config.yaml"
+    file.write_text(f"admin:\n  addresses: [http://127.0.0.1:{port}]\njobs: {{}}\n")
+    client = AdminClient(xxl_executor.load_config(str(file)), "array", lambda *fact: None)
+    start = threading.Barrier(2)
+
+    def failure(call, argument):
+        start.wait(10)
+        with pytest.raises(xxl_executor.AdminUnreachable) as caught:
+            call(argument)
+        return str(caught.value)
+    with contextlib.closing(client), ThreadPoolExecutor(2) as pool:
+        beat = pool.submit(failure, client.registry, "http://127.0.0.1:1/")
+        result = pool.submit(failure, client.callback, [(1, 2, 200, "a", 0.0)])
+    for path, told in (("registry", beat.result()), ("callback", result.result())):
+        assert told == f"http://127.0.0.1:{port}/api/{path}: [Errno 111] Connection refused"
 
 
 @pytest.mark.parametrize("error",
