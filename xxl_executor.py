@@ -501,7 +501,7 @@ class Config:
     warnings: tuple = ()
 
 
-_YAML_REMEDIES = (  # for what PyYAML says, the first that fits; no other parser's words are looked at
+_YAML_REMEDIES = (  # for what PyYAML says: the first that fits
     (r"'\\t'", "indent with spaces instead of tabs"),
     (r"end of stream|stream end", "close the quotes or brackets that are open here"),
     (r"mapping values|expected ':'", 'put a value with ": " in it into quotes or below a "|", or look for a missing colon or a wrong indent '
@@ -549,7 +549,7 @@ class _YamlReader:
             self.problems.append((file, 0, f"is not UTF-8 at byte {error.start}: save it as UTF-8"))
         except self.yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
-            self.problems.append((file, mark.line + 1, _not_yaml(error.problem.replace("but found another", "found another"))))
+            self.problems.append((file, mark.line + 1, _not_yaml(error.problem.removeprefix("but "))))
         except self.yaml.reader.ReaderError as error:
             line = text.count("\n", 0, error.position) + 1
             self.problems.append((file, line, f"not YAML: it holds the control character #x{error.character:04x}: remove it"))
@@ -3667,7 +3667,9 @@ class AdminClient:
                 status, reply = link.post(path, self._headers, data)
             except AdminUnreachable as error:
                 address.failures, address.well = address.failures + 1, False
-                address.last_error, address.tried_at = str(error), time.monotonic()
+                address.last_error = str(error)
+                with self._turn:
+                    address.tried_at = time.monotonic()
                 address.not_before = address.tried_at + backoff(address.failures)
                 failure = error
                 continue

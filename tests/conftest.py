@@ -55,7 +55,7 @@ class Executor:
     """The daemon under test: `python xxl_executor.py -c FILE run` on a free port, its stderr in a file.
 
     Only with program=PROGRAM by these very words. Else it begins as the module that those words turn it into, which takes
-    0.12 s instead of 0.3, nearly a thousand times.
+    0.12 s instead of 0.3, some hundreds of times.
     """
 
     def __init__(self, directory, config, *, env=None, arguments=("run",), flags=("-W", "error", "-X", "dev"), prefix=(),

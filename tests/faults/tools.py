@@ -1,4 +1,4 @@
-"""What the fault matrix shares: a ledger of what was accepted, a proxy that breaks connections, a daemon with other constants."""
+"""What the fault matrix shares: a ledger of what was accepted, a proxy that breaks connections."""
 import collections
 import contextlib
 import os
