@@ -20,6 +20,7 @@ registration    Registration.start   30 s, or a retry                      close
 sections: 1 vocabulary, 2 config, 3 metrics, 4 HTTP server, 5 executor API, 6 scheduling, 7 job process, 8 job logs,
 9 journal, 10 callbacks, 11 admin client, 12 registration, 13 systemd, 14 daemon, 15 CLI.  `grep -n '^# [0-9]'` lists them.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -80,19 +81,30 @@ log = logging.getLogger("xxl-executor")
 # 1 vocabulary
 # ----------------------------------------------------------------------------------------------------------------------
 SUCCESS, FAILURE, TIMEOUT = 200, 500, 502  # handleCode, XXL-JOB's XxlJobContext
-MESSAGE_LIMIT = 15_000        # characters; the admin cuts handleMsg there
-REGISTRY_INTERVAL = 30.0      # seconds; RegistryConfig.BEAT_TIMEOUT of XXL-JOB, the admin forgets after three of them
-RESUME_WINDOW = 300.0         # seconds; an accepted run that is older is not started after a restart
-DEAD_AFTER = 7 * 86_400.0     # seconds; then an undelivered result is kept but no longer sent
-REPEAT_WINDOW = 86_400.0      # seconds a delivered run is remembered, so that its repeated trigger starts nothing
-GLUE = {                      # glueType: (interpreter, suffix of the file); GlueTypeEnum of XXL-JOB
-    "GLUE_SHELL": ("bash", ".sh"), "GLUE_PYTHON": ("python3", ".py"), "GLUE_PYTHON2": ("python", ".py"),
-    "GLUE_NODEJS": ("node", ".js"), "GLUE_PHP": ("php", ".php"), "GLUE_POWERSHELL": ("pwsh", ".ps1")}
+MESSAGE_LIMIT = 15_000  # characters; the admin cuts handleMsg there
+REGISTRY_INTERVAL = (
+    30.0  # seconds; RegistryConfig.BEAT_TIMEOUT of XXL-JOB, the admin forgets after three of them
+)
+RESUME_WINDOW = 300.0  # seconds; an accepted run that is older is not started after a restart
+DEAD_AFTER = 7 * 86_400.0  # seconds; then an undelivered result is kept but no longer sent
+REPEAT_WINDOW = (
+    86_400.0  # seconds a delivered run is remembered, so that its repeated trigger starts nothing
+)
+GLUE = {  # glueType: (interpreter, suffix of the file); GlueTypeEnum of XXL-JOB
+    "GLUE_SHELL": ("bash", ".sh"),
+    "GLUE_PYTHON": ("python3", ".py"),
+    "GLUE_PYTHON2": ("python", ".py"),
+    "GLUE_NODEJS": ("node", ".js"),
+    "GLUE_PHP": ("php", ".php"),
+    "GLUE_POWERSHELL": ("pwsh", ".ps1"),
+}
 LIBC = ctypes.CDLL(None, use_errno=True)
 INT64 = range(-(1 << 63), 1 << 63)
-MARKER = "XXL_EXECUTOR_RUN"   # environment variable that names the data_dir and the run of every process of a job
+MARKER = "XXL_EXECUTOR_RUN"  # environment variable that names the data_dir and the run of every process of a job
 FAILPOINT = "XXL_EXECUTOR_FAILPOINT"  # environment variable of the tests, see `failpoint`
-SECRETS = re.compile(rf"XXL_JOB_ACCESS_TOKEN|NOTIFY_SOCKET|WATCHDOG_.*|LISTEN_.*|CREDENTIALS_DIRECTORY|{MARKER}|{FAILPOINT}")
+SECRETS = re.compile(
+    rf"XXL_JOB_ACCESS_TOKEN|NOTIFY_SOCKET|WATCHDOG_.*|LISTEN_.*|CREDENTIALS_DIRECTORY|{MARKER}|{FAILPOINT}"
+)
 
 
 class ExecutorError(Exception):
@@ -101,6 +113,7 @@ class ExecutorError(Exception):
 
 class ConfigError(ExecutorError):
     """All problems of the configuration, one `file:line: key: problem` a line; `files` as in Config."""
+
     files: tuple = ()
 
 
@@ -126,6 +139,7 @@ class AdminRefused(ExecutorError):
 
 class RunState(enum.Enum):
     """accepted -> running -> finished -> delivered | dead; a dropped run goes from accepted to finished."""
+
     ACCEPTING = "accepting"  # reserved in its lane, not committed yet
     ACCEPTED = "accepted"
     RUNNING = "running"
@@ -138,6 +152,7 @@ class RunState(enum.Enum):
 class Trigger:
     """One trigger as the admin sent it; `timeout` in seconds (0: none), `log_date_time` and `glue_updated` in ms since the epoch.
     The handler of a script from the admin is glue-<jobId>."""
+
     job_id: int
     log_id: int
     handler: str
@@ -157,6 +172,7 @@ class Trigger:
 @dataclasses.dataclass(frozen=True)
 class Result:
     """How a run ended: `code` is SUCCESS, FAILURE or TIMEOUT; `exit_status` as a shell would show it, None in a thread."""
+
     code: int
     message: str
     exit_status: typing.Optional[int] = None
@@ -164,7 +180,9 @@ class Result:
 
 def unusable(error: OSError) -> ExecutorError:
     """What to tell about a file of the data directory that cannot be used."""
-    return ExecutorError(f"executor.data_dir: {error.filename}: {error.strerror}: choose a directory with space that this user may write")
+    return ExecutorError(
+        f"executor.data_dir: {error.filename}: {error.strerror}: choose a directory with space that this user may write"
+    )
 
 
 def make_directory(path: str) -> None:
@@ -178,14 +196,18 @@ def make_directory(path: str) -> None:
 def clip(text: str) -> str:
     """Keep the tail of `text` within what the admin stores (the end of an error says more than its beginning), as valid UTF-8."""
     text = text.encode("utf-8", "replace").decode()
-    return text if len(text) <= MESSAGE_LIMIT else "..." + text[3 - MESSAGE_LIMIT:]
+    return text if len(text) <= MESSAGE_LIMIT else "..." + text[3 - MESSAGE_LIMIT :]
 
 
 def seconds_text(seconds: float) -> str:
     """`seconds` for people: 0.25 s, 60 s, 12m 5s, 2h."""
     if seconds < 120:
         return f"{round(seconds, 3):.3g} s" if seconds < 100 else f"{seconds:.0f} s"
-    (large, small), units = (divmod(int(seconds), 60), "ms") if seconds < 3600 else (divmod(int(seconds) // 60, 60), "hm")
+    (large, small), units = (
+        (divmod(int(seconds), 60), "ms")
+        if seconds < 3600
+        else (divmod(int(seconds) // 60, 60), "hm")
+    )
     return f"{large}{units[0]} {small}{units[1]}" if small else f"{large}{units[0]}"
 
 
@@ -242,8 +264,13 @@ def any_core() -> typing.Iterator[None]:
 CONFIG_PLACES = ("./config.yaml", "/etc/xxl-executor/config.yaml")
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 _SIZES = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
-_TAGS = {"int": "the number {}", "float": "the number {}", "bool": "the truth value {}", "str": 'the text "{}"',
-         "timestamp": "the date {}"}
+_TAGS = {
+    "int": "the number {}",
+    "float": "the number {}",
+    "bool": "the truth value {}",
+    "str": 'the text "{}"',
+    "timestamp": "the date {}",
+}
 _NULL = "tag:yaml.org,2002:null"
 
 
@@ -257,7 +284,9 @@ class _Bad(Exception):
 
 def _expected(what: str, node) -> _Bad:
     kind = node.id if node.id != "scalar" else node.tag.rpartition(":")[2]
-    got = {"mapping": "a mapping", "sequence": "a list", "null": "nothing"}.get(kind) or _TAGS.get(kind, "{}").format(node.value)
+    got = {"mapping": "a mapping", "sequence": "a list", "null": "nothing"}.get(kind) or _TAGS.get(
+        kind, "{}"
+    ).format(node.value)
     return _Bad(f"expected {what}, got {got}", node)
 
 
@@ -267,9 +296,16 @@ def _absent(node) -> bool:
 
 
 def _scalar(node, *tags: str, expected: str) -> str:
-    if node.id != "scalar" or (node.tag.rpartition(":")[2] not in tags and not ("str" in tags and hasattr(node, "expanded"))):
+    if node.id != "scalar" or (
+        node.tag.rpartition(":")[2] not in tags
+        and not ("str" in tags and hasattr(node, "expanded"))
+    ):
         error = _expected(expected, node)
-        raise _Bad(f"{error}: put it in quotes", node) if tags == ("str",) and node.id == "scalar" and node.tag != _NULL else error
+        raise (
+            _Bad(f"{error}: put it in quotes", node)
+            if tags == ("str",) and node.id == "scalar" and node.tag != _NULL
+            else error
+        )
     if "\0" in node.value:
         raise _Bad("a NUL character: no argument, path or variable can hold one", node)
     return node.value
@@ -287,7 +323,11 @@ def _header(reader, node) -> str:
 
 
 def _token(reader, node) -> str:
-    if node.id == "scalar" and node.tag.rpartition(":")[2] in ("int", "float", "bool", "timestamp") and not hasattr(node, "expanded"):
+    if (
+        node.id == "scalar"
+        and node.tag.rpartition(":")[2] in ("int", "float", "bool", "timestamp")
+        and not hasattr(node, "expanded")
+    ):
         raise _Bad("expected text: put it in quotes", node)  # the usual words would show it
     reader.token = _text(reader, node) and _header(reader, node)
     return reader.token
@@ -317,6 +357,7 @@ def _choice(*values: str):
         if node.id != "scalar" or node.value not in values:
             raise _expected(" or ".join(values), node)
         return node.value
+
     return parse
 
 
@@ -336,12 +377,19 @@ def _measure(pattern: str, units: dict, expected: str, positive: bool = False):
         if positive and value <= 0:
             raise _Bad(f"expected more than 0, got {node.value}", node)
         return value
+
     return parse
 
 
-_DURATION = (r"(\d{1,9}(?:\.\d{1,3})?)([a-z]*)", _UNITS, "a duration such as 90, 90s, 10m, 2h or 30d")
+_DURATION = (
+    r"(\d{1,9}(?:\.\d{1,3})?)([a-z]*)",
+    _UNITS,
+    "a duration such as 90, 90s, 10m, 2h or 30d",
+)
 _duration, _positive_duration = _measure(*_DURATION), _measure(*_DURATION, positive=True)
-_size = _measure(r"(\d{1,15})([A-Za-z]*)", _SIZES, "a size such as 4096, 512KiB or 64MiB", positive=True)
+_size = _measure(
+    r"(\d{1,15})([A-Za-z]*)", _SIZES, "a size such as 4096, 512KiB or 64MiB", positive=True
+)
 
 
 def _whole(low: int, high: int):
@@ -351,6 +399,7 @@ def _whole(low: int, high: int):
         if not re.fullmatch(r"\d{1,12}", value, re.ASCII) or not low <= int(value) <= high:
             raise _expected(expected, node)
         return int(value)
+
     return parse
 
 
@@ -359,6 +408,7 @@ def _list(parse):
         if node.id != "sequence":
             raise _expected("a list", node)
         return tuple(parse(reader, reader.expand(item)) for item in node.value)
+
     return each
 
 
@@ -380,7 +430,9 @@ def _variables(reader, node) -> typing.Dict[str, str]:
     for key, item in reader.pairs(node, reader.path):
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key.value, re.ASCII):
             raise _Bad(f'"{key.value}" is no name of an environment variable', key)
-        values[key.value] = _scalar(reader.expand(item), "str", "int", "float", "bool", expected="text or a number")
+        values[key.value] = _scalar(
+            reader.expand(item), "str", "int", "float", "bool", expected="text or a number"
+        )
     return values
 
 
@@ -404,7 +456,11 @@ def _url(reader, node) -> str:
     value = _text(reader, node)
     with contextlib.suppress(ValueError):
         parts = urllib.parse.urlsplit(value)
-        if parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0):
+        if (
+            parts.scheme in ("http", "https")
+            and parts.hostname
+            and (parts.port is None or parts.port > 0)
+        ):
             return value
     raise _expected("an address such as http://10.0.0.5:8080/xxl-job-admin", node)
 
@@ -412,7 +468,9 @@ def _url(reader, node) -> str:
 def _urls(reader, node) -> tuple:
     # One text with commas is how the Java executor's xxl.job.admin.addresses is written, and what ${NAME} can hold.
     if node.id == "scalar" and node.tag.endswith(":str"):
-        found = [reader.scalar(part.strip(), node) for part in node.value.split(",") if part.strip()]
+        found = [
+            reader.scalar(part.strip(), node) for part in node.value.split(",") if part.strip()
+        ]
         return tuple(_url(reader, part).rstrip("/") for part in found)
     return tuple(value.rstrip("/") for value in _list(_url)(reader, node))
 
@@ -427,7 +485,9 @@ def _bind(reader, node) -> typing.Tuple[str, int]:
 
 def _option(parse, default: str = "", *, raw: bool = False):
     """A key: its parser and its default as it would be written in YAML ("" means None). `raw`: no ${NAME} in it."""
-    return dataclasses.field(default=None, metadata={"parse": parse, "default": default, "raw": raw})
+    return dataclasses.field(
+        default=None, metadata={"parse": parse, "default": default, "raw": raw}
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -466,6 +526,7 @@ class GlueConfig:
 @dataclasses.dataclass(frozen=True)
 class JobConfig:
     """One entry of `jobs`. Exactly one of `shell`, `command` and `python` is set; durations in seconds, 0: none."""
+
     name: str
     description: str = _option(_text)
     shell: str = _option(_text, raw=True)  # the shell expands ${NAME} itself, when the job runs
@@ -504,13 +565,23 @@ class Config:
 _YAML_REMEDIES = (  # for what PyYAML says: the first that fits
     (r"'\\t'", "indent with spaces instead of tabs"),
     (r"end of stream|stream end", "close the quotes or brackets that are open here"),
-    (r"mapping values|expected ':'", 'put a value with ": " in it into quotes or below a "|", or look for a missing colon or a wrong indent '
-                                     'here or in the line above'),
+    (
+        r"mapping values|expected ':'",
+        'put a value with ": " in it into quotes or below a "|", or look for a missing colon or a wrong indent '
+        "here or in the line above",
+    ),
     (r"escape character", "take single quotes, in which a backslash is only a backslash"),
     (r"another document", 'remove the line "---"'),
-    (r"<block end>", 'indent the lines of one level alike, and put a value with special characters into quotes or below a "|"'),
-    (r"',' or '", "close the brackets that are open here, or put a value with special characters into quotes"),
-    (r"", 'put a value with special characters into quotes or below a "|"'))
+    (
+        r"<block end>",
+        'indent the lines of one level alike, and put a value with special characters into quotes or below a "|"',
+    ),
+    (
+        r"',' or '",
+        "close the brackets that are open here, or put a value with special characters into quotes",
+    ),
+    (r"", 'put a value with special characters into quotes or below a "|"'),
+)
 
 
 def _not_yaml(problem: str) -> str:
@@ -522,10 +593,13 @@ class _YamlReader:
 
     def __init__(self, file: str):
         import yaml
+
         self.file, self.yaml, self.resolver = file, yaml, yaml.resolver.Resolver()
         self.files = [glob.escape(file)]
         self.path = self.token = ""  # of the key that is being parsed; of the admin
-        self._pairs: typing.Dict[int, tuple] = {}  # id of a node: (the node, so that no other gets its id, its pairs)
+        self._pairs: typing.Dict[
+            int, tuple
+        ] = {}  # id of a node: (the node, so that no other gets its id, its pairs)
         self.problems: typing.List[typing.Tuple[str, int, str]] = []
         self.warnings: typing.List[str] = []
 
@@ -544,22 +618,40 @@ class _YamlReader:
             loader.name = file
             root = loader.get_single_node()
         except OSError as error:
-            self.problems.append((file, 0, f"cannot be read: {error.strerror}: give a readable file with -c FILE"))
+            self.problems.append(
+                (file, 0, f"cannot be read: {error.strerror}: give a readable file with -c FILE")
+            )
         except UnicodeDecodeError as error:
             self.problems.append((file, 0, f"is not UTF-8 at byte {error.start}: save it as UTF-8"))
         except self.yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
-            self.problems.append((file, mark.line + 1, _not_yaml(error.problem.removeprefix("but "))))
+            self.problems.append(
+                (file, mark.line + 1, _not_yaml(error.problem.removeprefix("but ")))
+            )
         except self.yaml.reader.ReaderError as error:
             line = text.count("\n", 0, error.position) + 1
-            self.problems.append((file, line, f"not YAML: it holds the control character #x{error.character:04x}: remove it"))
+            self.problems.append(
+                (
+                    file,
+                    line,
+                    f"not YAML: it holds the control character #x{error.character:04x}: remove it",
+                )
+            )
         except RecursionError:
-            self.problems.append((file, 0, "not YAML: it is nested too deeply: look for brackets that are never closed"))
+            self.problems.append(
+                (
+                    file,
+                    0,
+                    "not YAML: it is nested too deeply: look for brackets that are never closed",
+                )
+            )
         else:
             if root is not None and root.id == "mapping":
                 return root
             got = "an empty file" if root is None else str(_expected("", root)).partition("got ")[2]
-            self.problems.append((file, 1, f"expected a mapping with the keys admin, executor and jobs, got {got}"))
+            self.problems.append(
+                (file, 1, f"expected a mapping with the keys admin, executor and jobs, got {got}")
+            )
         return None
 
     def expand(self, node):
@@ -572,25 +664,38 @@ class _YamlReader:
                 return "${"
             text = os.environ.get(found[1], "") or found[2]
             if text is None:
-                raise _Bad(f"the environment variable {found[1]} is empty or not set: set it, or write ${{{found[1]}:-default}}", node)
+                raise _Bad(
+                    f"the environment variable {found[1]} is empty or not set: set it, or write ${{{found[1]}:-default}}",
+                    node,
+                )
             return text
+
         text = re.sub(r"\$\$\{|\$\{(\w+)(?::-([^}]*))?\}", value, node.value)
         # A plain ${NAME} takes the type of what it holds: a number where a number is expected.
-        tag = node.tag if node.style else self.resolver.resolve(self.yaml.ScalarNode, text, (True, False))
+        tag = (
+            node.tag
+            if node.style
+            else self.resolver.resolve(self.yaml.ScalarNode, text, (True, False))
+        )
         expanded = self.scalar(text, node, tag)
         expanded.expanded = True  # text will do where text is expected
         return expanded
 
     def pairs(self, node, path: str = "") -> list:
         """The (key, value) nodes of a mapping, merge keys (<<) resolved; a duplicate key is a problem."""
-        if id(node) in self._pairs:  # used again by an alias: what was merged into it is no duplicate
+        if (
+            id(node) in self._pairs
+        ):  # used again by an alias: what was merged into it is no duplicate
             return self._pairs[id(node)][1]
         prefix = path + "." if path else ""
         seen: typing.Dict[str, int] = {}
         for key, _ in node.value:
             if key.id == "scalar" and key.tag != "tag:yaml.org,2002:merge":
                 if key.value in seen:
-                    self.problem(key, f"{prefix}{key.value}: duplicate key, first on line {seen[key.value]}: remove one")
+                    self.problem(
+                        key,
+                        f"{prefix}{key.value}: duplicate key, first on line {seen[key.value]}: remove one",
+                    )
                 seen.setdefault(key.value, key.start_mark.line + 1)
         try:
             self.yaml.SafeLoader("").flatten_mapping(node)
@@ -635,7 +740,9 @@ class _YamlReader:
         return kind(**values)
 
     def _default(self, text: str, node):
-        mark = node.start_mark if node is not None else self.yaml.Mark(self.file, 0, 0, 0, None, None)
+        mark = (
+            node.start_mark if node is not None else self.yaml.Mark(self.file, 0, 0, 0, None, None)
+        )
         if text == "{}":
             return self.yaml.MappingNode("tag:yaml.org,2002:map", [], mark, mark)
         if text[:1] == "[":
@@ -656,7 +763,9 @@ class _ConfigReader(_YamlReader):
         kinds = [kind for kind in ("shell", "command", "python") if getattr(job, kind)]
         if len(kinds) != 1:
             got = " and ".join(kinds) if kinds else "none"
-            self.problem(key, f"{path}: expected exactly one of shell, command and python, got {got}")
+            self.problem(
+                key, f"{path}: expected exactly one of shell, command and python, got {got}"
+            )
             return None
         given = {name.value: name for name, value in self.pairs(node) if not _absent(value)}
         for name in ("interpreter", "pythonpath", "isolation"):
@@ -664,7 +773,10 @@ class _ConfigReader(_YamlReader):
                 self.problem(given[name], f"{path}.{name}: only a python job has it: remove it")
         for name in ("interpreter", "user", "cwd", "env", "background"):
             if name in given and job.isolation == "thread":
-                self.problem(given[name], f"{path}.{name}: has no effect with isolation: thread: remove it, or use process")
+                self.problem(
+                    given[name],
+                    f"{path}.{name}: has no effect with isolation: thread: remove it, or use process",
+                )
         return job
 
     def jobs(self, node, found: dict, where: dict) -> None:
@@ -675,7 +787,10 @@ class _ConfigReader(_YamlReader):
             return
         for key, value in self.pairs(node, "jobs"):
             if key.value in where:
-                self.problem(key, f"jobs.{key.value}: defined twice, first at {where[key.value]}: rename or remove one")
+                self.problem(
+                    key,
+                    f"jobs.{key.value}: defined twice, first at {where[key.value]}: rename or remove one",
+                )
                 continue
             where[key.value] = f"{key.start_mark.name}:{key.start_mark.line + 1}"
             job = self.job(key, value)
@@ -690,7 +805,9 @@ class _ConfigReader(_YamlReader):
         for key, value in self.pairs(root):
             if key.value in parts:
                 parts[key.value] = value
-            elif not key.value.startswith("x-"):  # x-...: a place for YAML anchors, as in Compose files
+            elif not key.value.startswith(
+                "x-"
+            ):  # x-...: a place for YAML anchors, as in Compose files
                 near = difflib.get_close_matches(key.value, parts, 1)
                 hint = f'did you mean "{near[0]}"?' if near else f"known keys: {', '.join(parts)}"
                 self.problem(key, f"{key.value}: unknown key, {hint}")
@@ -702,7 +819,9 @@ class _ConfigReader(_YamlReader):
         where: typing.Dict[str, str] = {}
         self.jobs(parts["jobs"], jobs, where)
         self._include(parts["include"], jobs, where)
-        return Config(self.file, admin, executor, glue, jobs, tuple(self.files), tuple(self.warnings))
+        return Config(
+            self.file, admin, executor, glue, jobs, tuple(self.files), tuple(self.warnings)
+        )
 
     def _include(self, node, jobs: dict, where: dict) -> None:
         if _absent(node):
@@ -715,7 +834,9 @@ class _ConfigReader(_YamlReader):
         for pattern, item in zip(patterns, node.value):
             files = sorted(glob.glob(pattern))
             if not files:
-                self.warnings.append(f"{item.start_mark.name}:{item.start_mark.line + 1}: include: {item.value} matches no file")
+                self.warnings.append(
+                    f"{item.start_mark.name}:{item.start_mark.line + 1}: include: {item.value} matches no file"
+                )
             self.files.append(pattern)
             for file in files:
                 root = self.document(file)
@@ -723,7 +844,10 @@ class _ConfigReader(_YamlReader):
                     if key.value == "jobs":
                         self.jobs(value, jobs, where)
                     elif not key.value.startswith("x-"):
-                        self.problem(key, f"{key.value}: an included file may hold only jobs: move it to {self.file}")
+                        self.problem(
+                            key,
+                            f"{key.value}: an included file may hold only jobs: move it to {self.file}",
+                        )
 
 
 def find_config(file: typing.Optional[str]) -> str:
@@ -734,7 +858,9 @@ def find_config(file: typing.Optional[str]) -> str:
     for place in CONFIG_PLACES:
         if os.path.exists(place):
             return place
-    raise ConfigError(f"no configuration: none of {', '.join(CONFIG_PLACES)} exists: give one with -c FILE")
+    raise ConfigError(
+        f"no configuration: none of {', '.join(CONFIG_PLACES)} exists: give one with -c FILE"
+    )
 
 
 def load_config(file: str) -> Config:
@@ -742,7 +868,10 @@ def load_config(file: str) -> Config:
     reader = _ConfigReader(file)
     config = reader.config()
     if reader.problems:
-        lines = [f"{name}:{line}: {text}" if line else f"{name}: {text}" for name, line, text in sorted(set(reader.problems))]
+        lines = [
+            f"{name}:{line}: {text}" if line else f"{name}: {text}"
+            for name, line, text in sorted(set(reader.problems))
+        ]
         error = ConfigError("\n".join(lines))
         error.files = tuple(reader.files)
         raise error
@@ -752,15 +881,34 @@ def load_config(file: str) -> Config:
 # ----------------------------------------------------------------------------------------------------------------------
 # 3 metrics
 # ----------------------------------------------------------------------------------------------------------------------
-_BUCKETS = (0.005, 0.02, 0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 14_400)  # seconds: a warm start to a nightly job
+_BUCKETS = (
+    0.005,
+    0.02,
+    0.1,
+    0.5,
+    1,
+    5,
+    15,
+    60,
+    300,
+    900,
+    3600,
+    14_400,
+)  # seconds: a warm start to a nightly job
 _METRICS = {  # name: (type, help, names of labels)
     "runs_total": ("counter", "Finished runs by job handler and result code.", "job", "code"),
     "run_duration_seconds": ("histogram", "Duration of finished runs."),
-    "run_wait_seconds": ("histogram", "Time between the acceptance of a trigger and the start of its run."),
+    "run_wait_seconds": (
+        "histogram",
+        "Time between the acceptance of a trigger and the start of its run.",
+    ),
     "refused_triggers_total": ("counter", "Triggers answered with code 500, by reason.", "reason"),
     "callback_failures_total": ("counter", "Failed attempts to deliver results."),
     "registration_failures_total": ("counter", "Failed heartbeats to the admin."),
-    "log_dropped_bytes_total": ("counter", "Bytes of output beyond executor.log_limit or a full disk."),
+    "log_dropped_bytes_total": (
+        "counter",
+        "Bytes of output beyond executor.log_limit or a full disk.",
+    ),
     "running": ("gauge", "Runs in progress."),
     "queued": ("gauge", "Accepted runs that have not started."),
     "stuck_threads": ("gauge", "Runs in a thread that did not return after their cancellation."),
@@ -781,7 +929,9 @@ class Metrics:
         # From the start, where no label is awaited: a rate counts from the 0 before the first failure.
         self._values: typing.Dict[tuple, typing.Any] = {
             (name, ()): 0 if kind == "counter" else [0] * (len(_BUCKETS) + 1) + [0.0]
-            for name, (kind, _, *labels) in _METRICS.items() if kind != "gauge" and not labels}
+            for name, (kind, _, *labels) in _METRICS.items()
+            if kind != "gauge" and not labels
+        }
         self._gauges: typing.Dict[str, typing.Callable[[], float]] = {}
 
     def count(self, name: str, amount: float = 1, **labels: typing.Any) -> None:
@@ -792,7 +942,9 @@ class Metrics:
     def observe(self, name: str, value: float) -> None:
         with self._lock:
             sums = self._values[name, ()]
-            sums[next((i for i, bound in enumerate(_BUCKETS) if value <= bound), len(_BUCKETS))] += 1
+            sums[
+                next((i for i, bound in enumerate(_BUCKETS) if value <= bound), len(_BUCKETS))
+            ] += 1
             sums[-1] += value
 
     def gauge(self, name: str, value: typing.Callable[[], float]) -> None:
@@ -800,7 +952,10 @@ class Metrics:
 
     def render(self) -> str:
         with self._lock:
-            values = {key: list(value) if isinstance(value, list) else value for key, value in self._values.items()}
+            values = {
+                key: list(value) if isinstance(value, list) else value
+                for key, value in self._values.items()
+            }
         values.update({(name, ()): value() for name, value in self._gauges.items()})
         lines = []
         for name, (kind, text, *_) in _METRICS.items():
@@ -809,16 +964,31 @@ class Metrics:
                 if found != name:
                     continue
                 if kind == "histogram":
-                    counts = [sum(value[:i + 1]) for i in range(len(_BUCKETS) + 1)]
+                    counts = [sum(value[: i + 1]) for i in range(len(_BUCKETS) + 1)]
                     bounds = [str(bound) for bound in _BUCKETS] + ["+Inf"]
-                    lines += [f'xxl_executor_{name}_bucket{{le="{b}"}} {c}' for b, c in zip(bounds, counts)]
-                    lines += [f"xxl_executor_{name}_sum {value[-1]:.6f}", f"xxl_executor_{name}_count {counts[-1]}"]
+                    lines += [
+                        f'xxl_executor_{name}_bucket{{le="{b}"}} {c}'
+                        for b, c in zip(bounds, counts)
+                    ]
+                    lines += [
+                        f"xxl_executor_{name}_sum {value[-1]:.6f}",
+                        f"xxl_executor_{name}_count {counts[-1]}",
+                    ]
                 else:
-                    shown = ",".join('{}="{}"'.format(key, str(text).replace("\\", r"\\").replace('"', r"\"").replace(
-                        "\n", r"\n")) for key, text in labels)
+                    shown = ",".join(
+                        '{}="{}"'.format(
+                            key,
+                            str(text).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n"),
+                        )
+                        for key, text in labels
+                    )
                     lines.append(f"xxl_executor_{name}{'{' + shown + '}' if shown else ''} {value}")
-        lines += ["# HELP xxl_executor_build_info Version of the executor and its Python.", "# TYPE xxl_executor_build_info gauge",
-                  f'xxl_executor_build_info{{version="{__version__}",python="{sys.version.split()[0]}"}} 1', ""]
+        lines += [
+            "# HELP xxl_executor_build_info Version of the executor and its Python.",
+            "# TYPE xxl_executor_build_info gauge",
+            f'xxl_executor_build_info{{version="{__version__}",python="{sys.version.split()[0]}"}} 1',
+            "",
+        ]
         return "\n".join(lines)
 
 
@@ -826,18 +996,26 @@ class Metrics:
 # 4 HTTP server
 # ----------------------------------------------------------------------------------------------------------------------
 HEAD_LIMIT, BODY_LIMIT = 16 << 10, 5 << 20  # bytes
-REQUEST_TIMEOUT, IDLE_TIMEOUT, LINGER = 10.0, 120.0, 2.0  # seconds; the admin's client gives up after 3 (10 at most)
+REQUEST_TIMEOUT, IDLE_TIMEOUT, LINGER = (
+    10.0,
+    120.0,
+    2.0,
+)  # seconds; the admin's client gives up after 3 (10 at most)
 ALIVE = 15.0  # seconds; the selector turns at least every LINGER
 _JSON = "application/json;charset=UTF-8"
 _HEAD_END = re.compile(rb"\r?\n\r?\n")
-_FRAMING = re.compile(rb"^(content-length|transfer-encoding|expect)[ \t]*:[ \t]*([^\r\n]*?)[ \t]*\r?$", re.I | re.M)
+_FRAMING = re.compile(
+    rb"^(content-length|transfer-encoding|expect)[ \t]*:[ \t]*([^\r\n]*?)[ \t]*\r?$", re.I | re.M
+)
 _CACHED_HEAD = 1024  # bytes; a client repeats its heads, so what was parsed is remembered for the last 256 that are not longer
 _ONCE = select.EPOLLONESHOT  # whoever got the event owns the connection until it arms it again
 
 
 def envelope(code: int, message: typing.Optional[str] = None, data: typing.Any = None) -> bytes:
     """The reply that every admin reads: the payload is `content` up to 3.2 and `data` from 3.3."""
-    return json.dumps({"code": code, "msg": message, "content": data, "data": data}, ensure_ascii=False).encode("utf-8", "replace")
+    return json.dumps(
+        {"code": code, "msg": message, "content": data, "data": data}, ensure_ascii=False
+    ).encode("utf-8", "replace")
 
 
 class HttpError(Exception):
@@ -850,7 +1028,20 @@ class HttpError(Exception):
 
 class Connection:
     """A client socket and the bytes of its current request; owned by one thread at a time (see _ONCE)."""
-    __slots__ = ("sock", "peer", "buffer", "head_end", "total", "out", "deadline", "busy", "used", "close_after", "lingering")
+
+    __slots__ = (
+        "sock",
+        "peer",
+        "buffer",
+        "head_end",
+        "total",
+        "out",
+        "deadline",
+        "busy",
+        "used",
+        "close_after",
+        "lingering",
+    )
 
     def __init__(self, sock: socket.socket, peer: str):
         self.sock, self.peer = sock, peer
@@ -871,7 +1062,10 @@ class Connection:
     def frame(self) -> typing.Optional[typing.Tuple[bytes, bytes]]:
         """Take (head, body) of one complete request from the buffer, or None. Raises HttpError."""
         if not self.head_end:
-            while self.buffer[:1] in (b"\r", b"\n"):  # RFC 9112, 2.2: empty lines before a request are skipped
+            while self.buffer[:1] in (
+                b"\r",
+                b"\n",
+            ):  # RFC 9112, 2.2: empty lines before a request are skipped
                 del self.buffer[:1]
             found = _HEAD_END.search(self.buffer, 0, HEAD_LIMIT)
             if not found:
@@ -879,16 +1073,21 @@ class Connection:
                     raise HttpError(431, f"the request head is longer than {HEAD_LIMIT} bytes")
                 return None
             self.head_end = found.end()
-            self.total = self.head_end + self._body_length(bytes(self.buffer[:self.head_end]))
+            self.total = self.head_end + self._body_length(bytes(self.buffer[: self.head_end]))
         if len(self.buffer) < self.total:
             return None
-        head, body = bytes(self.buffer[:self.head_end]), bytes(self.buffer[self.head_end:self.total])
-        del self.buffer[:self.total]
+        head, body = (
+            bytes(self.buffer[: self.head_end]),
+            bytes(self.buffer[self.head_end : self.total]),
+        )
+        del self.buffer[: self.total]
         self.head_end = self.total = 0
         return head, body
 
     def _body_length(self, head: bytes) -> int:
-        length, expects = _framing(head) if len(head) <= _CACHED_HEAD else _framing.__wrapped__(head)
+        length, expects = (
+            _framing(head) if len(head) <= _CACHED_HEAD else _framing.__wrapped__(head)
+        )
         if expects and length > len(self.buffer) - self.head_end:
             with contextlib.suppress(OSError):
                 self.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -923,10 +1122,13 @@ def _http_date(second: int) -> str:
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     """Parses one complete request and renders its answer into `wfile`; never touches a socket."""
+
     protocol_version = "HTTP/1.1"
     _parsed: typing.Dict[bytes, dict] = {}
 
-    def __init__(self, head: bytes, body: bytes, peer: str, answer, closing: typing.Callable[[], bool]):
+    def __init__(
+        self, head: bytes, body: bytes, peer: str, answer, closing: typing.Callable[[], bool]
+    ):
         self.rfile, self.wfile = io.BytesIO(head), io.BytesIO()
         self.body, self.client_address, self.closing = body, (peer, 0), closing
         known = self._parsed.get(head)
@@ -943,8 +1145,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if parsed and len(head) <= _CACHED_HEAD:
             if len(self._parsed) >= 256:
                 self._parsed.clear()
-            self._parsed[head] = {name: getattr(self, name) for name in (
-                "command", "path", "request_version", "requestline", "headers", "close_connection")}
+            self._parsed[head] = {
+                name: getattr(self, name)
+                for name in (
+                    "command",
+                    "path",
+                    "request_version",
+                    "requestline",
+                    "headers",
+                    "close_connection",
+                )
+            }
         return parsed
 
     def handle_expect_100(self) -> bool:
@@ -957,7 +1168,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def reply(self, status: int, kind: str, body: bytes) -> None:
         self.close_connection = self.close_connection or self.closing()
         if self.request_version == "HTTP/0.9":
-            self.request_version = self.protocol_version  # an answer without a status line would mean nothing to anybody
+            self.request_version = (
+                self.protocol_version
+            )  # an answer without a status line would mean nothing to anybody
         self.send_response_only(status)
         self.send_header("Date", _http_date(int(time.time())))
         self.send_header("Content-Type", kind)
@@ -1031,10 +1244,15 @@ class HttpServer:
         self._wake_read, self._wake_write = os.pipe()
         self._connections: typing.Dict[int, Connection] = {}
         self._closing, self._holding = threading.Event(), threading.Event()
-        self._quiet = threading.Event()  # held, and every request that had begun to come is answered
+        self._quiet = (
+            threading.Event()
+        )  # held, and every request that had begun to come is answered
         self._ticked, self._handled, self._seen = time.monotonic(), 0, (0, 0)  # for `alive`
         self._threads = [threading.Thread(target=self._select, name="http-selector", daemon=True)]
-        self._threads += [threading.Thread(target=self._work, name=f"http-{i}", daemon=True) for i in range(threads)]
+        self._threads += [
+            threading.Thread(target=self._work, name=f"http-{i}", daemon=True)
+            for i in range(threads)
+        ]
 
     @property
     def connections(self) -> int:
@@ -1049,7 +1267,9 @@ class HttpServer:
     def alive(self) -> bool:
         """Whether the selector turns, and requests are answered if any wait since the last call; one thread calls it."""
         before, self._seen = self._seen, (self._ready.qsize(), self._handled)
-        return time.monotonic() < self._ticked + ALIVE and not (before[0] and self._seen[0] and before[1] == self._seen[1])
+        return time.monotonic() < self._ticked + ALIVE and not (
+            before[0] and self._seen[0] and before[1] == self._seen[1]
+        )
 
     def hold(self, seconds: float) -> None:
         """Take no new connection and no further request of an old one until `release`; returns when what had begun to come is
@@ -1099,7 +1319,9 @@ class HttpServer:
                         self._accept()
                 elif connection is not None:
                     connection.busy = True
-                    self._guarded(self._send if event & select.EPOLLOUT else self._receive, connection)
+                    self._guarded(
+                        self._send if event & select.EPOLLOUT else self._receive, connection
+                    )
                 elif fd == self._wake_read and stop_at is None:
                     os.read(fd, 64)
                     if self._closing.is_set():
@@ -1113,9 +1335,15 @@ class HttpServer:
                         else:
                             self._listener.resume()
                     for connection in list(self._connections.values()) if self._leaving() else ():
-                        if connection.idle() or self._closing.is_set() and not (connection.busy or connection.buffer or connection.out):
+                        if (
+                            connection.idle()
+                            or self._closing.is_set()
+                            and not (connection.busy or connection.buffer or connection.out)
+                        ):
                             self._drop(connection)
-            sweep = min(sweep, time.monotonic() + LINGER)  # the soonest that anything armed just now can expire
+            sweep = min(
+                sweep, time.monotonic() + LINGER
+            )  # the soonest that anything armed just now can expire
 
     def _leaving(self) -> bool:
         """Whether each connection is to end with its next answer."""
@@ -1130,7 +1358,9 @@ class HttpServer:
             if connection.deadline <= now:
                 connection.busy = True
                 if connection.buffer and not connection.out and not connection.lingering:
-                    self._guarded(self._fail, connection, HttpError(408, "the request did not arrive in time"))
+                    self._guarded(
+                        self._fail, connection, HttpError(408, "the request did not arrive in time")
+                    )
                 else:
                     self._drop(connection)
             soonest = min(soonest, connection.deadline)
@@ -1143,7 +1373,10 @@ class HttpServer:
         except OSError:
             self._drop(connection)
         except Exception:
-            log.exception("HTTP connection from %s dropped: unexpected error, please report it", connection.peer)
+            log.exception(
+                "HTTP connection from %s dropped: unexpected error, please report it",
+                connection.peer,
+            )
             self._drop(connection)
 
     def _accept(self) -> None:
@@ -1177,7 +1410,10 @@ class HttpServer:
         else:
             fresh = not connection.buffer
             connection.buffer += data
-            self._advance(connection, REQUEST_TIMEOUT if fresh else max(0.0, connection.deadline - time.monotonic()))
+            self._advance(
+                connection,
+                REQUEST_TIMEOUT if fresh else max(0.0, connection.deadline - time.monotonic()),
+            )
 
     def _advance(self, connection: Connection, patience: float) -> None:
         """Hand over the next complete request, or wait `patience` seconds for the rest of it."""
@@ -1212,7 +1448,7 @@ class HttpServer:
 
     def _send(self, connection: Connection) -> None:
         with contextlib.suppress(BlockingIOError):
-            connection.out = connection.out[connection.sock.send(connection.out):]
+            connection.out = connection.out[connection.sock.send(connection.out) :]
         if connection.out:
             self._arm(connection, select.EPOLLOUT, REQUEST_TIMEOUT)
         elif connection.close_after or (self._leaving() and not connection.buffer):
@@ -1275,36 +1511,64 @@ def text(fields: dict, name: str) -> str:
 
 def log_date(fields: dict) -> int:
     """The trigger's own time in ms, under both spellings (logDateTime in 3.5's log request, logDateTim before)."""
-    return number(fields, "logDateTim" if fields.get("logDateTim") is not None else "logDateTime", 0)
+    return number(
+        fields, "logDateTim" if fields.get("logDateTim") is not None else "logDateTime", 0
+    )
 
 
 def decode_trigger(fields: dict) -> Trigger:
     return Trigger(
-        job_id=number(fields, "jobId"), log_id=number(fields, "logId"), handler=text(fields, "executorHandler"),
-        param=text(fields, "executorParams"), block_strategy=text(fields, "executorBlockStrategy"),
-        timeout=max(0, number(fields, "executorTimeout", 0)), log_date_time=log_date(fields),
-        glue_type=text(fields, "glueType") or "BEAN", glue_updated=number(fields, "glueUpdatetime", 0),
-        shard_index=number(fields, "broadcastIndex", 0), shard_total=number(fields, "broadcastTotal", 1))
+        job_id=number(fields, "jobId"),
+        log_id=number(fields, "logId"),
+        handler=text(fields, "executorHandler"),
+        param=text(fields, "executorParams"),
+        block_strategy=text(fields, "executorBlockStrategy"),
+        timeout=max(0, number(fields, "executorTimeout", 0)),
+        log_date_time=log_date(fields),
+        glue_type=text(fields, "glueType") or "BEAN",
+        glue_updated=number(fields, "glueUpdatetime", 0),
+        shard_index=number(fields, "broadcastIndex", 0),
+        shard_total=number(fields, "broadcastTotal", 1),
+    )
 
 
 class Api:
     """Answers every request; called by the http threads, any number at a time."""
 
-    def __init__(self, config: Config, scheduler, logs, scripts, metrics: Metrics, status, learned_path):
+    def __init__(
+        self, config: Config, scheduler, logs, scripts, metrics: Metrics, status, learned_path
+    ):
         self.config = config  # replaced as a whole by a reload
-        self._scheduler, self._logs, self._scripts, self._metrics = scheduler, logs, scripts, metrics
+        self._scheduler, self._logs, self._scripts, self._metrics = (
+            scheduler,
+            logs,
+            scripts,
+            metrics,
+        )
         self._status, self._learned = status, learned_path
         self.draining = False
         self._prefix = urllib.parse.urlsplit(config.executor.address or "").path.rstrip("/")
-        self._post = {"/beat": self._beat, "/idleBeat": self._idle_beat, "/run": self._run, "/trigger": self._run,
-                      "/kill": self._kill, "/log": self._log}
-        self._get = {"/health": self._health, "/metrics": self._show_metrics, "/status": self._show_status}
+        self._post = {
+            "/beat": self._beat,
+            "/idleBeat": self._idle_beat,
+            "/run": self._run,
+            "/trigger": self._run,
+            "/kill": self._kill,
+            "/log": self._log,
+        }
+        self._get = {
+            "/health": self._health,
+            "/metrics": self._show_metrics,
+            "/status": self._show_status,
+        }
         self._alive = (200, _JSON, envelope(SUCCESS))
 
-    def answer(self, method: str, target: str, headers, body: bytes, peer: str) -> typing.Tuple[int, str, bytes]:
+    def answer(
+        self, method: str, target: str, headers, body: bytes, peer: str
+    ) -> typing.Tuple[int, str, bytes]:
         path = re.sub("/+", "/", target.partition("?")[0])
         if self._prefix and path.startswith(self._prefix + "/"):
-            path = path[len(self._prefix):]
+            path = path[len(self._prefix) :]
         if path in self._post:
             if method != "POST":
                 return 405, _JSON, envelope(FAILURE, f"{path} takes POST, not {method}")
@@ -1318,7 +1582,11 @@ class Api:
                 return 200, _JSON, envelope(FAILURE, str(error))
             except Exception as error:
                 log.exception("%s failed unexpectedly, please report it", path)
-                return 200, _JSON, envelope(FAILURE, f"the executor failed: {type(error).__name__}: {error}")
+                return (
+                    200,
+                    _JSON,
+                    envelope(FAILURE, f"the executor failed: {type(error).__name__}: {error}"),
+                )
         if path in self._get:
             if method not in ("GET", "HEAD"):
                 return 405, _JSON, envelope(FAILURE, f"{path} takes GET, not {method}")
@@ -1328,18 +1596,32 @@ class Api:
                 return 403, _JSON, envelope(FAILURE, str(error))
             except JournalError as error:
                 return 503, _JSON, envelope(FAILURE, str(error))
-        return 404, _JSON, envelope(FAILURE, f"no such path; this is an XXL-JOB executor: {', '.join([*self._post, *self._get])}")
+        return (
+            404,
+            _JSON,
+            envelope(
+                FAILURE,
+                f"no such path; this is an XXL-JOB executor: {', '.join([*self._post, *self._get])}",
+            ),
+        )
 
     def _authorize(self, headers) -> None:
         token = self.config.admin.access_token
         given = headers.get_all("XXL-JOB-ACCESS-TOKEN", [])
-        if token and (len(given) != 1 or not hmac.compare_digest(given[0].encode("latin-1", "replace"), token.encode())):
-            raise Refused("The access token is wrong: give admin and executor the same xxl.job.accessToken / admin.access_token.",
-                          "token")
+        if token and (
+            len(given) != 1
+            or not hmac.compare_digest(given[0].encode("latin-1", "replace"), token.encode())
+        ):
+            raise Refused(
+                "The access token is wrong: give admin and executor the same xxl.job.accessToken / admin.access_token.",
+                "token",
+            )
         for name in headers.get_all("XXL-JOB-APPNAME", []):
             if name != self.config.executor.app_name:
-                raise Refused(f"this executor is {self.config.executor.app_name}, not {name[:100]}: check its address in the admin",
-                              "app_name")
+                raise Refused(
+                    f"this executor is {self.config.executor.app_name}, not {name[:100]}: check its address in the admin",
+                    "app_name",
+                )
 
     def _beat(self, path: str, body: bytes, peer: str):
         if self.draining:
@@ -1350,7 +1632,9 @@ class Api:
         if self.draining:
             raise Refused("the executor is stopping")
         if self._scheduler.busy(number(decode(body), "jobId")):
-            raise Refused("job thread is running or has trigger queue.")  # the Java executor's words
+            raise Refused(
+                "job thread is running or has trigger queue."
+            )  # the Java executor's words
         return self._alive
 
     def _run(self, path: str, body: bytes, peer: str):
@@ -1365,9 +1649,15 @@ class Api:
             return self._alive
         job = self.config.jobs.get(trigger.handler)
         if job is None:
-            name = trigger.handler[:100]  # whatever a request holds, the answer and the log stay short
+            name = trigger.handler[
+                :100
+            ]  # whatever a request holds, the answer and the log stay short
             near = difflib.get_close_matches(name, self.config.jobs, 1)
-            hint = f', did you mean "{near[0]}"?' if near else f": add it under jobs in {self.config.file}"
+            hint = (
+                f', did you mean "{near[0]}"?'
+                if near
+                else f": add it under jobs in {self.config.file}"
+            )
             raise Refused(f'job handler "{name}" not found{hint}', "unknown_handler")
         self._scheduler.submit(trigger, job)
         return self._alive
@@ -1378,7 +1668,12 @@ class Api:
     def _log(self, path: str, body: bytes, peer: str):
         fields = decode(body)
         log_id = number(fields, "logId")
-        page = self._logs.page(log_id, log_date(fields), number(fields, "fromLineNum", 1), ended=not self._scheduler.knows(log_id))
+        page = self._logs.page(
+            log_id,
+            log_date(fields),
+            number(fields, "fromLineNum", 1),
+            ended=not self._scheduler.knows(log_id),
+        )
         return 200, _JSON, envelope(SUCCESS, None, page)
 
     def _health(self, headers):
@@ -1397,6 +1692,7 @@ class Api:
 # ----------------------------------------------------------------------------------------------------------------------
 class Run:
     """An accepted trigger on its way; the scheduler's lock guards `state` and `result`."""
+
     __slots__ = ("trigger", "job", "state", "result", "control", "accepted", "started", "stuck")
 
     def __init__(self, trigger: Trigger, job: JobConfig, state: RunState):
@@ -1410,6 +1706,7 @@ class Run:
 
 class Lane:
     """What runs and waits for one jobId: one run at a time, the rest in order; used with the scheduler's lock held."""
+
     __slots__ = ("running", "waiting", "ready")
 
     def __init__(self):
@@ -1420,15 +1717,27 @@ class Lane:
     def check(self, trigger: Trigger, job: JobConfig) -> None:
         """Raises Refused for a trigger that this lane does not take now."""
         if self.running is not None and self.running.stuck:
-            raise Refused(f"{self.stuck()}: restart the executor, and let the job watch Context.cancelled or use isolation: process",
-                          "stuck")
+            raise Refused(
+                f"{self.stuck()}: restart the executor, and let the job watch Context.cancelled or use isolation: process",
+                "stuck",
+            )
         if trigger.block_strategy == "DISCARD_LATER" and (self.running or self.waiting):
-            raise Refused("block strategy effect: DISCARD_LATER, the job is running or waiting", "discard_later")
+            raise Refused(
+                "block strategy effect: DISCARD_LATER, the job is running or waiting",
+                "discard_later",
+            )
         if len(self.waiting) >= job.queue_limit and trigger.block_strategy != "COVER_EARLY":
-            raise Refused(f"{len(self.waiting)} triggers of this job wait already: queue_limit is {job.queue_limit}", "queue_limit")
+            raise Refused(
+                f"{len(self.waiting)} triggers of this job wait already: queue_limit is {job.queue_limit}",
+                "queue_limit",
+            )
 
     def may_start(self) -> bool:
-        return self.running is None and bool(self.waiting) and self.waiting[0].state is not RunState.ACCEPTING
+        return (
+            self.running is None
+            and bool(self.waiting)
+            and self.waiting[0].state is not RunState.ACCEPTING
+        )
 
     def take_waiting(self) -> typing.List[Run]:
         """Drop what was accepted and waits; what is not accepted yet comes after it and stays."""
@@ -1468,7 +1777,12 @@ class Slots:
                 try:
                     self._grow()
                 except RuntimeError as error:  # the item waits for a thread that gets free
-                    log.error("cannot start another thread, %d slots instead of %d: %s", self._threads, self._limit, error)
+                    log.error(
+                        "cannot start another thread, %d slots instead of %d: %s",
+                        self._threads,
+                        self._limit,
+                        error,
+                    )
             self._spare -= 1
         self._queue.put(item)
 
@@ -1502,7 +1816,9 @@ class Scheduler:
         self._runs: typing.Dict[int, Run] = {}  # by logId: everything between accepted and finished
         self._queued = 0
         self._idle_hook: typing.Optional[typing.Callable[[], None]] = None  # set while draining
-        self.recent: typing.Dict[str, typing.Deque[int]] = {}  # the last result codes of each handler
+        self.recent: typing.Dict[
+            str, typing.Deque[int]
+        ] = {}  # the last result codes of each handler
 
     def submit(self, trigger: Trigger, job: JobConfig) -> None:
         """Accept `trigger`, or raise Refused. A logId that is known already is accepted again and starts nothing."""
@@ -1533,7 +1849,9 @@ class Scheduler:
                 if lane.running is not None:
                     lane.running.control.cancel(FAILURE, reason)
             run.state = RunState.ACCEPTED
-            if lane.running is not None and lane.running.stuck:  # given up while this one was being stored
+            if (
+                lane.running is not None and lane.running.stuck
+            ):  # given up while this one was being stored
                 dropped, reason = dropped + self._drop_waiting(lane), lane.stuck()
             self._settled.notify_all()
             self._offer(lane)
@@ -1552,7 +1870,10 @@ class Scheduler:
         """A place in the lane that cannot start yet; None when this logId is known already. Raises Refused."""
         delay = time.time() - trigger.log_date_time / 1000
         if job.max_delay and trigger.log_date_time and delay > job.max_delay:
-            raise Refused(f"the trigger is {seconds_text(delay)} old, more than max_delay {seconds_text(job.max_delay)}", "max_delay")
+            raise Refused(
+                f"the trigger is {seconds_text(delay)} old, more than max_delay {seconds_text(job.max_delay)}",
+                "max_delay",
+            )
         with self._lock:
             known = self._runs.get(trigger.log_id)
             while known is not None:
@@ -1566,7 +1887,10 @@ class Scheduler:
             lane = self._lanes.get(trigger.job_id) or Lane()
             lane.check(trigger, job)
             if self._queued >= self._max_queued:
-                raise Refused(f"{self._queued} triggers wait already: executor.max_queued is {self._max_queued}", "max_queued")
+                raise Refused(
+                    f"{self._queued} triggers wait already: executor.max_queued is {self._max_queued}",
+                    "max_queued",
+                )
             self._lanes[trigger.job_id] = lane
             self._runs[trigger.log_id] = run = Run(trigger, job, RunState.ACCEPTING)
             lane.waiting.append(run)
@@ -1627,7 +1951,10 @@ class Scheduler:
     def _execute(self, run: Run) -> Result:
         waited = time.monotonic() - run.accepted
         if run.job.max_delay and waited > run.job.max_delay:
-            return Result(FAILURE, f"waited {seconds_text(waited)}, more than max_delay {seconds_text(run.job.max_delay)}")
+            return Result(
+                FAILURE,
+                f"waited {seconds_text(waited)}, more than max_delay {seconds_text(run.job.max_delay)}",
+            )
         failpoint("starting")
         try:
             self._journal.start(run.trigger.log_id)
@@ -1649,8 +1976,16 @@ class Scheduler:
             run.stuck = True
             lane = self._lanes[run.trigger.job_id]
             waiting, reason = self._drop_waiting(lane), lane.stuck()
-        log.error("thread of %s does not return; its slot is lost until it does or the executor restarts", run.trigger)
-        self._finish([run], Result(run.control.result.code, f"{run.control.result.message}; its thread did not return"))
+        log.error(
+            "thread of %s does not return; its slot is lost until it does or the executor restarts",
+            run.trigger,
+        )
+        self._finish(
+            [run],
+            Result(
+                run.control.result.code, f"{run.control.result.message}; its thread did not return"
+            ),
+        )
         self._finish(waiting, Result(FAILURE, reason))
         with self._lock:
             self._tell_idle()
@@ -1661,7 +1996,9 @@ class Scheduler:
             runs = [run for run in runs if run.result is None]
             for run in runs:
                 run.result, run.state = result, RunState.FINISHED
-                self.recent.setdefault(run.trigger.handler, collections.deque(maxlen=10)).append(result.code)
+                self.recent.setdefault(run.trigger.handler, collections.deque(maxlen=10)).append(
+                    result.code
+                )
         if not runs:
             return
         self._journal.finish([run.trigger for run in runs], result)
@@ -1672,7 +2009,13 @@ class Scheduler:
             took = time.monotonic() - run.started if run.started else 0.0
             self._metrics.count("runs_total", job=run.trigger.handler, code=result.code)
             self._metrics.observe("run_duration_seconds", took)
-            log.info("finished %s code=%d in %s: %.200s", run.trigger, result.code, seconds_text(took), result.message)
+            log.info(
+                "finished %s code=%d in %s: %.200s",
+                run.trigger,
+                result.code,
+                seconds_text(took),
+                result.message,
+            )
 
     def kill(self, job_id: int) -> str:
         """End what runs and drop what waits for `job_id`; returns what was found. Does not wait for the processes."""
@@ -1704,7 +2047,9 @@ class Scheduler:
 
     def _tell_idle(self) -> None:
         """With the lock held: nothing runs any more, but for threads that were given up."""
-        if self._idle_hook is not None and not any(lane.running and not lane.running.stuck for lane in self._lanes.values()):
+        if self._idle_hook is not None and not any(
+            lane.running and not lane.running.stuck for lane in self._lanes.values()
+        ):
             self._idle_hook()
 
     def cancel_all(self, message: str) -> float:
@@ -1720,29 +2065,48 @@ class Scheduler:
         now = time.monotonic()
         with self._lock:
             runs = list(self._runs.values())
-            running = [{"job": run.trigger.handler, "jobId": run.trigger.job_id, "logId": run.trigger.log_id, "stuck": run.stuck,
-                        "seconds": round(now - run.started, 3)} for lane in self._lanes.values()
-                       for run in [lane.running] if run is not None and run.started]
-        waiting = collections.Counter(run.trigger.handler for run in runs if not run.started and run.result is None)
-        return {"running": running, "queued": dict(waiting), "recent": {name: list(codes) for name, codes in list(self.recent.items())}}
+            running = [
+                {
+                    "job": run.trigger.handler,
+                    "jobId": run.trigger.job_id,
+                    "logId": run.trigger.log_id,
+                    "stuck": run.stuck,
+                    "seconds": round(now - run.started, 3),
+                }
+                for lane in self._lanes.values()
+                for run in [lane.running]
+                if run is not None and run.started
+            ]
+        waiting = collections.Counter(
+            run.trigger.handler for run in runs if not run.started and run.result is None
+        )
+        return {
+            "running": running,
+            "queued": dict(waiting),
+            "recent": {name: list(codes) for name, codes in list(self.recent.items())},
+        }
 
     def register(self) -> None:
         """Publish the gauges of this section."""
         self._metrics.gauge("running", lambda: len(self.snapshot()["running"]))
         self._metrics.gauge("queued", lambda: self._queued)
-        self._metrics.gauge("stuck_threads", lambda: sum(run["stuck"] for run in self.snapshot()["running"]))
+        self._metrics.gauge(
+            "stuck_threads", lambda: sum(run["stuck"] for run in self.snapshot()["running"])
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 7 job process
 # ----------------------------------------------------------------------------------------------------------------------
-_CHUNK = 1 << 16       # bytes; what one read of a pipe or file asks for
-KILL_LIMIT = 10.0      # seconds that SIGKILL is repeated for a tree that keeps forking
-SERVER_LIMIT = 10.0    # seconds that a Python server may take to fork; it takes milliseconds
+_CHUNK = 1 << 16  # bytes; what one read of a pipe or file asks for
+KILL_LIMIT = 10.0  # seconds that SIGKILL is repeated for a tree that keeps forking
+SERVER_LIMIT = 10.0  # seconds that a Python server may take to fork; it takes milliseconds
 PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 M_MMAP_THRESHOLD = -3  # <malloc.h>
 _KEPT: typing.Dict[int, int] = {}  # {pid: start time} of what jobs with background: keep left
-_OWN: typing.Set[int] = set()  # direct children that somebody here waits for; all others are orphans that jobs left
+_OWN: typing.Set[int] = (
+    set()
+)  # direct children that somebody here waits for; all others are orphans that jobs left
 
 
 class Control:
@@ -1806,11 +2170,17 @@ class Context:
                 return found
         with contextlib.suppress(ValueError):
             if not re.search(r"\s", self.param.strip()):
-                return dict(urllib.parse.parse_qsl(self.param.strip(), keep_blank_values=True, strict_parsing=True))
+                return dict(
+                    urllib.parse.parse_qsl(
+                        self.param.strip(), keep_blank_values=True, strict_parsing=True
+                    )
+                )
             words = [word.partition("=") for word in shlex.split(self.param)]
             if all(key and equals for key, equals, _ in words):
                 return {key: value for key, _, value in words}
-        raise ValueError(f'expected a JSON object, "id=1&active=true" or key=value words as parameter, got {self.param!r}')
+        raise ValueError(
+            f'expected a JSON object, "id=1&active=true" or key=value words as parameter, got {self.param!r}'
+        )
 
 
 @functools.lru_cache(256)
@@ -1826,10 +2196,13 @@ def call_entry_point(entry_point: str, context: Context) -> str:
         value = function(context) if _takes_argument(function) else function()
         if inspect.iscoroutine(value):
             import asyncio
+
             value = asyncio.run(value)
         return "" if value is None else str(value)
     except MemoryError as error:
-        traceback.clear_frames(error.__traceback__)  # what filled the memory is in their variables, and to report it needs some
+        traceback.clear_frames(
+            error.__traceback__
+        )  # what filled the memory is in their variables, and to report it needs some
         raise
 
 
@@ -1837,30 +2210,67 @@ class Scripts:
     """Scripts that the admin sends with its triggers (GLUE), in one directory; any thread."""
 
     def __init__(self, directory: str, config: GlueConfig, cwd: str):
-        self._directory, self._config, self._cwd, self._lock = directory, config, cwd, threading.Lock()
+        self._directory, self._config, self._cwd, self._lock = (
+            directory,
+            config,
+            cwd,
+            threading.Lock(),
+        )
         if config.enabled:
             make_directory(directory)
             os.chmod(directory, 0o700)
 
     def _path(self, trigger: Trigger) -> str:
-        return os.path.join(self._directory, f"{trigger.job_id}_{trigger.glue_updated}{GLUE[trigger.glue_type][1]}")
+        return os.path.join(
+            self._directory, f"{trigger.job_id}_{trigger.glue_updated}{GLUE[trigger.glue_type][1]}"
+        )
 
     def job(self, trigger: Trigger) -> JobConfig:
         """What runs the script of `trigger`. Raises Refused."""
         kind = trigger.glue_type[:100]
         if kind == "GLUE_GROOVY":
-            raise Refused("GLUE_GROOVY: Groovy runs inside the Java executor only: choose another language, or a script of this host", "glue")
+            raise Refused(
+                "GLUE_GROOVY: Groovy runs inside the Java executor only: choose another language, or a script of this host",
+                "glue",
+            )
         if kind not in GLUE:
             raise Refused(f"{kind}: no such kind of script: known are {', '.join(GLUE)}", "glue")
         if not self._config.enabled:
-            raise Refused(f"{kind}: scripts from the admin are not enabled here: write the script to this host, list it under jobs in "
-                          "the configuration and choose BEAN with its name as JobHandler, or set glue.enabled: true", "glue")
+            raise Refused(
+                f"{kind}: scripts from the admin are not enabled here: write the script to this host, list it under jobs in "
+                "the configuration and choose BEAN with its name as JobHandler, or set glue.enabled: true",
+                "glue",
+            )
         if kind not in self._config.languages:
-            raise Refused(f"{kind}: is not among glue.languages: {', '.join(self._config.languages) or 'none'}", "glue")
+            raise Refused(
+                f"{kind}: is not among glue.languages: {', '.join(self._config.languages) or 'none'}",
+                "glue",
+            )
         return JobConfig(
-            name=trigger.handler, description="", shell="", python="", isolation="process", timeout=self._config.timeout, kill_grace=5.0,
-            command=(GLUE[kind][0], self._path(trigger), "{param}", "{shard_index}", "{shard_total}"), cwd=self._cwd, env={}, user="",
-            interpreter="", pythonpath=(), max_delay=0, queue_limit=1000, on_crash="fail", background="kill")
+            name=trigger.handler,
+            description="",
+            shell="",
+            python="",
+            isolation="process",
+            timeout=self._config.timeout,
+            kill_grace=5.0,
+            command=(
+                GLUE[kind][0],
+                self._path(trigger),
+                "{param}",
+                "{shard_index}",
+                "{shard_total}",
+            ),
+            cwd=self._cwd,
+            env={},
+            user="",
+            interpreter="",
+            pythonpath=(),
+            max_delay=0,
+            queue_limit=1000,
+            on_crash="fail",
+            background="kill",
+        )
 
     def store(self, trigger: Trigger, source: str, caller: str) -> None:
         """Write the script of `trigger` unless it is there already, and say so. Raises Refused."""
@@ -1871,13 +2281,26 @@ class Scripts:
                     if stream.read() == data:
                         os.utime(path)  # what was used lately is not pruned
                         return
-                with open(os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o700), "wb") as stream:
+                with open(
+                    os.open(
+                        f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o700
+                    ),
+                    "wb",
+                ) as stream:
                     stream.write(data)
                 os.replace(f"{path}.new", path)
         except OSError as error:
-            raise Refused(f"the executor cannot store the script: {path}: {error.strerror}", "glue") from None
-        log.warning("new script %s of jobId=%d from %s: %d bytes, sha256 %s", path, trigger.job_id, caller, len(data),
-                    hashlib.sha256(data).hexdigest())
+            raise Refused(
+                f"the executor cannot store the script: {path}: {error.strerror}", "glue"
+            ) from None
+        log.warning(
+            "new script %s of jobId=%d from %s: %d bytes, sha256 %s",
+            path,
+            trigger.job_id,
+            caller,
+            len(data),
+            hashlib.sha256(data).hexdigest(),
+        )
 
     def prune(self, age: float) -> int:
         """Remove scripts that were not used for `age` seconds; returns how many."""
@@ -1891,6 +2314,7 @@ class Scripts:
 
 
 # -- the Python server: a process that imports nothing of the jobs and forks one child per run
+
 
 def serve_python(fd: int) -> typing.Optional[typing.Callable[[], int]]:
     """Fork a child for every request on the socket `fd` and report its pid and status; returns the work in each child.
@@ -1928,7 +2352,9 @@ def serve_python(fd: int) -> typing.Optional[typing.Callable[[], int]]:
             head += server.recv(8 - len(head))
         body = bytearray()
         while len(body) < int.from_bytes(head, "big"):
-            part = server.recv(int.from_bytes(head, "big") - len(body))  # not into the next request, which brings descriptors
+            part = server.recv(
+                int.from_bytes(head, "big") - len(body)
+            )  # not into the next request, which brings descriptors
             if not part:
                 signal.set_wakeup_fd(-1)
                 return None
@@ -1943,10 +2369,17 @@ def serve_python(fd: int) -> typing.Optional[typing.Callable[[], int]]:
             if pid == 0:
                 signal.set_wakeup_fd(-1)
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                for other in (*reports.values(), server.detach(), wake_read.detach(), wake_write.detach()):
+                for other in (
+                    *reports.values(),
+                    server.detach(),
+                    wake_read.detach(),
+                    wake_write.detach(),
+                ):
                     os.close(other)
                 # /proc/PID/environ of a process that did not exec shows the memory it inherited: write the marker there.
-                ctypes.memmove(marker_at, request["env"][MARKER].encode(), len(request["env"][MARKER]))
+                ctypes.memmove(
+                    marker_at, request["env"][MARKER].encode(), len(request["env"][MARKER])
+                )
                 return lambda: _python_child(request, *fds)
             _report(fds[1], pid=pid)
             reports[pid] = fds[1]
@@ -1968,6 +2401,7 @@ def _python_child(request: dict, output: int, report: int) -> int:
         with contextlib.suppress(OSError):  # the job closed it
             if os.getpid() == own and os.fstat(report).st_ino == pipe:
                 _report(report, message=clip(message))
+
     try:
         os.setsid()
         null = os.open(os.devnull, os.O_RDONLY)
@@ -1975,8 +2409,12 @@ def _python_child(request: dict, output: int, report: int) -> int:
             os.dup2(source, target)
         os.close(null)
         os.close(output)
-        sys.stdout = open(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
-        sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
+        sys.stdout = open(
+            1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False
+        )
+        sys.stderr = open(
+            2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False
+        )
         if request["user"]:
             user = pwd.getpwnam(request["user"])
             os.initgroups(user.pw_name, user.pw_gid)
@@ -1997,7 +2435,9 @@ def _python_child(request: dict, output: int, report: int) -> int:
         print(error.code, file=sys.stderr)
         return 1
     except BaseException as error:
-        tell(traceback.format_exception_only(type(error), error)[-1].strip())  # first: it needs the least memory
+        tell(
+            traceback.format_exception_only(type(error), error)[-1].strip()
+        )  # first: it needs the least memory
         traceback.print_exception(type(error), error, _own_frames(error.__traceback__))
         return 1
 
@@ -2012,12 +2452,15 @@ def _own_frames(trace):
 
 # -- processes and their descendants
 
+
 def run_as_module(interpreter: str, *arguments: str) -> typing.List[str]:
     """The command that runs this file as a module: of a script CPython keeps the syntax tree while it runs, 9 MiB of this one."""
-    code = ("import importlib.machinery, importlib.util, sys; "
-            "spec = importlib.util.spec_from_loader('xxl_executor', importlib.machinery.SourceFileLoader('xxl_executor', sys.argv[1])); "
-            "module = sys.modules['xxl_executor'] = importlib.util.module_from_spec(spec); spec.loader.exec_module(module); "
-            "sys.exit(module.main(sys.argv[2:]))")
+    code = (
+        "import importlib.machinery, importlib.util, sys; "
+        "spec = importlib.util.spec_from_loader('xxl_executor', importlib.machinery.SourceFileLoader('xxl_executor', sys.argv[1])); "
+        "module = sys.modules['xxl_executor'] = importlib.util.module_from_spec(spec); spec.loader.exec_module(module); "
+        "sys.exit(module.main(sys.argv[2:]))"
+    )
     return [interpreter, "-c", code, os.path.abspath(__file__), *arguments]
 
 
@@ -2079,7 +2522,9 @@ class ForkedChild:
 
     def poll(self) -> typing.Optional[int]:
         """The exit status, negative for a signal, or None while it runs."""
-        gone = any(fd == self._server for fd, _ in self._epoll.poll(0))  # looked up first: it may have reported before it went
+        gone = any(
+            fd == self._server for fd, _ in self._epoll.poll(0)
+        )  # looked up first: it may have reported before it went
         with contextlib.suppress(BlockingIOError):
             while True:
                 data = os.read(self._report, _CHUNK)
@@ -2092,8 +2537,14 @@ class ForkedChild:
             self.pid = fields.get("pid", self.pid)
             self.message = fields.get("message", self.message)
             self._status = fields.get("status", self._status)
-        if gone and self._status is None:  # its child may live, and holds the other end of the report
-            self.lost, self._status, self.message = True, 1, "the Python server of this job ended unexpectedly"
+        if (
+            gone and self._status is None
+        ):  # its child may live, and holds the other end of the report
+            self.lost, self._status, self.message = (
+                True,
+                1,
+                "the Python server of this job ended unexpectedly",
+            )
         return self._status
 
     def close(self) -> None:
@@ -2121,8 +2572,13 @@ class PythonServer:
             with theirs, any_core():
                 try:
                     self._popen = subprocess.Popen(
-                        run_as_module(self._interpreter, "--serve-python", str(theirs.fileno())), cwd="/",
-                        pass_fds=[theirs.fileno()], env=self._environment, stdin=subprocess.DEVNULL, start_new_session=True)
+                        run_as_module(self._interpreter, "--serve-python", str(theirs.fileno())),
+                        cwd="/",
+                        pass_fds=[theirs.fileno()],
+                        env=self._environment,
+                        stdin=subprocess.DEVNULL,
+                        start_new_session=True,
+                    )
                 except OSError:
                     ours.close()
                     raise
@@ -2156,7 +2612,9 @@ class PythonServer:
                 except TimeoutError:
                     popen.kill()
                     with self._lock:
-                        if self._popen is popen:  # wait until it has ended: the next run must get a new one
+                        if (
+                            self._popen is popen
+                        ):  # wait until it has ended: the next run must get a new one
                             self._close()
                     raise
 
@@ -2218,8 +2676,12 @@ def _marked(pid: int, needle: bytes) -> bool:
     return False
 
 
-def family(marker: str, session: int = 0, seen: typing.Mapping[int, int] = {},
-           act: typing.Callable[[int, int], typing.Any] = lambda pid, started: None) -> typing.Dict[int, int]:
+def family(
+    marker: str,
+    session: int = 0,
+    seen: typing.Mapping[int, int] = {},
+    act: typing.Callable[[int, int], typing.Any] = lambda pid, started: None,
+) -> typing.Dict[int, int]:
     """{pid: start time} of living processes whose environment holds `marker` or whose session is `session`, of those `seen`
     before, and of all their descendants. `marker` may be the beginning of one: then every run that it begins.
     `act(pid, start time)` is called for each as soon as it is found: one that forks and exits is gone when all are."""
@@ -2233,7 +2695,13 @@ def family(marker: str, session: int = 0, seen: typing.Mapping[int, int] = {},
         stats[pid] = found
         children[found[1]].append(pid)
         # 0 is the session of all that came from outside a PID namespace
-        if seen.get(pid) == found[3] or session and found[2] == session or found[0] not in "ZX" and _marked(pid, needle):
+        if (
+            seen.get(pid) == found[3]
+            or session
+            and found[2] == session
+            or found[0] not in "ZX"
+            and _marked(pid, needle)
+        ):
             members.append(pid)
             act(pid, found[3])
     for pid in members:  # grows while it is walked
@@ -2258,7 +2726,9 @@ def send_signal(members: typing.Dict[int, int], number: int) -> typing.List[int]
             fds.append(fd)
             signal.pidfd_send_signal(fd, number)
             if number == signal.SIGTERM:
-                signal.pidfd_send_signal(fd, signal.SIGCONT)  # a stopped process could not act on it
+                signal.pidfd_send_signal(
+                    fd, signal.SIGCONT
+                )  # a stopped process could not act on it
     return fds
 
 
@@ -2268,7 +2738,9 @@ def await_exit(fds: typing.List[int], seconds: float) -> None:
     for fd in fds:
         poller.register(fd, select.POLLIN)
     while waiting and time.monotonic() < deadline:
-        for fd, _ in poller.poll(min(max(0.0, deadline - time.monotonic()), 3600.0) * 1000 + 1):  # an int for poll(2)
+        for fd, _ in poller.poll(
+            min(max(0.0, deadline - time.monotonic()), 3600.0) * 1000 + 1
+        ):  # an int for poll(2)
             poller.unregister(fd)
             waiting.discard(fd)
     for fd in fds:
@@ -2289,7 +2761,9 @@ def urgent() -> typing.Iterator[None]:
             os.setpriority(os.PRIO_PROCESS, 0, before)
 
 
-def kill_family(marker: str, session: int = 0, seen: typing.Mapping[int, int] = {}) -> typing.List[int]:
+def kill_family(
+    marker: str, session: int = 0, seen: typing.Mapping[int, int] = {}
+) -> typing.List[int]:
     """SIGKILL until two passes find nobody, at most KILL_LIMIT; returns the pids that were still there, [] as it should be.
 
     Whoever is found is stopped at once, and killed when a pass finds nobody new: what is stopped neither forks nor exits, so
@@ -2303,6 +2777,7 @@ def kill_family(marker: str, session: int = 0, seen: typing.Mapping[int, int] = 
     def stop(pid: int, started: int) -> None:
         if stopped.get(pid) != started:
             await_exit(send_signal({pid: started}, signal.SIGSTOP), 0)
+
     with urgent():
         while empty < 2 and time.monotonic() < began + KILL_LIMIT:
             members = family(marker, session, {**seen, **stopped}, stop)
@@ -2318,7 +2793,9 @@ def kill_family(marker: str, session: int = 0, seen: typing.Mapping[int, int] = 
 def _reap() -> typing.Tuple[bool, bool]:
     """Reap what jobs left and has ended: (whether something had, whether an orphan is alive that nobody wants to keep)."""
     try:
-        orphans = set(map(int, _read_proc(f"/proc/self/task/{os.getpid()}/children").split())) - _OWN
+        orphans = (
+            set(map(int, _read_proc(f"/proc/self/task/{os.getpid()}/children").split())) - _OWN
+        )
     except OSError:  # a kernel without CONFIG_PROC_CHILDREN: have the caller look everywhere
         return False, True
     ended = alive = False
@@ -2376,17 +2853,25 @@ class Runner:
 
     def __init__(self, logs, identity: str, scratch: str, metrics: Metrics):
         self._logs, self._identity, self._scratch, self._metrics = logs, identity, scratch, metrics
-        self.environment = {name: value for name, value in os.environ.items() if not SECRETS.fullmatch(name)}
+        self.environment = {
+            name: value for name, value in os.environ.items() if not SECRETS.fullmatch(name)
+        }
         self._servers: typing.Dict[str, PythonServer] = {}
         self._lock = threading.Lock()
         self._local = threading.local()  # `sink` is where the output of a job in this thread goes
         self._streams: typing.Optional[tuple] = None
         make_directory(scratch)
-        with contextlib.suppress(FileNotFoundError):  # no temporary directory: none is needed without jobs.*.user
-            for file in glob.glob(os.path.join(scratch, "*.result")) + glob.glob(self.result_file("*", foreign=True)):
+        with contextlib.suppress(
+            FileNotFoundError
+        ):  # no temporary directory: none is needed without jobs.*.user
+            for file in glob.glob(os.path.join(scratch, "*.result")) + glob.glob(
+                self.result_file("*", foreign=True)
+            ):
                 remove(file)  # of runs that a crash interrupted
         if LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
-            raise ExecutorError(f"cannot become the reaper of orphans: {os.strerror(ctypes.get_errno())}: Linux 5.3 is needed")
+            raise ExecutorError(
+                f"cannot become the reaper of orphans: {os.strerror(ctypes.get_errno())}: Linux 5.3 is needed"
+            )
 
     def prepare(self, jobs: typing.Iterable[JobConfig]) -> None:
         """Warm up what `jobs` need, so that their first start is as fast as the others."""
@@ -2395,10 +2880,17 @@ class Runner:
                 try:
                     self.server(job).start()
                 except OSError as error:
-                    log.warning("jobs.%s.interpreter: %s cannot be started: %s", job.name, job.interpreter, error.strerror)
+                    log.warning(
+                        "jobs.%s.interpreter: %s cannot be started: %s",
+                        job.name,
+                        job.interpreter,
+                        error.strerror,
+                    )
             elif job.python and self._streams is None:
                 self._streams = sys.stdout, sys.stderr
-                sys.stdout, sys.stderr = (ThreadOutput(stream, self._local) for stream in self._streams)
+                sys.stdout, sys.stderr = (
+                    ThreadOutput(stream, self._local) for stream in self._streams
+                )
 
     def close(self) -> None:
         for server in self._servers.values():
@@ -2411,8 +2903,9 @@ class Runner:
         interpreter = job.interpreter or sys.executable
         with self._lock:
             if interpreter not in self._servers:
-                self._servers[interpreter] = PythonServer(interpreter, {
-                    **self.environment, MARKER: f"{self._identity}-{'server':0>20}"})
+                self._servers[interpreter] = PythonServer(
+                    interpreter, {**self.environment, MARKER: f"{self._identity}-{'server':0>20}"}
+                )
             return self._servers[interpreter]
 
     def marker(self, log_id: int, keep: bool) -> str:
@@ -2421,7 +2914,9 @@ class Runner:
 
     def result_file(self, log_id: typing.Union[int, str], foreign: bool) -> str:
         """XXL_JOB_RESULT_FILE; a job of a `foreign` user cannot reach the data directory."""
-        return os.path.join(tempfile.gettempdir() if foreign else self._scratch, f"{self._identity}-{log_id}.result")
+        return os.path.join(
+            tempfile.gettempdir() if foreign else self._scratch, f"{self._identity}-{log_id}.result"
+        )
 
     def run(self, trigger: Trigger, job: JobConfig, control: Control) -> Result:
         began = time.monotonic()
@@ -2435,8 +2930,10 @@ class Runner:
                 result = ProcessRun(self, trigger, job, control, timeout, out).run()
         finally:
             shown = " ".join(result.message.split())[:500]
-            out.end(f"{'succeeded' if result.code == SUCCESS else 'failed'} after {seconds_text(time.monotonic() - began)}: "
-                    f"code {result.code}{', ' + shown if shown else ''}")
+            out.end(
+                f"{'succeeded' if result.code == SUCCESS else 'failed'} after {seconds_text(time.monotonic() - began)}: "
+                f"code {result.code}{', ' + shown if shown else ''}"
+            )
             if out.dropped:
                 self._metrics.count("log_dropped_bytes_total", out.dropped)
         return dataclasses.replace(result, message=clip(result.message))
@@ -2446,20 +2943,32 @@ def note_start(out, trigger: Trigger, timeout: float, where: str) -> None:
     """Tell the daemon's log and the run's log that the run starts in `where`."""
     limit = seconds_text(timeout) if timeout else "none"
     log.info("started %s %s timeout=%s", trigger, where, limit)
-    out.note(f"{trigger} shard={trigger.shard_index}/{trigger.shard_total} timeout={limit} {where} "
-             f"param={json.dumps(trigger.param, ensure_ascii=False)}")
+    out.note(
+        f"{trigger} shard={trigger.shard_index}/{trigger.shard_total} timeout={limit} {where} "
+        f"param={json.dumps(trigger.param, ensure_ascii=False)}"
+    )
 
 
 class ProcessRun:
     """One run in a process of its own: spawn, pump the output, end the whole tree; used by one slot thread."""
 
-    def __init__(self, runner: Runner, trigger: Trigger, job: JobConfig, control: Control, timeout: float, out):
+    def __init__(
+        self,
+        runner: Runner,
+        trigger: Trigger,
+        job: JobConfig,
+        control: Control,
+        timeout: float,
+        out,
+    ):
         self._runner, self._trigger, self._job, self._control = runner, trigger, job, control
         self._timeout, self._out = timeout, out
         self._marker = runner.marker(trigger.log_id, job.background == "keep")
         self._result_file = runner.result_file(trigger.log_id, bool(job.user))
         self._kill_at: typing.Optional[float] = None  # monotonic; set when the run is being ended
-        self._seen: typing.Dict[int, int] = {}  # its processes then: one may clear its environment and lose its parent
+        self._seen: typing.Dict[
+            int, int
+        ] = {}  # its processes then: one may clear its environment and lose its parent
 
     def run(self) -> Result:
         read = write = wake_read = wake_write = -1
@@ -2471,7 +2980,9 @@ class ProcessRun:
                 child = self._spawn(write)
             except (OSError, ValueError, KeyError) as error:
                 note_start(self._out, self._trigger, self._timeout, "pid=none")
-                if isinstance(error, TimeoutError):  # the Python server may have forked before it fell silent
+                if isinstance(
+                    error, TimeoutError
+                ):  # the Python server may have forked before it fell silent
                     kill_family(self._marker)
                 return Result(FAILURE, self._spawn_failure(error), 127)
             finally:
@@ -2507,32 +3018,71 @@ class ProcessRun:
         trigger, job = self._trigger, self._job
         shards = {"shard_index": str(trigger.shard_index), "shard_total": str(trigger.shard_total)}
         environment = {
-            **self._runner.environment, **job.env, MARKER: self._marker, "XXL_JOB_ID": str(trigger.job_id),
-            "XXL_JOB_LOG_ID": str(trigger.log_id), "XXL_JOB_HANDLER": trigger.handler, "XXL_JOB_PARAM": trigger.param,
-            "XXL_JOB_SHARD_INDEX": shards["shard_index"], "XXL_JOB_SHARD_TOTAL": shards["shard_total"],
-            "XXL_JOB_TRIGGER_TIME": str(trigger.log_date_time), "XXL_JOB_TIMEOUT": str(self._timeout),
-            "XXL_JOB_RESULT_FILE": self._result_file}
+            **self._runner.environment,
+            **job.env,
+            MARKER: self._marker,
+            "XXL_JOB_ID": str(trigger.job_id),
+            "XXL_JOB_LOG_ID": str(trigger.log_id),
+            "XXL_JOB_HANDLER": trigger.handler,
+            "XXL_JOB_PARAM": trigger.param,
+            "XXL_JOB_SHARD_INDEX": shards["shard_index"],
+            "XXL_JOB_SHARD_TOTAL": shards["shard_total"],
+            "XXL_JOB_TRIGGER_TIME": str(trigger.log_date_time),
+            "XXL_JOB_TIMEOUT": str(self._timeout),
+            "XXL_JOB_RESULT_FILE": self._result_file,
+        }
         user = pwd.getpwnam(job.user) if job.user else None
         if user:
-            fd = os.open(self._result_file, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+            fd = os.open(
+                self._result_file, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600
+            )
             os.fchown(fd, user.pw_uid, user.pw_gid)
             os.close(fd)
             environment.update(HOME=user.pw_dir, USER=user.pw_name, LOGNAME=user.pw_name)
         if job.python:
             os.stat(job.cwd)  # the child would report it with less to go by
-            return self._runner.server(job).spawn({
-                "entry_point": job.python, "pythonpath": job.pythonpath, "cwd": job.cwd, "user": job.user, "env": environment,
-                "context": {**vars(trigger), "timeout": self._timeout}}, output)
+            return self._runner.server(job).spawn(
+                {
+                    "entry_point": job.python,
+                    "pythonpath": job.pythonpath,
+                    "cwd": job.cwd,
+                    "user": job.user,
+                    "env": environment,
+                    "context": {**vars(trigger), "timeout": self._timeout},
+                },
+                output,
+            )
         if job.shell:
             command = ["/bin/sh", "-c", job.shell, job.name, trigger.param, *shards.values()]
         else:
             values = {"param": trigger.param, **shards}
-            command = [re.sub(r"\{(param|shard_index|shard_total)\}", lambda found: values[found[1]], word) for word in job.command]
+            command = [
+                re.sub(r"\{(param|shard_index|shard_total)\}", lambda found: values[found[1]], word)
+                for word in job.command
+            ]
         # Without user= and preexec_fn subprocess uses vfork, which costs the same however large the daemon is.
-        as_user = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": os.getgrouplist(user.pw_name, user.pw_gid)} if user else {}
+        as_user = (
+            {
+                "user": user.pw_uid,
+                "group": user.pw_gid,
+                "extra_groups": os.getgrouplist(user.pw_name, user.pw_gid),
+            }
+            if user
+            else {}
+        )
         with any_core():
-            return Child(subprocess.Popen(command, cwd=job.cwd, env=environment, stdin=subprocess.DEVNULL, stdout=output,
-                                          stderr=output, start_new_session=True, **as_user))
+            return Child(
+                subprocess.Popen(
+                    command,
+                    cwd=job.cwd,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                    **as_user,
+                )
+            )
 
     def _spawn_failure(self, error: Exception) -> str:
         job = self._job
@@ -2547,7 +3097,13 @@ class ProcessRun:
             return f"cannot start: the parameter of {size} bytes is longer than the kernel passes to a program"
         if job.user and isinstance(error, PermissionError):
             return f"cannot start: this executor may not become the user {job.user}: run it as root, or remove jobs.{job.name}.user"
-        program = job.interpreter or sys.executable if job.python else job.command[0] if job.command else "/bin/sh"
+        program = (
+            job.interpreter or sys.executable
+            if job.python
+            else job.command[0]
+            if job.command
+            else "/bin/sh"
+        )
         return f"cannot start {program}: {error.strerror or error}"
 
     def _supervise(self, child, read: int, wake: int) -> typing.Optional[int]:
@@ -2563,7 +3119,9 @@ class ProcessRun:
         while True:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             # poll(2) takes milliseconds as an int: a longer wait is taken in parts
-            ready = {fd for fd, _ in poller.poll(None if left is None else min(left, 3600.0) * 1000 + 1)}
+            ready = {
+                fd for fd, _ in poller.poll(None if left is None else min(left, 3600.0) * 1000 + 1)
+            }
             if child.fd in ready:
                 status = child.poll()
                 if status is not None:
@@ -2592,7 +3150,9 @@ class ProcessRun:
 
     def _end_leftovers(self, session: int) -> None:
         """What is left of the tree gets SIGTERM, the rest of the grace, and SIGKILL."""
-        kill_at = time.monotonic() + self._job.kill_grace if self._kill_at is None else self._kill_at
+        kill_at = (
+            time.monotonic() + self._job.kill_grace if self._kill_at is None else self._kill_at
+        )
         self._seen.update(family(self._marker, session, self._seen))
         await_exit(send_signal(self._seen, signal.SIGTERM), max(0.0, kill_at - time.monotonic()))
         survivors = kill_family(self._marker, session, self._seen)
@@ -2611,7 +3171,9 @@ class ProcessRun:
 
     def _read_result(self) -> str:
         try:
-            fd = os.open(self._result_file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            fd = os.open(
+                self._result_file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            )
         except FileNotFoundError:
             self._result_file = ""
             return ""
@@ -2629,8 +3191,14 @@ class ProcessRun:
     def _result(self, status: typing.Optional[int], message: str) -> Result:
         ended = self._control.result
         if ended is not None:
-            message = ended.message if status is not None else f"{ended.message}; its process cannot be killed"
-            return Result(ended.code, message, 124 if ended.code == TIMEOUT else _shell_status(status))
+            message = (
+                ended.message
+                if status is not None
+                else f"{ended.message}; its process cannot be killed"
+            )
+            return Result(
+                ended.code, message, 124 if ended.code == TIMEOUT else _shell_status(status)
+            )
         if status == 0:
             return Result(SUCCESS, message or self._out.last_line(), 0)
         if status < 0:
@@ -2638,7 +3206,9 @@ class ProcessRun:
         if message:
             return Result(FAILURE, message, status)
         last = self._out.last_line()
-        return Result(FAILURE, f"exit status {status}: {last}" if last else f"exit status {status}", status)
+        return Result(
+            FAILURE, f"exit status {status}: {last}" if last else f"exit status {status}", status
+        )
 
 
 def _shell_status(status: typing.Optional[int]) -> int:
@@ -2646,8 +3216,11 @@ def _shell_status(status: typing.Optional[int]) -> int:
     return 128 + signal.SIGKILL if status is None else 128 - status if status < 0 else status
 
 
-def run_in_thread(trigger: Trigger, job: JobConfig, control: Control, timeout: float, out, local) -> Result:
+def run_in_thread(
+    trigger: Trigger, job: JobConfig, control: Control, timeout: float, out, local
+) -> Result:
     """One run in the calling thread, cooperative: `Context.cancelled` asks it to return. `local.sink` takes what it prints."""
+
     def sink(text: str) -> int:
         out.write(text.encode("utf-8", "backslashreplace"))
         return len(text)
@@ -2660,6 +3233,7 @@ def run_in_thread(trigger: Trigger, job: JobConfig, control: Control, timeout: f
     def cancelled() -> None:
         context.cancelled.set()
         later(job.kill_grace, control.stuck_hook)
+
     note_start(out, trigger, timeout, f"pid={os.getpid()} thread={threading.current_thread().name}")
     context = Context({**vars(trigger), "timeout": timeout}, sink)
     timers: typing.List[threading.Timer] = []
@@ -2669,7 +3243,9 @@ def run_in_thread(trigger: Trigger, job: JobConfig, control: Control, timeout: f
             later(timeout, control.cancel, TIMEOUT, f"timed out after {seconds_text(timeout)}")
         except RuntimeError as error:
             control.attach(None)
-            return Result(FAILURE, f"cannot start the thread that watches over its timeout: {error}")
+            return Result(
+                FAILURE, f"cannot start the thread that watches over its timeout: {error}"
+            )
     for entry in (job.cwd, *reversed(job.pythonpath)):
         if entry not in sys.path:
             sys.path.insert(0, entry)
@@ -2681,8 +3257,14 @@ def run_in_thread(trigger: Trigger, job: JobConfig, control: Control, timeout: f
         if isinstance(error, SystemExit) and error.code in (None, 0):
             result = Result(SUCCESS, out.last_line())
         else:
-            sink("".join(traceback.format_exception(type(error), error, _own_frames(error.__traceback__))))
-            result = Result(FAILURE, traceback.format_exception_only(type(error), error)[-1].strip())
+            sink(
+                "".join(
+                    traceback.format_exception(type(error), error, _own_frames(error.__traceback__))
+                )
+            )
+            result = Result(
+                FAILURE, traceback.format_exception_only(type(error), error)[-1].strip()
+            )
     finally:
         local.sink = None
         control.attach(None)
@@ -2701,7 +3283,9 @@ _INDEXED_FILES = 256  # how many files the positions of lines are remembered for
 class RunLog:
     """The log of one run; written by its slot thread, and by the threads of a Python job in a thread."""
 
-    def __init__(self, fd: int, limit: int, echo: str = "", full: typing.Callable[[], bool] = lambda: False):
+    def __init__(
+        self, fd: int, limit: int, echo: str = "", full: typing.Callable[[], bool] = lambda: False
+    ):
         """`echo`: what begins each line of output that also goes to stdout (executor.log_to_stdout); "": none does.
         While `full()` nothing is written: what is left of the disk is for results."""
         self._fd, self._limit, self._lock, self._full = fd, limit, threading.Lock(), full
@@ -2716,13 +3300,15 @@ class RunLog:
             self._tail = data[-4096:] if len(data) >= 4096 else (self._tail + data)[-4096:]
             if self._echo:
                 self._echo_lines(data)
-            part = data[:self._left]
+            part = data[: self._left]
             if part:
                 self._left -= len(part)
                 self._append(part)
             if len(part) < len(data):
                 if self._left == 0 and not self.dropped:
-                    self._append(f"\n----- output beyond executor.log_limit ({self._limit} bytes) is dropped -----\n".encode())
+                    self._append(
+                        f"\n----- output beyond executor.log_limit ({self._limit} bytes) is dropped -----\n".encode()
+                    )
                 self.dropped += len(data) - len(part)
 
     def _echo_lines(self, data: bytes, end: bool = False) -> None:
@@ -2734,11 +3320,15 @@ class RunLog:
                 os.write(1, self._echo + line + b"\n")
 
     def _append(self, data: bytes) -> None:
-        notice = f"\n----- {self._gap} bytes could not be written here -----\n".encode() if self._gap else b""
+        notice = (
+            f"\n----- {self._gap} bytes could not be written here -----\n".encode()
+            if self._gap
+            else b""
+        )
         size, data = len(data), notice + data
         try:
             while data and self._fd >= 0 and not self._full():
-                data = data[os.write(self._fd, data):]
+                data = data[os.write(self._fd, data) :]
         except OSError as error:
             if not self.dropped:
                 log.error("cannot write a job log, output is dropped: %s", error.strerror)
@@ -2749,7 +3339,11 @@ class RunLog:
 
     def note(self, text: str) -> None:
         with self._lock:
-            self._append(f"----- {datetime.datetime.now():%Y-%m-%d %H:%M:%S} {text} -----\n".encode("utf-8", "replace"))
+            self._append(
+                f"----- {datetime.datetime.now():%Y-%m-%d %H:%M:%S} {text} -----\n".encode(
+                    "utf-8", "replace"
+                )
+            )
 
     def end(self, text: str) -> None:
         """Write the last note, on a line of its own, and close the file."""
@@ -2772,10 +3366,22 @@ class RunLog:
 class JobLogs:
     """Files `yyyy-MM-dd/<logId>.log` below one directory: written with a cap, read by page, pruned by age; any thread."""
 
-    def __init__(self, directory: str, limit: int, retention: float, echo: bool = False,
-                 full: typing.Callable[[], bool] = lambda: False):
+    def __init__(
+        self,
+        directory: str,
+        limit: int,
+        retention: float,
+        echo: bool = False,
+        full: typing.Callable[[], bool] = lambda: False,
+    ):
         """`full`: see RunLog."""
-        self.directory, self._limit, self._retention, self._echo, self._full = directory, limit, retention, echo, full
+        self.directory, self._limit, self._retention, self._echo, self._full = (
+            directory,
+            limit,
+            retention,
+            echo,
+            full,
+        )
         make_directory(directory)
         self._lock, self._made = threading.Lock(), ""  # the day directory that was made last
         # (logId, inode): [(line, offset), ...], about one for each _CHUNK, the last one where the last page ended
@@ -2797,7 +3403,9 @@ class JobLogs:
             self._made = directory
         parent = os.open(directory, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:  # O_NONBLOCK: a FIFO in its place must not hold the thread
-            fd = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o640, dir_fd=parent)
+            fd = os.open(
+                name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o640, dir_fd=parent
+            )
         finally:
             os.close(parent)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -2808,7 +3416,11 @@ class JobLogs:
     def open(self, trigger: Trigger) -> RunLog:
         """The log to append to; one that drops everything when the file cannot be opened (full disk)."""
         try:
-            fd = self._open(trigger.log_id, trigger.log_date_time or int(time.time() * 1000), os.O_CREAT | os.O_RDWR | os.O_APPEND)
+            fd = self._open(
+                trigger.log_id,
+                trigger.log_date_time or int(time.time() * 1000),
+                os.O_CREAT | os.O_RDWR | os.O_APPEND,
+            )
         except (OSError, Refused) as error:
             log.error("cannot open the log of %s, its output is dropped: %s", trigger, error)
             fd = -1
@@ -2818,7 +3430,16 @@ class JobLogs:
             out.write(b"\n")
         return out
 
-    def page(self, log_id: int, log_date_time: int, first: int, *, ended: bool, most: int = 0, limit: int = PAGE_LIMIT) -> dict:
+    def page(
+        self,
+        log_id: int,
+        log_date_time: int,
+        first: int,
+        *,
+        ended: bool,
+        most: int = 0,
+        limit: int = PAGE_LIMIT,
+    ) -> dict:
         """Lines from `first` (1 is the first) of a run, at most `most` (0: no bound) and `limit` bytes, as the admin reads them.
 
         `ended` must have been looked up before the call: what is read then is the end. Raises Refused.
@@ -2836,22 +3457,31 @@ class JobLogs:
             size = os.fstat(fd).st_size
             key = (log_id, os.fstat(fd).st_ino)
             if ended and first == 1 and size > limit and not most:
-                return self._long(fd, key, size, limit, os.path.join(*self._place(log_id, log_date_time)))
+                return self._long(
+                    fd, key, size, limit, os.path.join(*self._place(log_id, log_date_time))
+                )
             line, start = self._seek(fd, key, first, size)
             if line < first:
                 return self._page(first, first - 1, "", ended)
             data = self._read(fd, start, min(limit, size - start), most)
             at_end = start + len(data) >= size
-            whole_lines = data if ended and at_end else data[:data.rfind(b"\n") + 1]
+            whole_lines = data if ended and at_end else data[: data.rfind(b"\n") + 1]
             if not whole_lines and len(data) >= limit:
                 line, after = self._seek(fd, key, first + 1, size)
                 if line == first and not ended:  # the line goes on
                     return self._page(first, first - 1, "", ended)
                 shown = data + f" ... [line of {after - start} bytes, cut]\n".encode()
                 return self._page(first, first, self._decode(shown), ended and after >= size)
-            lines = whole_lines.count(b"\n") + (not whole_lines.endswith(b"\n") and bool(whole_lines))
+            lines = whole_lines.count(b"\n") + (
+                not whole_lines.endswith(b"\n") and bool(whole_lines)
+            )
             self._remember(key, first + lines, start + len(whole_lines))
-            return self._page(first, first + lines - 1, self._decode(whole_lines), ended and start + len(whole_lines) >= size)
+            return self._page(
+                first,
+                first + lines - 1,
+                self._decode(whole_lines),
+                ended and start + len(whole_lines) >= size,
+            )
         finally:
             os.close(fd)
 
@@ -2866,7 +3496,9 @@ class JobLogs:
     @staticmethod
     def _read(fd: int, start: int, limit: int, most: int) -> bytes:
         if not most:
-            return os.pread(fd, limit, start)  # at once: pieces would stay with the allocator, for each thread that reads
+            return os.pread(
+                fd, limit, start
+            )  # at once: pieces would stay with the allocator, for each thread that reads
         parts, got, lines = [], 0, 0
         while got < limit and lines < most:
             part = os.pread(fd, min(_CHUNK, limit - got), start + got)
@@ -2877,14 +3509,14 @@ class JobLogs:
             lines += part.count(b"\n")
         data = b"".join(parts)
         if lines > most:
-            data = data[:len(data) - len(data.split(b"\n", most)[-1])]
+            data = data[: len(data) - len(data.split(b"\n", most)[-1])]
         return data
 
     def _long(self, fd: int, key: tuple, size: int, limit: int, where: str) -> dict:
         """A finished log beyond the limit: the admin asks for it once, so it gets the head, a notice and the tail."""
         head, tail = os.pread(fd, limit // 2, 0), os.pread(fd, limit // 2, size - limit // 2)
-        head = head[:head.rfind(b"\n") + 1] or head
-        tail = tail[tail.find(b"\n") + 1:] or tail
+        head = head[: head.rfind(b"\n") + 1] or head
+        tail = tail[tail.find(b"\n") + 1 :] or tail
         lines = self._seek(fd, key, sys.maxsize, size)[0] - tail.endswith(b"\n")
         left_out = size - len(head) - len(tail)
         notice = f"\n----- {left_out} bytes are left out here; the whole log is {where} on {socket.gethostname()} -----\n\n"
@@ -2894,7 +3526,9 @@ class JobLogs:
         """(line, offset) where `line` begins, or of the last line that begins before `size`; reads only from the next known
         position on."""
         with self._lock:
-            known = [mark for mark in self._index.get(key, ()) if mark[0] <= line and mark[1] <= size]
+            known = [
+                mark for mark in self._index.get(key, ()) if mark[0] <= line and mark[1] <= size
+            ]
         at, offset = max(known, default=(1, 0))
         while at < line and offset < size:
             data = os.pread(fd, min(_CHUNK, size - offset), offset)
@@ -2927,11 +3561,18 @@ class JobLogs:
         oldest, removed = time.time() - self._retention, 0
         last_day = datetime.date.fromtimestamp(oldest).isoformat()
         for day in os.scandir(self.directory):
-            if not re.fullmatch(r"\d{4}-\d\d-\d\d", day.name) or day.name > last_day or not day.is_dir(follow_symlinks=False):
+            if (
+                not re.fullmatch(r"\d{4}-\d\d-\d\d", day.name)
+                or day.name > last_day
+                or not day.is_dir(follow_symlinks=False)
+            ):
                 continue
             for file in os.scandir(day.path):
                 with contextlib.suppress(OSError):
-                    if re.fullmatch(r"-?\d+\.log", file.name) and file.stat(follow_symlinks=False).st_mtime < oldest:
+                    if (
+                        re.fullmatch(r"-?\d+\.log", file.name)
+                        and file.stat(follow_symlinks=False).st_mtime < oldest
+                    ):
                         os.unlink(file.path)
                         removed += 1
             with contextlib.suppress(OSError):  # not empty
@@ -2944,7 +3585,10 @@ class JobLogs:
 # 9 journal
 # ----------------------------------------------------------------------------------------------------------------------
 RESERVE = 4 << 20  # bytes; SQLite uses its write-ahead log anew after 1,000 pages of 4 KiB
-_WAL_MAGIC = (b"\x37\x7f\x06\x82", b"\x37\x7f\x06\x83")  # https://sqlite.org/fileformat2.html#walformat
+_WAL_MAGIC = (
+    b"\x37\x7f\x06\x82",
+    b"\x37\x7f\x06\x83",
+)  # https://sqlite.org/fileformat2.html#walformat
 _NO_SPACE = re.compile("is full|I/O error")  # what SQLite says of ENOSPC
 # Errors of SQLite that say nothing of what the file holds.
 _OUTSIDE = re.compile("is full|is locked|unable to open|I/O error|permission|protocol")
@@ -2976,8 +3620,11 @@ class Reserve:
 
     def _lose(self, what: str) -> None:
         self.lost = True
-        log.error("the disk is full: the reserve %s %s; triggers are refused and output of jobs is dropped until there is space",
-                  self._file, what)
+        log.error(
+            "the disk is full: the reserve %s %s; triggers are refused and output of jobs is dropped until there is space",
+            self._file,
+            what,
+        )
 
     def give_up(self) -> bool:
         """Free the space; False when that was done before or cannot be done."""
@@ -2999,7 +3646,9 @@ class Reserve:
 
     def _allocate(self) -> bool:
         try:
-            with open(os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640), "rb") as stream:
+            with open(
+                os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640), "rb"
+            ) as stream:
                 os.posix_fallocate(stream.fileno(), 0, RESERVE)
             return True
         except OSError:
@@ -3011,6 +3660,7 @@ class Reserve:
 class _Write:
     """One thread's part of the next transaction; `gate` opens when it is committed, or when its thread is to commit.
     With `failed`, called with the error if there is one, nobody waits for it."""
+
     __slots__ = ("work", "value", "error", "done", "gate", "failed")
 
     def __init__(self, work, failed=None):
@@ -3027,7 +3677,12 @@ class GroupCommit:
     """
 
     def __init__(self, db: sqlite3.Connection, make_room: typing.Callable[[], bool]):
-        self.db, self.lock, self.waiting, self._make_room = db, threading.Lock(), collections.deque(), make_room
+        self.db, self.lock, self.waiting, self._make_room = (
+            db,
+            threading.Lock(),
+            collections.deque(),
+            make_room,
+        )
         self._turn, self._leading = threading.Lock(), False  # guards `waiting` and `_leading`
         self.stored: typing.Callable[[], None] = lambda: None
 
@@ -3049,7 +3704,9 @@ class GroupCommit:
                 self._commit(batch)
             with self._turn:
                 heir = next((other for other in self.waiting if other.failed is None), None)
-                leading = heir is None and bool(self.waiting)  # only such as nobody waits for: go on
+                leading = heir is None and bool(
+                    self.waiting
+                )  # only such as nobody waits for: go on
                 self._leading = leading or heir is not None
             if heir is not None:
                 heir.gate.release()
@@ -3063,7 +3720,11 @@ class GroupCommit:
 
     def _commit(self, batch: typing.List[_Write]) -> None:
         error = self._try(batch)
-        if isinstance(error, sqlite3.OperationalError) and _NO_SPACE.search(str(error)) and self._make_room():
+        if (
+            isinstance(error, sqlite3.OperationalError)
+            and _NO_SPACE.search(str(error))
+            and self._make_room()
+        ):
             error = self._try(batch)
         for write in batch:
             write.error, write.done = error, True
@@ -3100,12 +3761,22 @@ class Journal:
                 if not self.reserve.give_up():
                     raise
                 self._db = self._open()
-        except (sqlite3.OperationalError, OSError) as error:  # permissions, a full disk: the file may be fine
-            raise ExecutorError(f"{file}: cannot be opened: {getattr(error, 'strerror', None) or error}") from None
+        except (
+            sqlite3.OperationalError,
+            OSError,
+        ) as error:  # permissions, a full disk: the file may be fine
+            raise ExecutorError(
+                f"{file}: cannot be opened: {getattr(error, 'strerror', None) or error}"
+            ) from None
         except sqlite3.DatabaseError as error:
             aside = self._set_aside("", "-wal", "-shm")
-            log.error("the journal %s is broken (%s): moved to %s, starting with an empty one; the admin will show runs that "
-                      "were in it as running", file, " ".join(str(error).split()), aside)
+            log.error(
+                "the journal %s is broken (%s): moved to %s, starting with an empty one; the admin will show runs that "
+                "were in it as running",
+                file,
+                " ".join(str(error).split()),
+                aside,
+            )
             self._db = self._open()
         self._group = GroupCommit(self._db, self._make_room)
 
@@ -3114,8 +3785,11 @@ class Journal:
         with contextlib.suppress(FileNotFoundError), open(self._file + "-wal", "rb") as stream:
             magic = stream.read(4)
             if magic and magic not in _WAL_MAGIC:
-                log.error("the write-ahead log %s-wal is broken: moved to %s; the admin will show the latest runs as running",
-                          self._file, self._set_aside("-wal"))
+                log.error(
+                    "the write-ahead log %s-wal is broken: moved to %s; the admin will show the latest runs as running",
+                    self._file,
+                    self._set_aside("-wal"),
+                )
 
     def _set_aside(self, *suffixes: str) -> str:
         """Rename the files of the journal with these suffixes; returns the new name of the first."""
@@ -3133,12 +3807,18 @@ class Journal:
         return made
 
     def _open(self) -> sqlite3.Connection:
-        os.close(os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640))  # it holds parameters and results
+        os.close(
+            os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        )  # it holds parameters and results
         with contextlib.suppress(FileNotFoundError):
-            if not os.path.getsize(self._file) and os.path.getsize(self._file + "-wal"):  # SQLite would delete that one
+            if not os.path.getsize(self._file) and os.path.getsize(
+                self._file + "-wal"
+            ):  # SQLite would delete that one
                 raise sqlite3.DatabaseError("it is empty, its write-ahead log is not")
         db = sqlite3.connect(self._file, isolation_level=None, check_same_thread=False, timeout=0.5)
-        db.text_factory = lambda data: data.decode("utf-8", "replace")  # a damaged text must not hide the rows behind it
+        db.text_factory = lambda data: data.decode(
+            "utf-8", "replace"
+        )  # a damaged text must not hide the rows behind it
         try:
             db.executescript(_SCHEMA)
             found = db.execute("PRAGMA quick_check(1)").fetchone()[0]
@@ -3152,7 +3832,10 @@ class Journal:
             if found != "ok":
                 raise sqlite3.DatabaseError(found)
             db.executescript("BEGIN; INSERT OR REPLACE INTO facts VALUES ('', ''); ROLLBACK")
-        except (sqlite3.Error, UnicodeDecodeError) as error:  # SQLite's message may quote what is damaged
+        except (
+            sqlite3.Error,
+            UnicodeDecodeError,
+        ) as error:  # SQLite's message may quote what is damaged
             db.close()
             if isinstance(error, sqlite3.OperationalError) and _OUTSIDE.search(str(error)):
                 raise
@@ -3190,21 +3873,48 @@ class Journal:
         """Store a new run; False when its logId is known."""
         if self.reserve.lost:
             raise JournalError(f"{self._file}: the disk is full")
-        row = (trigger.log_id, trigger.log_date_time, RunState.ACCEPTED.value, time.time(), json.dumps(vars(trigger)))
-        return self._write(lambda db: db.execute(
-            "INSERT OR IGNORE INTO runs (log_id, log_date_time, state, accepted, trigger) VALUES (?, ?, ?, ?, ?)", row).rowcount == 1)
+        row = (
+            trigger.log_id,
+            trigger.log_date_time,
+            RunState.ACCEPTED.value,
+            time.time(),
+            json.dumps(vars(trigger)),
+        )
+        return self._write(
+            lambda db: (
+                db.execute(
+                    "INSERT OR IGNORE INTO runs (log_id, log_date_time, state, accepted, trigger) VALUES (?, ?, ?, ?, ?)",
+                    row,
+                ).rowcount
+                == 1
+            )
+        )
 
     def start(self, log_id: int) -> None:
         """accepted -> running; committed before anything of the run starts, so that it never starts twice."""
-        if self._write(lambda db: db.execute(
-                "UPDATE runs SET state = 'running', starts = starts + 1 WHERE log_id = ? AND state = 'accepted'",
-                (log_id,)).rowcount) != 1:
+        if (
+            self._write(
+                lambda db: (
+                    db.execute(
+                        "UPDATE runs SET state = 'running', starts = starts + 1 WHERE log_id = ? AND state = 'accepted'",
+                        (log_id,),
+                    ).rowcount
+                )
+            )
+            != 1
+        ):
             raise JournalError(f"run {log_id} is not waiting to be started")
 
     def restart(self, log_id: int) -> None:
         """running -> accepted, for a run that a crash interrupted and that its job wants again."""
-        self._write(lambda db: db.execute(
-            "UPDATE runs SET state = 'accepted', accepted = ? WHERE log_id = ? AND state = 'running'", (time.time(), log_id)).rowcount)
+        self._write(
+            lambda db: (
+                db.execute(
+                    "UPDATE runs SET state = 'accepted', accepted = ? WHERE log_id = ? AND state = 'running'",
+                    (time.time(), log_id),
+                ).rowcount
+            )
+        )
 
     def finish(self, triggers: typing.Sequence[Trigger], result: Result) -> None:
         """accepted | running -> finished, all with `result`, in the next transaction; `stored` tells when. Need not be waited
@@ -3215,7 +3925,12 @@ class Journal:
             with self._group.lock:
                 first, self._held = not self._held, self._held + results
             if first:  # an outage is told once
-                log.error("cannot store results, holding them until it works again: %s: %s", self._file, error)
+                log.error(
+                    "cannot store results, holding them until it works again: %s: %s",
+                    self._file,
+                    error,
+                )
+
         self._group.join(_Write(lambda db: self._store(db, results), failed))
 
     @staticmethod
@@ -3223,7 +3938,8 @@ class Journal:
         return db.executemany(
             "UPDATE runs SET state = 'finished', code = ?, message = ?, finished = ?, trigger = NULL "
             "WHERE log_id = ? AND state IN ('accepted', 'running')",
-            [(result.code, result.message, time.time(), log_id) for log_id, result in results]).rowcount
+            [(result.code, result.message, time.time(), log_id) for log_id, result in results],
+        ).rowcount
 
     def store_held(self) -> bool:
         """Try again to store what `finish` could not, then to have the reserve again; False when something is still missing.
@@ -3233,29 +3949,39 @@ class Journal:
             with contextlib.suppress(JournalError):
                 self._write(lambda db: self._store(db, held))
                 with self._group.lock:
-                    self._held = self._held[len(held):]
+                    self._held = self._held[len(held) :]
                 log.info("stored %d held results", len(held))
         with self._group.lock:
             return not self._held and self.reserve.restore()
 
     def undelivered(self, limit: int) -> typing.List[typing.Tuple[int, int, int, str, float]]:
         """(logId, log_date_time, code, message, finished) of results that wait for the admin, the oldest first."""
-        return self._read("SELECT log_id, log_date_time, code, message, finished FROM runs WHERE state <> 'delivered' AND state = 'finished' "
-                          "ORDER BY finished LIMIT ?", limit)
+        return self._read(
+            "SELECT log_id, log_date_time, code, message, finished FROM runs WHERE state <> 'delivered' AND state = 'finished' "
+            "ORDER BY finished LIMIT ?",
+            limit,
+        )
 
     def settle(self, log_ids: typing.Iterable[int], state: RunState) -> None:
         """finished -> delivered or dead."""
         rows = [(state.value, log_id) for log_id in log_ids]
-        self._write(lambda db: db.executemany(
-            "UPDATE runs SET state = ? WHERE log_id = ? AND state = 'finished'", rows).rowcount)
+        self._write(
+            lambda db: (
+                db.executemany(
+                    "UPDATE runs SET state = ? WHERE log_id = ? AND state = 'finished'", rows
+                ).rowcount
+            )
+        )
 
     def knows(self, log_id: int) -> bool:
         return bool(self._read("SELECT 1 FROM runs WHERE log_id = ?", log_id))
 
     def unfinished(self) -> typing.List[typing.Tuple[Trigger, RunState, float, int]]:
         """(trigger, state, when accepted, how often started) of every run without a result; read once, at start."""
-        rows = self._read("SELECT log_id, log_date_time, trigger, state, accepted, starts FROM runs "
-                          "WHERE state <> 'delivered' AND state IN ('accepted', 'running') ORDER BY accepted")
+        rows = self._read(
+            "SELECT log_id, log_date_time, trigger, state, accepted, starts FROM runs "
+            "WHERE state <> 'delivered' AND state IN ('accepted', 'running') ORDER BY accepted"
+        )
         found = []
         for log_id, date, stored, state, accepted, starts in rows:
             try:
@@ -3267,10 +3993,17 @@ class Journal:
 
     def counts(self) -> typing.Dict[str, typing.Any]:
         """How many results are undelivered, held because they could not be stored, and dead; when the oldest one was finished."""
-        rows = self._read("SELECT state, count(*), min(finished) FROM runs WHERE state <> 'delivered' AND state IN ('finished', 'dead') GROUP BY state")
+        rows = self._read(
+            "SELECT state, count(*), min(finished) FROM runs WHERE state <> 'delivered' AND state IN ('finished', 'dead') GROUP BY state"
+        )
         found = {state: (count, oldest) for state, count, oldest in rows}
         count, oldest = found.get("finished", (0, None))
-        return {"undelivered": count + len(self._held), "held": len(self._held), "oldest": oldest, "dead": found.get("dead", (0, None))[0]}
+        return {
+            "undelivered": count + len(self._held),
+            "held": len(self._held),
+            "oldest": oldest,
+            "dead": found.get("dead", (0, None))[0],
+        }
 
     def fact(self, name: str) -> str:
         """What was learned about the admin, "" when nothing was."""
@@ -3278,17 +4011,29 @@ class Journal:
         return rows[0][0] if rows else ""
 
     def learn(self, name: str, value: str) -> None:
-        self._write(lambda db: db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value)).rowcount)
+        self._write(
+            lambda db: (
+                db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value)).rowcount
+            )
+        )
 
     def prune(self) -> int:
         """Forget delivered runs after REPEAT_WINDOW, dead ones after four times DEAD_AFTER; returns how many."""
         now, removed = time.time(), 0
-        for state, age in (("state = 'delivered'", REPEAT_WINDOW), ("state <> 'delivered' AND state = 'dead'", 4 * DEAD_AFTER)):
+        for state, age in (
+            ("state = 'delivered'", REPEAT_WINDOW),
+            ("state <> 'delivered' AND state = 'dead'", 4 * DEAD_AFTER),
+        ):
             count = 1
             while count:  # in parts: triggers wait for the lock meanwhile
-                count = self._write(lambda db: db.execute(
-                    f"DELETE FROM runs WHERE log_id IN (SELECT log_id FROM runs WHERE {state} AND finished < ? LIMIT 1000)",
-                    (now - age,)).rowcount)
+                count = self._write(
+                    lambda db: (
+                        db.execute(
+                            f"DELETE FROM runs WHERE log_id IN (SELECT log_id FROM runs WHERE {state} AND finished < ? LIMIT 1000)",
+                            (now - age,),
+                        ).rowcount
+                    )
+                )
                 removed += count
         return removed
 
@@ -3316,11 +4061,15 @@ class Callbacks:
         self._journal, self._admin, self._metrics = journal, admin, metrics
         self._wake, self._closing, self._abandoned = threading.Event(), threading.Event(), False
         self._next_at = 0.0  # monotonic
-        self._refused: typing.Dict[int, typing.Tuple[int, float]] = {}  # logId: (refusals, monotonic time of the next attempt)
+        self._refused: typing.Dict[
+            int, typing.Tuple[int, float]
+        ] = {}  # logId: (refusals, monotonic time of the next attempt)
         self._failures = self._refusals = 0
         self._retry_at = 0.0
         self.last_error = ""
-        self._step_at = 0.0  # monotonic; when the last attempt began, 0 while there is nothing to do
+        self._step_at = (
+            0.0  # monotonic; when the last attempt began, 0 while there is nothing to do
+        )
         self._thread = threading.Thread(target=self._loop, name="callback", daemon=True)
 
     def start(self) -> None:
@@ -3339,7 +4088,9 @@ class Callbacks:
 
     def alive(self, attempt: float) -> bool:
         """Whether the thread makes progress, be it from one failed attempt to the next; `attempt`: seconds that one may take."""
-        return self._thread.is_alive() and not (self._step_at and time.monotonic() > self._step_at + attempt)
+        return self._thread.is_alive() and not (
+            self._step_at and time.monotonic() > self._step_at + attempt
+        )
 
     def close(self, timeout: float = 5.0) -> None:
         """Deliver what is left, for at most `timeout` seconds; the rest waits in the journal."""
@@ -3368,7 +4119,9 @@ class Callbacks:
                 if isinstance(error, JournalError):
                     log.error("cannot read results: %s", error)
                 else:
-                    log.exception("the callback thread goes on after an unexpected error, please report it")
+                    log.exception(
+                        "the callback thread goes on after an unexpected error, please report it"
+                    )
             if closing:
                 return
 
@@ -3397,15 +4150,24 @@ class Callbacks:
                 wait = backoff(self._failures)
                 self._retry_at = time.monotonic() + wait
                 if str(error) != self.last_error:  # an outage is told once, not once a minute
-                    log.warning("cannot deliver %s, next attempt in %.0f s: %s", counted(len(due), "result"), wait, error)
+                    log.warning(
+                        "cannot deliver %s, next attempt in %.0f s: %s",
+                        counted(len(due), "result"),
+                        wait,
+                        error,
+                    )
                 self.last_error = str(error)
 
     def _bury(self, rows: list) -> list:
         oldest = time.time() - DEAD_AFTER
         dead = [row[0] for row in rows if row[4] < oldest]
         if dead:
-            log.error("giving up %s that the admin did not take for %d days: logId=%s", counted(len(dead), "result"), DEAD_AFTER // 86_400,
-                      ",".join(map(str, dead)))
+            log.error(
+                "giving up %s that the admin did not take for %d days: logId=%s",
+                counted(len(dead), "result"),
+                DEAD_AFTER // 86_400,
+                ",".join(map(str, dead)),
+            )
             self._journal.settle(dead, RunState.DEAD)
             for log_id in dead:
                 self._refused.pop(log_id, None)
@@ -3417,23 +4179,33 @@ class Callbacks:
             self._admin.callback(rows)
         except AdminRefused as error:
             if len(rows) > 1:
-                self._send(rows[:len(rows) // 2])
-                self._send(rows[len(rows) // 2:])
+                self._send(rows[: len(rows) // 2])
+                self._send(rows[len(rows) // 2 :])
                 return
             count = self._refused.get(rows[0][0], (0, 0.0))[0] + 1
             self._refused[rows[0][0]] = (count, time.monotonic() + backoff(count))
             self._metrics.count("callback_failures_total")
-            log.warning("the admin refuses the result of logId=%d, trying again later: %s", rows[0][0], error)
+            log.warning(
+                "the admin refuses the result of logId=%d, trying again later: %s",
+                rows[0][0],
+                error,
+            )
             self.last_error = str(error)
             self._refusals += 1
-            if self._refusals == 3:  # three single ones and none taken: leave the others in peace for a while
+            if (
+                self._refusals == 3
+            ):  # three single ones and none taken: leave the others in peace for a while
                 raise
             return
         if not self._admin.addresses:
-            self._journal.settle([row[0] for row in rows], RunState.DELIVERED)  # nobody waits for them
+            self._journal.settle(
+                [row[0] for row in rows], RunState.DELIVERED
+            )  # nobody waits for them
             return
         failpoint("sent")
-        self._refusals = -1_000_000  # this admin takes results: whatever else it refuses is about the result itself
+        self._refusals = (
+            -1_000_000
+        )  # this admin takes results: whatever else it refuses is about the result itself
         self._journal.settle([row[0] for row in rows], RunState.DELIVERED)
         for row in rows:
             self._refused.pop(row[0], None)
@@ -3451,7 +4223,10 @@ class Address:
 
     def __init__(self, url: str):
         self.url, self.failures, self.last_error = url, 0, ""
-        self.not_before, self.tried_at = 0.0, float("-inf")  # monotonic: end of the backoff; when an attempt last began or failed
+        self.not_before, self.tried_at = (
+            0.0,
+            float("-inf"),
+        )  # monotonic: end of the backoff; when an attempt last began or failed
         self.well = False  # whether the last attempt brought an answer, be it a refusal
         self.last_success = 0.0  # seconds since the epoch
 
@@ -3466,16 +4241,24 @@ class _Link:
     def __init__(self, url: str, connect_timeout: float, timeout: float):
         import requests
         import urllib3
+
         self._url, self._connect_timeout, self._timeout = url, connect_timeout, timeout
-        self._errors = (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError,
-                        RuntimeError)  # no thread for the timer
+        self._errors = (
+            requests.RequestException,
+            urllib3.exceptions.HTTPError,
+            OSError,
+            ValueError,
+            RuntimeError,
+        )  # no thread for the timer
         self._socket: typing.Optional[socket.socket] = None
         self._expired = False
         self._session = requests.Session()
         # Once, not for each request: the environment's proxies and CA bundle; .netrc has no business with an admin.
         self._session.trust_env = False
         self._session.proxies = requests.utils.get_environ_proxies(url)
-        self._session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
+        self._session.verify = (
+            os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
+        )
         link = self
 
         class Http(urllib3.connection.HTTPConnection):
@@ -3491,18 +4274,24 @@ class _Link:
 
         class HttpsPool(urllib3.HTTPSConnectionPool):
             ConnectionCls = Https
+
         for prefix in ("http://", "https://"):
-            adapter = requests.adapters.HTTPAdapter(pool_connections=1, pool_maxsize=1, max_retries=0)
+            adapter = requests.adapters.HTTPAdapter(
+                pool_connections=1, pool_maxsize=1, max_retries=0
+            )
             adapter.poolmanager.pool_classes_by_scheme = {"http": HttpPool, "https": HttpsPool}
             self._session.mount(prefix, adapter)
 
     def _connect(self, connection) -> socket.socket:
         """A socket for a connection of urllib3, which takes nothing but its own errors for a failure to connect."""
         import urllib3
+
         deadline = time.monotonic() + self._connect_timeout
         try:
             error: Exception = OSError(f"{connection.host} has no address")
-            for family_, kind, protocol, _, target in resolve(connection.host, connection.port, self._connect_timeout):
+            for family_, kind, protocol, _, target in resolve(
+                connection.host, connection.port, self._connect_timeout
+            ):
                 sock = socket.socket(family_, kind, protocol)
                 try:
                     sock.settimeout(max(0.01, deadline - time.monotonic()))
@@ -3524,15 +4313,23 @@ class _Link:
         with contextlib.suppress(OSError, AttributeError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
-    def post(self, path: str, headers: typing.Dict[str, str], body: bytes) -> typing.Tuple[int, bytes]:
+    def post(
+        self, path: str, headers: typing.Dict[str, str], body: bytes
+    ) -> typing.Tuple[int, bytes]:
         """(HTTP status, at most REPLY_LIMIT + 1 bytes). Raises AdminUnreachable."""
         self._expired = False
         timer = threading.Timer(self._timeout, self._expire)
         timer.daemon = True
         try:
             timer.start()
-            with self._session.post(self._url + path, data=body, headers=headers, timeout=(self._connect_timeout, self._timeout),
-                                    stream=True, allow_redirects=False) as reply:
+            with self._session.post(
+                self._url + path,
+                data=body,
+                headers=headers,
+                timeout=(self._connect_timeout, self._timeout),
+                stream=True,
+                allow_redirects=False,
+            ) as reply:
                 data = b""
                 for part in reply.iter_content(8192):
                     data += part
@@ -3544,7 +4341,11 @@ class _Link:
             return reply.status_code, data
         except self._errors as error:
             self._disconnect()
-            reason = f"no complete answer within {seconds_text(self._timeout)}" if self._expired else root_cause(error)
+            reason = (
+                f"no complete answer within {seconds_text(self._timeout)}"
+                if self._expired
+                else root_cause(error)
+            )
             raise AdminUnreachable(f"{self._url}{path}: {reason}") from None
         finally:
             timer.cancel()
@@ -3564,7 +4365,11 @@ class _Link:
 def root_cause(error: BaseException) -> str:
     """What lies below the wrappings of requests and urllib3, in a few words."""
     while True:
-        inner = [found for found in (getattr(error, "reason", None), error.__cause__, *error.args) if isinstance(found, BaseException)]
+        inner = [
+            found
+            for found in (getattr(error, "reason", None), error.__cause__, *error.args)
+            if isinstance(found, BaseException)
+        ]
         if not inner:
             shown = "".join(char if char.isprintable() else " " for char in str(error))
             return " ".join(shown.split()) or type(error).__name__
@@ -3583,6 +4388,7 @@ def resolve(host: str, port: int, seconds: float) -> list:
             box.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
         except OSError as error:
             box.put(error)
+
     try:
         threading.Thread(target=work, name="resolver", daemon=True).start()
         found = box.get(timeout=seconds)
@@ -3606,18 +4412,28 @@ class AdminClient:
         self._config, self._learn = config, learn
         self._dialect = dialect or "array"  # or "wrapper", from 3.5
         self._local = threading.local()
-        self._turn, self._closing = threading.Lock(), threading.Event()  # the lock guards `tried_at`
+        self._turn, self._closing = (
+            threading.Lock(),
+            threading.Event(),
+        )  # the lock guards `tried_at`
         self._links: typing.List[_Link] = []
         self.use_token(config.admin.access_token)
 
     def use_token(self, token: typing.Optional[str]) -> None:
         """Send `token` from now on."""
-        self._headers = {"Content-Type": "application/json;charset=UTF-8", "XXL-JOB-APPNAME": self._config.executor.app_name,
-                         "XXL-JOB-ACCESS-TOKEN": token or ""}  # 3.3.0 insists on it, even when empty
+        self._headers = {
+            "Content-Type": "application/json;charset=UTF-8",
+            "XXL-JOB-APPNAME": self._config.executor.app_name,
+            "XXL-JOB-ACCESS-TOKEN": token or "",
+        }  # 3.3.0 insists on it, even when empty
 
     def registry(self, address: str, remove: bool = False) -> None:
         """Register `address`, or take it back. Tries every address until one answers, also those in a backoff."""
-        body = {"registryGroup": "EXECUTOR", "registryKey": self._config.executor.app_name, "registryValue": address}
+        body = {
+            "registryGroup": "EXECUTOR",
+            "registryKey": self._config.executor.app_name,
+            "registryValue": address,
+        }
         self._call("/api/registryRemove" if remove else "/api/registry", body, eager=True)
 
     def callback(self, rows: typing.Sequence[tuple]) -> None:
@@ -3625,8 +4441,17 @@ class AdminClient:
         there is no admin at all."""
         if not self.addresses:
             return
-        items = [{"logId": row[0], "logDateTim": row[1], "logDateTime": row[1], "handleCode": row[2], "handleMsg": row[3],
-                  "executeResult": {"code": row[2], "msg": row[3]}} for row in rows]  # all spellings, 2.2.0's too
+        items = [
+            {
+                "logId": row[0],
+                "logDateTim": row[1],
+                "logDateTime": row[1],
+                "handleCode": row[2],
+                "handleMsg": row[3],
+                "executeResult": {"code": row[2], "msg": row[3]},
+            }
+            for row in rows
+        ]  # all spellings, 2.2.0's too
         bodies = {"array": items, "wrapper": {"callbackList": items}}
         dialect = self._dialect
         try:
@@ -3649,7 +4474,10 @@ class AdminClient:
     def _set_dialect(self, dialect: str) -> None:
         if dialect != self._dialect:
             self._dialect = dialect
-            log.info("the admin speaks the dialect of version %s", "3.5" if dialect == "wrapper" else "3.4 or older")
+            log.info(
+                "the admin speaks the dialect of version %s",
+                "3.5" if dialect == "wrapper" else "3.4 or older",
+            )
             with contextlib.suppress(JournalError):
                 self._learn("dialect", dialect)
 
@@ -3699,7 +4527,9 @@ class AdminClient:
                         address.tried_at = now
                         waiting.remove(address)
                         return address, link
-            if self._closing.wait(max(0.0, min(a.tried_at for a in waiting) + 1.0 - time.monotonic())):
+            if self._closing.wait(
+                max(0.0, min(a.tried_at for a in waiting) + 1.0 - time.monotonic())
+            ):
                 raise AdminUnreachable("the executor stops")
 
     @staticmethod
@@ -3738,7 +4568,9 @@ class AdminClient:
 def facing_address(url: str, seconds: float) -> str:
     """The IP address of the interface that faces `url`. Raises OSError while it cannot be told."""
     parts = urllib.parse.urlsplit(url)
-    family_, _, _, _, target = resolve(parts.hostname, parts.port or (443 if parts.scheme == "https" else 80), seconds)[0]
+    family_, _, _, _, target = resolve(
+        parts.hostname, parts.port or (443 if parts.scheme == "https" else 80), seconds
+    )[0]
     with socket.socket(family_, socket.SOCK_DGRAM) as probe:
         probe.connect(target)  # sends nothing
         return probe.getsockname()[0]
@@ -3747,14 +4579,30 @@ def facing_address(url: str, seconds: float) -> str:
 class Registration:
     """The heartbeat thread: registers at start and every REGISTRY_INTERVAL, takes it back at the end; no failure ends it."""
 
-    def __init__(self, config: Config, admin, metrics: Metrics, port: int, recovered: typing.Callable[[], None]):
-        self._config, self._admin, self._metrics, self._port, self._recovered = config, admin, metrics, port, recovered
+    def __init__(
+        self,
+        config: Config,
+        admin,
+        metrics: Metrics,
+        port: int,
+        recovered: typing.Callable[[], None],
+    ):
+        self._config, self._admin, self._metrics, self._port, self._recovered = (
+            config,
+            admin,
+            metrics,
+            port,
+            recovered,
+        )
         self._stop = threading.Event()
         self._failures = 0
         self.address = ""  # once known never changed: the admin compares it as text with where it sent its runs
         self.registered = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="registration", daemon=True)
-        metrics.gauge("last_heartbeat_timestamp_seconds", lambda: max([a.last_success for a in admin.addresses], default=0.0))
+        metrics.gauge(
+            "last_heartbeat_timestamp_seconds",
+            lambda: max([a.last_success for a in admin.addresses], default=0.0),
+        )
 
     def start(self) -> None:
         if self._admin.addresses:
@@ -3782,7 +4630,11 @@ class Registration:
                 self._admin.registry(self.address, remove=True)
                 log.info("took back the registration of %s", self.address)
             except Exception as error:
-                log.warning("could not take back the registration of %s, the admin forgets it by itself: %s", self.address, error)
+                log.warning(
+                    "could not take back the registration of %s, the admin forgets it by itself: %s",
+                    self.address,
+                    error,
+                )
 
     def _register(self) -> None:
         if not self.address:
@@ -3813,7 +4665,9 @@ class Registration:
         self._metrics.count("registration_failures_total")
         wait = backoff(self._failures)
         if not isinstance(error, (OSError, ExecutorError)):
-            log.exception("the registration thread goes on after an unexpected error, please report it")
+            log.exception(
+                "the registration thread goes on after an unexpected error, please report it"
+            )
         elif self._failures == 1:
             log.warning("cannot register at the admin, trying again until it works: %s", error)
         return wait
@@ -3822,7 +4676,7 @@ class Registration:
 # ----------------------------------------------------------------------------------------------------------------------
 # 13 systemd
 # ----------------------------------------------------------------------------------------------------------------------
-LISTEN_FDS_START = 3   # <systemd/sd-daemon.h>
+LISTEN_FDS_START = 3  # <systemd/sd-daemon.h>
 STATUS_INTERVAL = 5.0  # seconds
 
 
@@ -3830,7 +4684,10 @@ def notify(state: str) -> None:
     """Tell systemd, as sd_notify(3) does; nothing happens without $NOTIFY_SOCKET."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address[:1] in ("/", "@"):
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        with (
+            contextlib.suppress(OSError),
+            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock,
+        ):
             sock.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
 
 
@@ -3856,7 +4713,9 @@ class ServiceManager:
             if self._well():
                 lines.append("WATCHDOG=1")
             else:
-                log.error("the HTTP server or the delivery of results makes no progress: systemd may restart this service")
+                log.error(
+                    "the HTTP server or the delivery of results makes no progress: systemd may restart this service"
+                )
         if lines:
             notify("\n".join(lines))
 
@@ -3868,18 +4727,24 @@ def inherited_listener() -> typing.Optional[socket.socket]:
     os.environ["LISTEN_PID"] = ""  # once
     os.set_inheritable(LISTEN_FDS_START, False)
     listener = socket.socket(fileno=LISTEN_FDS_START)
-    if listener.family not in (socket.AF_INET, socket.AF_INET6) or not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+    if listener.family not in (socket.AF_INET, socket.AF_INET6) or not listener.getsockopt(
+        socket.SOL_SOCKET, socket.SO_ACCEPTCONN
+    ):
         listener.close()
-        raise ExecutorError("the first socket that systemd passed does not listen for TCP: its unit needs ListenStream=<port>")
+        raise ExecutorError(
+            "the first socket that systemd passed does not listen for TCP: its unit needs ListenStream=<port>"
+        )
     return listener
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 14 daemon
 # ----------------------------------------------------------------------------------------------------------------------
-HOLD = 1.0             # seconds; the admin waits for an answer at least 3
-MAX_STARTS = 3         # of one run with on_crash: rerun; a job that brings the executor down must not do so for ever
-WATCH_INTERVAL = 1.0   # seconds between two looks at the files with executor.watch_config, and of status --watch
+HOLD = 1.0  # seconds; the admin waits for an answer at least 3
+MAX_STARTS = 3  # of one run with on_crash: rerun; a job that brings the executor down must not do so for ever
+WATCH_INTERVAL = (
+    1.0  # seconds between two looks at the files with executor.watch_config, and of status --watch
+)
 HOUSEKEEPING = 3600.0  # seconds between two prunings of logs and journal
 
 
@@ -3890,7 +4755,9 @@ class DataDir:
         self.path = path
         make_directory(path)
         try:
-            self._fd = os.open(os.path.join(path, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+            self._fd = os.open(
+                os.path.join(path, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640
+            )
         except OSError as error:
             raise unusable(error) from None
         try:
@@ -3898,8 +4765,10 @@ class DataDir:
         except OSError:
             owner = os.pread(self._fd, 4096, 0).decode().split()[1:2]
             os.close(self._fd)
-            raise ExecutorError(f"executor.data_dir: {path} is in use by another executor (pid {''.join(owner) or 'unknown'}): "
-                                "stop it, or give this one a data_dir of its own") from None
+            raise ExecutorError(
+                f"executor.data_dir: {path} is in use by another executor (pid {''.join(owner) or 'unknown'}): "
+                "stop it, or give this one a data_dir of its own"
+            ) from None
         found = os.pread(self._fd, 4096, 0).decode("ascii", "replace").split()
         valid = found and re.fullmatch(r"[0-9a-f]{16}", found[0])
         self.identity = found[0] if valid else secrets.token_hex(8)
@@ -3927,15 +4796,21 @@ class DataDir:
     @staticmethod
     def url(path: str) -> str:
         """Where the daemon with this data_dir listens, "" when it is not running."""
-        with contextlib.suppress(OSError, IndexError), open(os.path.join(path, "lock"), encoding="ascii") as stream:
+        with (
+            contextlib.suppress(OSError, IndexError),
+            open(os.path.join(path, "lock"), encoding="ascii") as stream,
+        ):
             return stream.read().split()[2]
         return ""
 
 
 def end_leftovers(journal: Journal, identity: str) -> None:
     """End what an executor that crashed left running; what finished jobs were allowed to leave stays."""
-    markers = [f"{identity}-"] + [f"{identity}+{trigger.log_id:020d}" for trigger, state, _, _ in journal.unfinished()
-                                  if state is RunState.RUNNING]
+    markers = [f"{identity}-"] + [
+        f"{identity}+{trigger.log_id:020d}"
+        for trigger, state, _, _ in journal.unfinished()
+        if state is RunState.RUNNING
+    ]
     for marker in markers:
         found = family(marker)
         if found:
@@ -3945,7 +4820,13 @@ def end_leftovers(journal: Journal, identity: str) -> None:
                 log.error("processes %s cannot be ended: end them by hand", survivors)
 
 
-def recover(journal: Journal, logs: JobLogs, scheduler: Scheduler, scripts: Scripts, jobs: typing.Dict[str, JobConfig]) -> None:
+def recover(
+    journal: Journal,
+    logs: JobLogs,
+    scheduler: Scheduler,
+    scripts: Scripts,
+    jobs: typing.Dict[str, JobConfig],
+) -> None:
     """Runs that the last executor did not finish: start again, or report."""
     for trigger, state, accepted, starts in journal.unfinished():
         job = jobs.get(trigger.handler) if trigger.glue_type == "BEAN" else None
@@ -3956,19 +4837,26 @@ def recover(journal: Journal, logs: JobLogs, scheduler: Scheduler, scripts: Scri
         message = ""
         if state is RunState.RUNNING:
             again = job is not None and job.on_crash == "rerun" and starts < MAX_STARTS
-            message = "executor restarted while the job ran" + ("; it is run again" if again else ", its outcome is unknown")
+            message = "executor restarted while the job ran" + (
+                "; it is run again" if again else ", its outcome is unknown"
+            )
             logs.open(trigger).end(message if again else f"failed: {message}")
             if again:
                 try:
                     journal.restart(trigger.log_id)
                     message = ""
                 except JournalError as error:
-                    message = f"executor restarted while the job ran, it cannot be run again: {error}"
+                    message = (
+                        f"executor restarted while the job ran, it cannot be run again: {error}"
+                    )
         elif age > RESUME_WINDOW:
             message = f"accepted {seconds_text(age)} before the executor restarted, too long ago to start now"
         if not message and job is None:
-            message = (f'job handler "{trigger.handler}" was removed before the run started' if trigger.glue_type else
-                       "its trigger in the journal is broken")
+            message = (
+                f'job handler "{trigger.handler}" was removed before the run started'
+                if trigger.glue_type
+                else "its trigger in the journal is broken"
+            )
         if message:
             log.warning("failed %s: %s", trigger, message)
             journal.finish([trigger], Result(FAILURE, message))
@@ -4044,7 +4932,11 @@ class Signals:
         """What came, 0 for a wake-up; the empty set at `deadline` (monotonic)."""
         poller = select.poll()
         poller.register(self._read, select.POLLIN)
-        left = None if deadline is None else min(max(0.0, deadline - time.monotonic()), 3600.0) * 1000 + 1
+        left = (
+            None
+            if deadline is None
+            else min(max(0.0, deadline - time.monotonic()), 3600.0) * 1000 + 1
+        )
         return set(os.read(self._read, 4096)) if poller.poll(left) else set()
 
     def close(self) -> None:
@@ -4066,7 +4958,9 @@ class Daemon:
         self._housekeeping_at = time.monotonic()
         self._watch_at = self._housekeeping_at if config.executor.watch_config else None
         self._files = ConfigFiles(config)
-        self._inherited: typing.Optional[tuple] = None  # the address of a socket that the service manager handed over
+        self._inherited: typing.Optional[tuple] = (
+            None  # the address of a socket that the service manager handed over
+        )
 
     def start(self) -> None:
         """Raises ExecutorError; nothing runs then."""
@@ -4085,27 +4979,55 @@ class Daemon:
             undo.callback(self._data.close)
             self._journal = Journal(os.path.join(self._data.path, "journal.db"))
             undo.callback(self._journal.close)
-            self._logs = JobLogs(os.path.join(self._data.path, "logs"), config.executor.log_limit, config.executor.log_retention,
-                                 config.executor.log_to_stdout, lambda: self._journal.reserve.lost)
+            self._logs = JobLogs(
+                os.path.join(self._data.path, "logs"),
+                config.executor.log_limit,
+                config.executor.log_retention,
+                config.executor.log_to_stdout,
+                lambda: self._journal.reserve.lost,
+            )
             self.metrics = Metrics()
-            self._runner = Runner(self._logs, self._data.identity, os.path.join(self._data.path, "run"), self.metrics)
+            self._runner = Runner(
+                self._logs, self._data.identity, os.path.join(self._data.path, "run"), self.metrics
+            )
             undo.callback(self._runner.close)
-            self._scripts = Scripts(os.path.join(self._data.path, "gluesource"), config.glue,
-                                    os.path.dirname(os.path.abspath(config.file)))
+            self._scripts = Scripts(
+                os.path.join(self._data.path, "gluesource"),
+                config.glue,
+                os.path.dirname(os.path.abspath(config.file)),
+            )
             end_leftovers(self._journal, self._data.identity)
             self._admin = AdminClient(config, self._journal.fact("dialect"), self._journal.learn)
             self._callbacks = Callbacks(self._journal, self._admin, self.metrics)
             self._journal.tell(self._callbacks.wake)
-            self._scheduler = Scheduler(self._journal, self._runner, self.metrics,
-                                        config.executor.max_running, config.executor.max_queued)
+            self._scheduler = Scheduler(
+                self._journal,
+                self._runner,
+                self.metrics,
+                config.executor.max_running,
+                config.executor.max_queued,
+            )
             self._scheduler.register()
             self.port = listener.getsockname()[1]
-            self._registration = Registration(config, self._admin, self.metrics, self.port, self._callbacks.retry)
-            self._api = Api(config, self._scheduler, self._logs, self._scripts, self.metrics, self.status, self._admin.learned)
+            self._registration = Registration(
+                config, self._admin, self.metrics, self.port, self._callbacks.retry
+            )
+            self._api = Api(
+                config,
+                self._scheduler,
+                self._logs,
+                self._scripts,
+                self.metrics,
+                self.status,
+                self._admin.learned,
+            )
             self._http = HttpServer(listener, self._api.answer, room)
             self.metrics.gauge("connections", lambda: self._http.connections)
             self.metrics.gauge("undelivered_results", lambda: self._journal.counts()["undelivered"])
-            self.metrics.gauge("oldest_undelivered_seconds", lambda: max(0.0, time.time() - (self._journal.counts()["oldest"] or time.time())))
+            self.metrics.gauge(
+                "oldest_undelivered_seconds",
+                lambda: max(0.0, time.time() - (self._journal.counts()["oldest"] or time.time())),
+            )
             self.metrics.gauge("dead_results", lambda: self._journal.counts()["dead"])
             self.metrics.gauge("start_time_seconds", lambda: self._started)
             undo.pop_all()
@@ -4119,12 +5041,20 @@ class Daemon:
         self._data.publish(self.url)
         self._registration.start()
         self._callbacks.start()
-        log.info("listening on %s, %s, %s", authority(config.executor.bind[0], self.port), counted(len(config.jobs), "job"),
-                 "admin " + ", ".join(config.admin.addresses) if config.admin.addresses else "no admin")
+        log.info(
+            "listening on %s, %s, %s",
+            authority(config.executor.bind[0], self.port),
+            counted(len(config.jobs), "job"),
+            "admin " + ", ".join(config.admin.addresses) if config.admin.addresses else "no admin",
+        )
         trim_memory()
         notify(f"READY=1\nSTATUS=listening on {self.url}, {counted(len(config.jobs), 'job')}")
-        patience = 30 + 4 * len(config.admin.addresses) * (config.admin.timeout + config.admin.connect_timeout)
-        self._manager = ServiceManager(self._summary, lambda: self._http.alive() and self._callbacks.alive(patience))
+        patience = 30 + 4 * len(config.admin.addresses) * (
+            config.admin.timeout + config.admin.connect_timeout
+        )
+        self._manager = ServiceManager(
+            self._summary, lambda: self._http.alive() and self._callbacks.alive(patience)
+        )
 
     def _bound(self, config: Config) -> Config:
         """`config` with the address that is listened on: that of an inherited socket takes the place of `executor.bind`."""
@@ -4143,14 +5073,34 @@ class Daemon:
         """Everything that `status` shows; any thread."""
         now, wall = time.monotonic(), time.time()
         counts = self._journal.counts()
-        addresses = [{"address": a.url, "ok": not a.last_error, "error": a.last_error, "lastSuccess": a.last_success or None,
-                      "nextAttempt": round(max(0.0, a.not_before - now), 1)} for a in self._admin.addresses]
-        return {"version": __version__, "pid": os.getpid(), "app": self.config.executor.app_name, "started": self._started,
-                "uptime": round(wall - self._started, 1), "address": self._registration.address or self.url, "draining": self._api.draining,
-                "registered": self._registration.registered.is_set(), "jobs": sorted(self.config.jobs), **self._scheduler.snapshot(),
-                "undelivered": counts["undelivered"], "dead": counts["dead"], "connections": self._http.connections,
-                "oldestUndelivered": round(wall - counts["oldest"], 1) if counts["oldest"] else None,
-                "lastFailure": self._callbacks.last_error, "admins": addresses}
+        addresses = [
+            {
+                "address": a.url,
+                "ok": not a.last_error,
+                "error": a.last_error,
+                "lastSuccess": a.last_success or None,
+                "nextAttempt": round(max(0.0, a.not_before - now), 1),
+            }
+            for a in self._admin.addresses
+        ]
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "app": self.config.executor.app_name,
+            "started": self._started,
+            "uptime": round(wall - self._started, 1),
+            "address": self._registration.address or self.url,
+            "draining": self._api.draining,
+            "registered": self._registration.registered.is_set(),
+            "jobs": sorted(self.config.jobs),
+            **self._scheduler.snapshot(),
+            "undelivered": counts["undelivered"],
+            "dead": counts["dead"],
+            "connections": self._http.connections,
+            "oldestUndelivered": round(wall - counts["oldest"], 1) if counts["oldest"] else None,
+            "lastFailure": self._callbacks.last_error,
+            "admins": addresses,
+        }
 
     # -- the main thread's loop
 
@@ -4173,8 +5123,17 @@ class Daemon:
 
     def _next(self, deadline: typing.Optional[float]) -> bool:
         """Wait for a signal or a wake-up until `deadline` (monotonic) and act on it; True for SIGTERM and SIGINT."""
-        limits = [limit for limit in (deadline, self._reap_at, self._watch_at, self._housekeeping_at, self._manager.due)
-                  if limit is not None]
+        limits = [
+            limit
+            for limit in (
+                deadline,
+                self._reap_at,
+                self._watch_at,
+                self._housekeeping_at,
+                self._manager.due,
+            )
+            if limit is not None
+        ]
         got = self._signals.wait(min(limits))
         now = time.monotonic()
         if self._manager.due is not None and now >= self._manager.due:
@@ -4217,7 +5176,11 @@ class Daemon:
             refuse_unsafe(dataclasses.replace(old, admin=new.admin))
         except ConfigError as error:
             first, *more = str(error).splitlines()
-            log.error("reload failed, the old jobs stay: %s%s", first, f" (and {len(more)} more, see check)" if more else "")
+            log.error(
+                "reload failed, the old jobs stay: %s%s",
+                first,
+                f" (and {len(more)} more, see check)" if more else "",
+            )
         else:
             for warning in new.warnings:
                 log.warning("%s", warning)
@@ -4227,20 +5190,38 @@ class Daemon:
                 log.info("the access token has changed")
             for part in ("admin", "executor", "glue"):
                 if getattr(dataclasses.replace(old, admin=admin), part) != getattr(new, part):
-                    log.warning("%s has changed in %s: that takes effect at a restart, a reload takes over only jobs and the token", part, old.file)
-            added, removed = sorted(new.jobs.keys() - old.jobs.keys()), sorted(old.jobs.keys() - new.jobs.keys())
-            changed = sorted(name for name in old.jobs.keys() & new.jobs.keys() if old.jobs[name] != new.jobs[name])
+                    log.warning(
+                        "%s has changed in %s: that takes effect at a restart, a reload takes over only jobs and the token",
+                        part,
+                        old.file,
+                    )
+            added, removed = (
+                sorted(new.jobs.keys() - old.jobs.keys()),
+                sorted(old.jobs.keys() - new.jobs.keys()),
+            )
+            changed = sorted(
+                name
+                for name in old.jobs.keys() & new.jobs.keys()
+                if old.jobs[name] != new.jobs[name]
+            )
             self.config = self._api.config = dataclasses.replace(old, admin=admin, jobs=new.jobs)
             self._runner.prepare(new.jobs.values())
-            log.info("reloaded %s: %s, added %s, changed %s, removed %s", old.file, counted(len(new.jobs), "job"),
-                     *(", ".join(names) or "none" for names in (added, changed, removed)))
+            log.info(
+                "reloaded %s: %s, added %s, changed %s, removed %s",
+                old.file,
+                counted(len(new.jobs), "job"),
+                *(", ".join(names) or "none" for names in (added, changed, removed)),
+            )
         notify("READY=1")
 
     def stop(self) -> None:
         """Drain, end what still runs, deliver, close. A signal that comes meanwhile ends the draining."""
         if self._signals is None:  # demo --once
             self.take_signals()
-        log.info("stopping: no new runs, up to %s for those that run", seconds_text(self.config.executor.drain_timeout))
+        log.info(
+            "stopping: no new runs, up to %s for those that run",
+            seconds_text(self.config.executor.drain_timeout),
+        )
         notify("STOPPING=1")
         self._registration.close()
         if self._inherited:  # who comes now may wait for the next executor, if that is soon
@@ -4253,6 +5234,7 @@ class Daemon:
         def idle_hook() -> None:
             idle.set()
             signals.wake()
+
         self._scheduler.drain(idle_hook)
         deadline = time.monotonic() + self.config.executor.drain_timeout
         if self._inherited and not idle.wait(HOLD):
@@ -4262,7 +5244,9 @@ class Daemon:
             pass
         if not idle.is_set():
             deadline = time.monotonic() + self._scheduler.cancel_all("killed: the executor stopped")
-            while not idle.is_set() and time.monotonic() < deadline:  # bounded, and needed: nothing may be left behind
+            while (
+                not idle.is_set() and time.monotonic() < deadline
+            ):  # bounded, and needed: nothing may be left behind
                 self._next(deadline)
         with contextlib.suppress(JournalError):
             self._journal.flush()
@@ -4270,9 +5254,13 @@ class Daemon:
         self._callbacks.close()
         try:
             counts = self._journal.counts()
-            left = (f"{counted(counts['held'], 'result')} could not be stored: the next start reports their outcome as unknown" if counts["held"]
-                    else f"{counted(counts['undelivered'], 'result')} kept for the next start" if counts["undelivered"]
-                    else "every result is delivered")
+            left = (
+                f"{counted(counts['held'], 'result')} could not be stored: the next start reports their outcome as unknown"
+                if counts["held"]
+                else f"{counted(counts['undelivered'], 'result')} kept for the next start"
+                if counts["undelivered"]
+                else "every result is delivered"
+            )
         except JournalError as error:
             left = f"the journal cannot be read: {error}"
         self._http.close()
@@ -4288,7 +5276,9 @@ def listen(bind: typing.Tuple[str, int]) -> socket.socket:
     """The listening socket. Raises ExecutorError."""
     host, port = bind
     try:
-        family_, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        family_, kind, protocol, _, target = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
         listener = socket.socket(family_, kind, protocol)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -4300,7 +5290,9 @@ def listen(bind: typing.Tuple[str, int]) -> socket.socket:
             listener.close()
             raise
     except OSError as error:
-        raise ExecutorError(f"executor.bind: cannot listen on {authority(host, port)}: {error.strerror}: choose a free port of this host") from None
+        raise ExecutorError(
+            f"executor.bind: cannot listen on {authority(host, port)}: {error.strerror}: choose a free port of this host"
+        ) from None
     return listener
 
 
@@ -4312,17 +5304,31 @@ def provide_limits(config: ExecutorConfig) -> int:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < needed:
         room = max(16, hard - jobs)
-        log.warning("at most %d files may be open; max_connections %d and max_running %d may need %d: raise the limit (systemd: "
-                    "LimitNOFILE=%d) or lower them; until then %d connections are served at once", hard, config.max_connections,
-                    config.max_running, needed, needed, room)
+        log.warning(
+            "at most %d files may be open; max_connections %d and max_running %d may need %d: raise the limit (systemd: "
+            "LimitNOFILE=%d) or lower them; until then %d connections are served at once",
+            hard,
+            config.max_connections,
+            config.max_running,
+            needed,
+            needed,
+            room,
+        )
         needed = hard
     if soft != resource.RLIM_INFINITY and soft < needed:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
     tasks = 2 * config.max_running + 32  # a thread and a process for each run
     most = resource.getrlimit(resource.RLIMIT_NPROC)[0]
     if most != resource.RLIM_INFINITY and most < tasks and os.getuid():
-        log.warning("user %d may have %d processes and threads; max_running %d needs at least %d: raise the limit (systemd: "
-                    "LimitNPROC=%d) or lower it", os.getuid(), most, config.max_running, tasks, tasks)
+        log.warning(
+            "user %d may have %d processes and threads; max_running %d needs at least %d: raise the limit (systemd: "
+            "LimitNPROC=%d) or lower it",
+            os.getuid(),
+            most,
+            config.max_running,
+            tasks,
+            tasks,
+        )
     return room
 
 
@@ -4338,15 +5344,21 @@ def refuse_unsafe(config: Config) -> None:
     token = config.admin.access_token
     host = config.executor.bind[0]
     if not token and not config.executor.allow_no_token and not is_loopback(host):
-        raise ConfigError(f"{config.file}: admin.access_token: is empty, and executor.bind {host} is open to the network: set a token, "
-                          "bind to 127.0.0.1, or set executor.allow_no_token: true when a firewall keeps others out")
+        raise ConfigError(
+            f"{config.file}: admin.access_token: is empty, and executor.bind {host} is open to the network: set a token, "
+            "bind to 127.0.0.1, or set executor.allow_no_token: true when a firewall keeps others out"
+        )
     if config.glue.enabled and token in (None, "", "default_token"):
-        raise ConfigError(f"{config.file}: glue.enabled: whoever knows the token can run any script here, and admin.access_token is "
-                          f"{'the one that every attacker tries first' if token else 'empty'}: set another one there and in the admin, "
-                          "or set glue.enabled: false")
+        raise ConfigError(
+            f"{config.file}: glue.enabled: whoever knows the token can run any script here, and admin.access_token is "
+            f"{'the one that every attacker tries first' if token else 'empty'}: set another one there and in the admin, "
+            "or set glue.enabled: false"
+        )
     if token == "default_token":
-        log.warning("ACCESS TOKEN IS default_token, which every attacker tries first: set another xxl.job.accessToken in the admin "
-                    "and admin.access_token here")
+        log.warning(
+            "ACCESS TOKEN IS default_token, which every attacker tries first: set another xxl.job.accessToken in the admin "
+            "and admin.access_token here"
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -4375,7 +5387,9 @@ class LoopbackAdmin:
 
             def do_POST(self):
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                status, reply = admin._answer(self.path, {name.lower(): value for name, value in self.headers.items()}, body)
+                status, reply = admin._answer(
+                    self.path, {name.lower(): value for name, value in self.headers.items()}, body
+                )
                 head = f"HTTP/1.1 {status} -\r\nContent-Type: application/json\r\nContent-Length: {len(reply)}\r\n\r\n"
                 self.wfile.write(head.encode() + reply)
 
@@ -4388,9 +5402,14 @@ class LoopbackAdmin:
 
             def handle_error(self, request, client_address):
                 pass  # a client that went away
+
         self._server = Server(("127.0.0.1", port), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}" + ("" if version == "3.5" else "/xxl-job-admin")
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), name="loopback-admin", daemon=True)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}" + (
+            "" if version == "3.5" else "/xxl-job-admin"
+        )
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(0.05,), name="loopback-admin", daemon=True
+        )
         self._thread.start()
 
     def close(self) -> None:
@@ -4404,14 +5423,22 @@ class LoopbackAdmin:
             try:
                 own = self._accept(path, headers, body)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                own = 200, self._envelope(FAILURE, f"openapi invoke error: {error}" if self.version == "3.5" else str(error))
+                own = (
+                    200,
+                    self._envelope(
+                        FAILURE,
+                        f"openapi invoke error: {error}" if self.version == "3.5" else str(error),
+                    ),
+                )
         with self.changed:
             self.requests.append((path, headers, body))
             self.changed.notify_all()
         return own
 
     def _envelope(self, code: int, message: typing.Optional[str] = None) -> bytes:
-        return json.dumps({"code": code, "msg": message, "data" if self.version >= "3.3" else "content": None}).encode()
+        return json.dumps(
+            {"code": code, "msg": message, "data" if self.version >= "3.3" else "content": None}
+        ).encode()
 
     def _accept(self, path: str, headers: dict, body: bytes) -> typing.Tuple[int, bytes]:
         if self.version == "3.3" and "xxl-job-access-token" not in headers:
@@ -4426,7 +5453,9 @@ class LoopbackAdmin:
             if self.version == "3.5":
                 fields = fields["callbackList"]
             for item in [dict(item) for item in fields]:
-                code = item["executeResult"]["code"] if self.version == "2.2.0" else item["handleCode"]
+                code = (
+                    item["executeResult"]["code"] if self.version == "2.2.0" else item["handleCode"]
+                )
                 with self.changed:
                     self.results.setdefault(item["logId"], []).append({**item, "code": code})
         elif call in ("registry", "registryRemove"):
@@ -4442,10 +5471,13 @@ class LoopbackAdmin:
     def call(self, address: str, path: str, body: typing.Any = None, **headers: str) -> dict:
         """POST to an executor as this version does; returns its envelope."""
         import requests
+
         data = json.dumps(body).encode() if body is not None else b""
         if self.token:
             headers.setdefault("XXL-JOB-ACCESS-TOKEN", self.token)
-        with requests.post(address.rstrip("/") + path, data=data, headers=headers, timeout=10) as reply:
+        with requests.post(
+            address.rstrip("/") + path, data=data, headers=headers, timeout=10
+        ) as reply:
             return reply.json()
 
     def trigger(self, address: str, handler: str, **fields: typing.Any) -> typing.Tuple[int, dict]:
@@ -4453,9 +5485,19 @@ class LoopbackAdmin:
         with self.changed:
             self._next_id += 1
             log_id = fields.get("logId", self._next_id)
-        body = {"jobId": 1, "logId": log_id, "executorHandler": handler, "executorParams": "", "glueType": "BEAN", "executorTimeout": 0,
-                "executorBlockStrategy": "SERIAL_EXECUTION", "logDateTime": int(time.time() * 1000), "broadcastIndex": 0,
-                "broadcastTotal": 1, **fields}
+        body = {
+            "jobId": 1,
+            "logId": log_id,
+            "executorHandler": handler,
+            "executorParams": "",
+            "glueType": "BEAN",
+            "executorTimeout": 0,
+            "executorBlockStrategy": "SERIAL_EXECUTION",
+            "logDateTime": int(time.time() * 1000),
+            "broadcastIndex": 0,
+            "broadcastTotal": 1,
+            **fields,
+        }
         return log_id, self.call(address, "/trigger" if self.version == "3.5" else "/run", body)
 
     def wait(self, predicate: typing.Callable[[], typing.Any], seconds: float) -> typing.Any:
@@ -4479,12 +5521,20 @@ def fit(text: str) -> str:
     return text + "..."
 
 
-def print_table(head: typing.Sequence[str], rows: typing.Iterable[typing.Sequence[typing.Any]]) -> None:
+def print_table(
+    head: typing.Sequence[str], rows: typing.Iterable[typing.Sequence[typing.Any]]
+) -> None:
     """Aligned columns on stdout, a row a line."""
     lines = [list(map(str, row)) for row in [head, *rows]]
     widths = [max(columns(line[i]) for line in lines) for i in range(len(head))]
     for line in lines:
-        print(fit("  ".join(cell + " " * (width - columns(cell)) for cell, width in zip(line, widths)).rstrip()))
+        print(
+            fit(
+                "  ".join(
+                    cell + " " * (width - columns(cell)) for cell, width in zip(line, widths)
+                ).rstrip()
+            )
+        )
 
 
 def cmd_run(arguments: argparse.Namespace) -> int:
@@ -4506,10 +5556,26 @@ def cmd_check(arguments: argparse.Namespace) -> int:
     for warning in config.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     refuse_unsafe(config)
-    kinds = {job.name: "shell" if job.shell else "command" if job.command else f"python ({job.isolation})" for job in config.jobs.values()}
-    print_table(("JOB", "KIND", "TIMEOUT", "DESCRIPTION"), (
-        (job.name, kinds[job.name], seconds_text(job.timeout) if job.timeout else "-", job.description or job.what)
-        for job in config.jobs.values()))
+    kinds = {
+        job.name: "shell"
+        if job.shell
+        else "command"
+        if job.command
+        else f"python ({job.isolation})"
+        for job in config.jobs.values()
+    }
+    print_table(
+        ("JOB", "KIND", "TIMEOUT", "DESCRIPTION"),
+        (
+            (
+                job.name,
+                kinds[job.name],
+                seconds_text(job.timeout) if job.timeout else "-",
+                job.description or job.what,
+            )
+            for job in config.jobs.values()
+        ),
+    )
     print(f"\n{config.file} is fine: {counted(len(config.jobs), 'job')}")
     return 0
 
@@ -4519,14 +5585,20 @@ class _Progress:
 
     def __init__(self, names: typing.Sequence[str]):
         self.width = max(map(columns, names))
-        self.live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and len(names) + 8 < shutil.get_terminal_size().lines
+        self.live = (
+            sys.stdout.isatty()
+            and os.environ.get("TERM") != "dumb"
+            and len(names) + 8 < shutil.get_terminal_size().lines
+        )
         self.color = self.live and not os.environ.get("NO_COLOR")
         self.drawn = 0
         self.states: typing.Dict[str, str] = {}
 
     def row(self, name: str, state: str, seconds: float, message: str) -> str:
         padding = " " * (self.width - columns(name))
-        shown = fit(f"{name}{padding}  {state:<9}  {seconds:6.1f} s  {' '.join(message.split())}".rstrip())
+        shown = fit(
+            f"{name}{padding}  {state:<9}  {seconds:6.1f} s  {' '.join(message.split())}".rstrip()
+        )
         tint = {"succeeded": "32", "running": "36", "queued": "2"}.get(state, "31")
         head, _, tail = shown.partition(padding + "  " + state)
         return f"{head}{padding}  \x1b[{tint}m{state}\x1b[0m{tail}" if self.color else shown
@@ -4549,19 +5621,33 @@ def cmd_demo(arguments: argparse.Namespace) -> int:
     if not config.jobs:
         raise ConfigError(f"{config.file}: jobs: expected at least one job to show")
     logging.getLogger().setLevel(logging.WARNING)
-    with tempfile.TemporaryDirectory(prefix="xxl-demo-") as data_dir, contextlib.ExitStack() as cleanup:
+    with (
+        tempfile.TemporaryDirectory(prefix="xxl-demo-") as data_dir,
+        contextlib.ExitStack() as cleanup,
+    ):
         admin = LoopbackAdmin()
         cleanup.callback(admin.close)
-        executor = dataclasses.replace(config.executor, bind=("127.0.0.1", 0), address=None, data_dir=data_dir)
-        daemon = Daemon(dataclasses.replace(config, admin=dataclasses.replace(config.admin, addresses=(admin.url,), access_token=""),
-                                            executor=executor, glue=dataclasses.replace(config.glue, enabled=False)))
+        executor = dataclasses.replace(
+            config.executor, bind=("127.0.0.1", 0), address=None, data_dir=data_dir
+        )
+        daemon = Daemon(
+            dataclasses.replace(
+                config,
+                admin=dataclasses.replace(config.admin, addresses=(admin.url,), access_token=""),
+                executor=executor,
+                glue=dataclasses.replace(config.glue, enabled=False),
+            )
+        )
         daemon.start()
         cleanup.callback(daemon.close)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
         print(f"admin     {admin.url}/ (on this machine only)\nexecutor  {daemon.url}")
         if not admin.wait(lambda: admin.registry, 30):
             raise ExecutorError("the executor did not register within 30 s")
-        print(f"\n{config.executor.app_name} has registered. {counted(len(config.jobs), 'job')} of {config.file}:\n", flush=True)
+        print(
+            f"\n{config.executor.app_name} has registered. {counted(len(config.jobs), 'job')} of {config.file}:\n",
+            flush=True,
+        )
         runs = {}
         for number, name in enumerate(config.jobs, 1):
             log_id, reply = admin.trigger(daemon.url, name, jobId=number)
@@ -4569,7 +5655,9 @@ def cmd_demo(arguments: argparse.Namespace) -> int:
                 raise ExecutorError(f"the trigger of {name} was refused: {reply['msg']}")
             runs[name] = (log_id, time.monotonic())
         results = _demo_progress(admin, daemon, runs)
-        print(f"\n{counted(len(results), 'run')}, {sum(code == SUCCESS for code in results)} succeeded, every result arrived at the admin.")
+        print(
+            f"\n{counted(len(results), 'run')}, {sum(code == SUCCESS for code in results)} succeeded, every result arrived at the admin."
+        )
         if not arguments.once:
             daemon.take_signals()
             print(f"Still serving on {daemon.url}; Ctrl-C ends it.", flush=True)
@@ -4587,16 +5675,29 @@ def _demo_progress(admin: LoopbackAdmin, daemon: Daemon, runs: dict) -> typing.L
         for name, (log_id, began) in runs.items():
             if log_id in admin.results and name not in ended:
                 item = admin.results[log_id][0]
-                ended[name] = (name, words[item["handleCode"]], time.monotonic() - began, item["handleMsg"], item["handleCode"])
+                ended[name] = (
+                    name,
+                    words[item["handleCode"]],
+                    time.monotonic() - began,
+                    item["handleMsg"],
+                    item["handleCode"],
+                )
             if log_id in running:
                 started.add(log_id)
             state = "running" if log_id in started else "queued"
-            rows.append(ended[name][:4] if name in ended else (name, state, running.get(log_id, time.monotonic() - began), ""))
+            rows.append(
+                ended[name][:4]
+                if name in ended
+                else (name, state, running.get(log_id, time.monotonic() - began), "")
+            )
         progress.show(rows)
         if len(ended) == len(runs):
             return [row[4] for row in ended.values()]
         count = len(ended)
-        admin.wait(lambda: sum(log_id in admin.results for log_id, _ in runs.values()) > count, 0.5 if progress.live else 5)
+        admin.wait(
+            lambda: sum(log_id in admin.results for log_id, _ in runs.values()) > count,
+            0.5 if progress.live else 5,
+        )
 
 
 class _Terminal:
@@ -4614,12 +5715,25 @@ def cmd_exec(arguments: argparse.Namespace) -> int:
     config = load_config(find_config(arguments.config))
     job = config.jobs.get(arguments.job)
     if job is None:
-        raise ConfigError(f'{config.file}: there is no job "{arguments.job}": known are {", ".join(config.jobs) or "none"}')
+        raise ConfigError(
+            f'{config.file}: there is no job "{arguments.job}": known are {", ".join(config.jobs) or "none"}'
+        )
     logging.getLogger().setLevel(logging.WARNING)
     shard, total = arguments.shard
-    trigger = Trigger(0, 0, job.name, arguments.param, timeout=0, log_date_time=int(time.time() * 1000), shard_index=shard, shard_total=total)
+    trigger = Trigger(
+        0,
+        0,
+        job.name,
+        arguments.param,
+        timeout=0,
+        log_date_time=int(time.time() * 1000),
+        shard_index=shard,
+        shard_total=total,
+    )
     if arguments.timeout is not None:
-        job = dataclasses.replace(job, timeout=min(filter(None, (job.timeout, arguments.timeout)), default=0))
+        job = dataclasses.replace(
+            job, timeout=min(filter(None, (job.timeout, arguments.timeout)), default=0)
+        )
     box: typing.List[Result] = []
     with tempfile.TemporaryDirectory(prefix="xxl-exec-") as scratch:
         runner = Runner(_Terminal(), secrets.token_hex(8), scratch, Metrics())
@@ -4632,6 +5746,7 @@ def cmd_exec(arguments: argparse.Namespace) -> int:
                 box.append(runner.run(trigger, job, control))
             finally:
                 signals.wake()
+
         # Not in the main thread: its children are the orphans of the job, and it has signals to handle.
         threading.Thread(target=work, daemon=True).start()
         while True:
@@ -4655,7 +5770,10 @@ def cmd_status(arguments: argparse.Namespace) -> int:
             if arguments.watch and sys.stdout.isatty():
                 print("\x1b[H\x1b[2J", end="")
             if arguments.json:
-                print(json.dumps(found, ensure_ascii=False, indent=None if arguments.watch else 2), flush=True)
+                print(
+                    json.dumps(found, ensure_ascii=False, indent=None if arguments.watch else 2),
+                    flush=True,
+                )
             else:
                 print_status(found)
             if not arguments.watch or threading.Event().wait(WATCH_INTERVAL):
@@ -4666,43 +5784,84 @@ def cmd_status(arguments: argparse.Namespace) -> int:
 def ask_status(config: Config) -> dict:
     """What the running daemon tells. Raises ExecutorError."""
     import requests
+
     url = DataDir.url(config.executor.data_dir)
     if not url:
         raise ExecutorError(f"no executor is running with data_dir {config.executor.data_dir}")
-    headers = {"XXL-JOB-ACCESS-TOKEN": config.admin.access_token} if config.admin.access_token else {}
+    headers = (
+        {"XXL-JOB-ACCESS-TOKEN": config.admin.access_token} if config.admin.access_token else {}
+    )
     try:
         with requests.get(url + "status", headers=headers, timeout=5) as reply:
             found = reply.json()
     except (requests.RequestException, ValueError) as error:
         raise ExecutorError(f"the executor on {url} does not answer: {error}") from None
     if "version" not in found:
-        raise ExecutorError(f"the executor on {url} refuses: {found.get('msg')} This command took its token from {config.file}: "
-                            "if that names an environment variable, set it here as for the executor.")
+        raise ExecutorError(
+            f"the executor on {url} refuses: {found.get('msg')} This command took its token from {config.file}: "
+            "if that names an environment variable, set it here as for the executor."
+        )
     return found
 
 
 def print_status(found: dict) -> None:
     marks = {SUCCESS: ".", FAILURE: "F", TIMEOUT: "T"}
-    state = "stopping" if found["draining"] else "no admin" if not found["admins"] else (
-        "registered" if found["registered"] else "not registered")
-    print(f"{found['app']}  {state}\n{found['address']}  pid {found['pid']}  up {seconds_text(found['uptime'])}  "
-          f"version {found['version']}\n")
+    state = (
+        "stopping"
+        if found["draining"]
+        else "no admin"
+        if not found["admins"]
+        else ("registered" if found["registered"] else "not registered")
+    )
+    print(
+        f"{found['app']}  {state}\n{found['address']}  pid {found['pid']}  up {seconds_text(found['uptime'])}  "
+        f"version {found['version']}\n"
+    )
     running = collections.Counter(run["job"] for run in found["running"])
-    print_table(("JOB", "LAST RESULTS", "RUNNING", "WAITING"), (
-        (name, "".join(marks.get(code, "?") for code in found["recent"].get(name, [])) or "-", running[name],
-         found["queued"].get(name, 0)) for name in [*found["jobs"], *sorted(found["recent"].keys() - set(found["jobs"]))]))
+    print_table(
+        ("JOB", "LAST RESULTS", "RUNNING", "WAITING"),
+        (
+            (
+                name,
+                "".join(marks.get(code, "?") for code in found["recent"].get(name, [])) or "-",
+                running[name],
+                found["queued"].get(name, 0),
+            )
+            for name in [*found["jobs"], *sorted(found["recent"].keys() - set(found["jobs"]))]
+        ),
+    )
     print("\nlast results, newest on the right: . succeeded, F failed, T timed out")
     if found["running"]:
         print()
-        print_table(("RUNNING", "LOGID", "FOR"), ((run["job"], run["logId"], seconds_text(run["seconds"])
-                                                   + (" (cancelled, but its thread does not return)" if run["stuck"] else ""))
-                                                  for run in found["running"]))
-    oldest = f", the oldest for {seconds_text(found['oldestUndelivered'])}" if found["oldestUndelivered"] else ""
-    print(f"\n{counted(found['undelivered'], 'result')} undelivered{oldest}" + (f", {found['dead']} given up" if found["dead"] else ""))
+        print_table(
+            ("RUNNING", "LOGID", "FOR"),
+            (
+                (
+                    run["job"],
+                    run["logId"],
+                    seconds_text(run["seconds"])
+                    + (" (cancelled, but its thread does not return)" if run["stuck"] else ""),
+                )
+                for run in found["running"]
+            ),
+        )
+    oldest = (
+        f", the oldest for {seconds_text(found['oldestUndelivered'])}"
+        if found["oldestUndelivered"]
+        else ""
+    )
+    print(
+        f"\n{counted(found['undelivered'], 'result')} undelivered{oldest}"
+        + (f", {found['dead']} given up" if found["dead"] else "")
+    )
     if found["lastFailure"]:
         print(fit(f"last failure: {found['lastFailure']}"))
     for admin in found["admins"]:
-        since = f"last answer {seconds_text(time.time() - admin['lastSuccess'])} ago" if admin["lastSuccess"] else "no answer yet"
+        since = (
+            f"last answer {seconds_text(time.time() - admin['lastSuccess'])} ago"
+            if admin["lastSuccess"]
+            else "no answer yet"
+        )
         print(f"admin {admin['address']}: {'ok' if admin['ok'] else 'FAILING'}, {since}")
         if admin["error"]:
             print(f"  {admin['error'].replace(admin['address'], '', 1)}")
@@ -4726,42 +5885,92 @@ def _seconds(text: str) -> float:
 def parser() -> argparse.ArgumentParser:
     kind = argparse.RawDescriptionHelpFormatter
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("-c", "--config", metavar="FILE", default=argparse.SUPPRESS,
-                        help="configuration; default $XXL_EXECUTOR_CONFIG, " + ", ".join(CONFIG_PLACES))
-    top = argparse.ArgumentParser(prog="xxl-executor", parents=[common], formatter_class=kind,
-                                  description="An XXL-JOB executor for shell and Python jobs.", epilog="""examples:
+    common.add_argument(
+        "-c",
+        "--config",
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help="configuration; default $XXL_EXECUTOR_CONFIG, " + ", ".join(CONFIG_PLACES),
+    )
+    top = argparse.ArgumentParser(
+        prog="xxl-executor",
+        parents=[common],
+        formatter_class=kind,
+        description="An XXL-JOB executor for shell and Python jobs.",
+        epilog="""examples:
   xxl-executor -c config.yaml                  run the daemon
   xxl-executor -c config.yaml check            find mistakes, list the jobs
   xxl-executor -c config.example.yaml demo     see every job run
   xxl-executor exec report --param day=monday  one job in the foreground
 
-exit status: 0 fine, 1 failed, 2 bad usage or configuration""")
+exit status: 0 fine, 1 failed, 2 bad usage or configuration""",
+    )
     top.add_argument("--version", action="version", version=f"xxl-executor {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
 
     def command(name: str, text: str, example: str, function) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", parents=[common],
-                                    formatter_class=kind, epilog=f"example:\n  xxl-executor {example}")
+        added = commands.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            parents=[common],
+            formatter_class=kind,
+            epilog=f"example:\n  xxl-executor {example}",
+        )
         added.set_defaults(function=function)
         return added
-    command("run", "serve until SIGTERM (the default)", "-c /etc/xxl-executor/config.yaml run", cmd_run)
-    command("check", "validate the configuration and list the jobs", "-c config.yaml check", cmd_check)
-    demo = command("demo", "run every job once against an admin on this machine", "-c config.example.yaml demo --once", cmd_demo)
-    demo.add_argument("--once", action="store_true", help="end when every result has arrived, instead of serving until Ctrl-C")
-    one = command("exec", "run one job in the foreground; needs no admin and no daemon",
-                  "exec report --param day=monday --shard 0/3 --timeout 5m", cmd_exec)
+
+    command(
+        "run", "serve until SIGTERM (the default)", "-c /etc/xxl-executor/config.yaml run", cmd_run
+    )
+    command(
+        "check", "validate the configuration and list the jobs", "-c config.yaml check", cmd_check
+    )
+    demo = command(
+        "demo",
+        "run every job once against an admin on this machine",
+        "-c config.example.yaml demo --once",
+        cmd_demo,
+    )
+    demo.add_argument(
+        "--once",
+        action="store_true",
+        help="end when every result has arrived, instead of serving until Ctrl-C",
+    )
+    one = command(
+        "exec",
+        "run one job in the foreground; needs no admin and no daemon",
+        "exec report --param day=monday --shard 0/3 --timeout 5m",
+        cmd_exec,
+    )
     one.add_argument("job", metavar="JOB")
     one.add_argument("--param", default="", help="the parameter, as the admin would send it")
-    one.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="shard index and total, default 0/1")
-    one.add_argument("--timeout", type=_seconds, metavar="T", help="such as 90, 90s or 10m; the job's own applies too")
+    one.add_argument(
+        "--shard",
+        type=_shard,
+        default=(0, 1),
+        metavar="I/N",
+        help="shard index and total, default 0/1",
+    )
+    one.add_argument(
+        "--timeout",
+        type=_seconds,
+        metavar="T",
+        help="such as 90, 90s or 10m; the job's own applies too",
+    )
     status = command("status", "show what the running daemon does", "status --json", cmd_status)
     status.add_argument("--json", action="store_true", help="for programs")
-    status.add_argument("--watch", action="store_true", help="again every second, until Ctrl-C; with --json a line each")
+    status.add_argument(
+        "--watch",
+        action="store_true",
+        help="again every second, until Ctrl-C; with --json a line each",
+    )
     return top
 
 
 def set_up_logging() -> None:
     """One line an event on stderr; under systemd with a priority and without the time, which the journal has."""
+
     class Handler(logging.Handler):
         def createLock(self):
             self.lock = None  # nobody waits here: what comes during a write goes out with the next one, by the same thread
@@ -4788,22 +5997,38 @@ def set_up_logging() -> None:
 
         def formatTime(self, record, datefmt=None):
             if int(record.created) != self.second:
-                self.second, self.stamp = int(record.created), time.strftime(datefmt, time.localtime(record.created))
+                self.second, self.stamp = (
+                    int(record.created),
+                    time.strftime(datefmt, time.localtime(record.created)),
+                )
             return self.stamp
 
         def formatMessage(self, record):
-            return super().formatMessage(record).replace("\n", "\\n")  # a name from the network must not forge lines
+            return (
+                super().formatMessage(record).replace("\n", "\\n")
+            )  # a name from the network must not forge lines
 
     class Journald(OneLine):
         def format(self, record):
-            level = 3 if record.levelno >= logging.ERROR else 4 if record.levelno >= logging.WARNING else 6
+            level = (
+                3
+                if record.levelno >= logging.ERROR
+                else 4
+                if record.levelno >= logging.WARNING
+                else 6
+            )
             return f"<{level}>" + super().format(record).replace("\n", f"\n<{level}>")
+
     handler = Handler()
     if os.environ.get("JOURNAL_STREAM"):
         handler.setFormatter(Journald("%(message)s"))
     else:
-        handler.setFormatter(OneLine("%(asctime)s.%(msecs)03d %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # not shown, so not looked up
+        handler.setFormatter(
+            OneLine("%(asctime)s.%(msecs)03d %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S")
+        )
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = (
+        False  # not shown, so not looked up
+    )
     logging._srcfile = None  # documented in the logging HOWTO, "Optimization": do not look for the caller of each line
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("urllib3").setLevel(logging.ERROR)
@@ -4828,7 +6053,10 @@ def main(argv: typing.Optional[typing.Sequence[str]] = None) -> int:
         print(f"xxl-executor: {error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
-        print(f"xxl-executor: {error}: apt install python3-requests python3-yaml, or pip install requests PyYAML", file=sys.stderr)
+        print(
+            f"xxl-executor: {error}: apt install python3-requests python3-yaml, or pip install requests PyYAML",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         return 130

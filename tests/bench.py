@@ -13,6 +13,7 @@ and the time runs from the start of wrk to the arrival of the last result: no ac
 
 Both executors keep their default log level (INFO) and have stderr in a file on the same disk as their data.
 """
+
 import argparse
 import contextlib
 import http.client
@@ -42,11 +43,13 @@ sys.path.insert(0, str(ROOT))
 import xxl_executor  # noqa: E402
 
 PYXXL = "0.4.7"
-LANES = 64      # jobIds in turn: one run at a time for each jobId is then no limit
-WINDOW = 256    # runs between trigger and result: more than two batches of callbacks, four for each lane
+LANES = 64  # jobIds in turn: one run at a time for each jobId is then no limit
+WINDOW = (
+    256  # runs between trigger and result: more than two batches of callbacks, four for each lane
+)
 CALLERS = ("-t2", "-c8")
 TOKEN = "bench"  # 3.3 answers HTTP 400 to a client without one, as pyxxl is then
-LIMIT = 60      # seconds that no single measurement may take
+LIMIT = 60  # seconds that no single measurement may take
 
 TRIGGER_LUA = """
 -- %(count)d triggers in all, each with a logId of its own: every thread has its own range.
@@ -99,9 +102,12 @@ function done()
   end
 end
 """
-BEAT_LUA = """
+BEAT_LUA = (
+    """
 wrk.method, wrk.path, wrk.body, wrk.headers["XXL-JOB-ACCESS-TOKEN"] = "POST", "/beat", "", %r
-""" % TOKEN
+"""
+    % TOKEN
+)
 
 POPEN_PY = """
 import subprocess, threading, time
@@ -123,7 +129,8 @@ def started():
 def nothing():
     pass
 """
-PYXXL_PY = """
+PYXXL_PY = (
+    """
 import sys
 from pyxxl import ExecutorConfig, JobHandler, PyxxlRunner
 admin, port, directory = sys.argv[1:]
@@ -138,7 +145,9 @@ PyxxlRunner(ExecutorConfig(
     executor_listen_port=int(port), executor_log_path=directory + "/pyxxl.log", log_local_dir=directory + "/logs",
     task_queue_length=1000, max_workers=32,
     access_token="%s", dotenv_try=False), handler=handler).run_executor()
-""" % TOKEN
+"""
+    % TOKEN
+)
 
 
 class BenchError(Exception):
@@ -175,7 +184,9 @@ def in_turns(rounds, first, second):
 
 def output_of(code):
     """What a fresh interpreter prints."""
-    return subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True, timeout=LIMIT).stdout
+    return subprocess.run(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, check=True, timeout=LIMIT
+    ).stdout
 
 
 def rss(pid):
@@ -191,7 +202,9 @@ class Bench:
 
     def __init__(self, directory):
         self.directory, self.rows = directory, []
-        self.ids = int(time.time()) * 1_000_000  # logIds from here on; every load takes a range of its own
+        self.ids = (
+            int(time.time()) * 1_000_000
+        )  # logIds from here on; every load takes a range of its own
         self.executors = 0
         (directory / "bench_jobs.py").write_text(JOBS_PY)
 
@@ -213,17 +226,27 @@ class Bench:
         self.executors += 1
         place = self.directory / f"executor{self.executors}"
         place.mkdir()
-        config = {"admin": {"addresses": [admin.url], "access_token": TOKEN}, "jobs": jobs,
-                  "executor": {"bind": "127.0.0.1:0", "data_dir": "./data"}}
+        config = {
+            "admin": {"addresses": [admin.url], "access_token": TOKEN},
+            "jobs": jobs,
+            "executor": {"bind": "127.0.0.1:0", "data_dir": "./data"},
+        }
         (place / "config.yaml").write_text(yaml.safe_dump(config))
         before = len(admin.registry)
         with open(place / "stderr.txt", "wb") as stderr:
             began = time.monotonic()
-            process = subprocess.Popen([sys.executable, str(PROGRAM), "-c", str(place / "config.yaml")],
-                                       stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr, cwd=place)
+            process = subprocess.Popen(
+                [sys.executable, str(PROGRAM), "-c", str(place / "config.yaml")],
+                stdin=subprocess.DEVNULL,
+                stdout=stderr,
+                stderr=stderr,
+                cwd=place,
+            )
         try:
             if not admin.wait(lambda: len(admin.registry) > before, 20):
-                raise BenchError(f"the executor did not register: {(place / 'stderr.txt').read_text()[-1000:]}")
+                raise BenchError(
+                    f"the executor did not register: {(place / 'stderr.txt').read_text()[-1000:]}"
+                )
             yield process, admin.registry[-1].rstrip("/"), time.monotonic() - began
             end(process)
             told = (place / "stderr.txt").read_text()
@@ -245,11 +268,18 @@ class Bench:
             port = probe.getsockname()[1]
         before = len(admin.registry)
         with open(place / "stderr.txt", "wb") as stderr:
-            process = subprocess.Popen([str(pyxxl_python()), "main.py", admin.url, str(port), str(place)],
-                                       stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr, cwd=place)
+            process = subprocess.Popen(
+                [str(pyxxl_python()), "main.py", admin.url, str(port), str(place)],
+                stdin=subprocess.DEVNULL,
+                stdout=stderr,
+                stderr=stderr,
+                cwd=place,
+            )
         try:
             if not admin.wait(lambda: len(admin.registry) > before, 20):
-                raise BenchError(f"pyxxl did not register: {(place / 'stderr.txt').read_text()[-1000:]}")
+                raise BenchError(
+                    f"pyxxl did not register: {(place / 'stderr.txt').read_text()[-1000:]}"
+                )
             yield f"http://127.0.0.1:{port}"
         finally:
             end(process)
@@ -258,8 +288,19 @@ class Bench:
     def wrk(self, script, url, seconds):
         file = self.directory / "load.lua"
         file.write_text(script)
-        command = [shutil.which("wrk"), *CALLERS, f"-d{seconds}", "--timeout", "10", "-s", str(file), url]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        command = [
+            shutil.which("wrk"),
+            *CALLERS,
+            f"-d{seconds}",
+            "--timeout",
+            "10",
+            "-s",
+            str(file),
+            url,
+        ]
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
 
     def runs_per_second(self, admin, url, handlers, count):
         """`count` triggers with results, see the docstring of this file."""
@@ -269,15 +310,24 @@ class Bench:
         counter = self.directory / "results"
         counter.write_text(f"{0:012d}")
         script = TRIGGER_LUA % {
-            "count": count, "threads": threads, "first": self.ids, "lanes": LANES, "window": WINDOW, "token": TOKEN,
-            "handlers": ", ".join(map(json.dumps, handlers)), "counter": str(counter),
-            "path": "/trigger" if admin.version == "3.5" else "/run"}
+            "count": count,
+            "threads": threads,
+            "first": self.ids,
+            "lanes": LANES,
+            "window": WINDOW,
+            "token": TOKEN,
+            "handlers": ", ".join(map(json.dumps, handlers)),
+            "counter": str(counter),
+            "path": "/trigger" if admin.version == "3.5" else "/run",
+        }
         before = len(admin.results)
         with open(counter, "r+b", buffering=0) as shown:
+
             def arrived():
                 found = len(admin.results) - before
                 os.pwrite(shown.fileno(), b"%012d" % found, 0)
                 return found >= count
+
             failure = None
             began = time.monotonic()
             process = self.wrk(script, url, LIMIT)
@@ -289,11 +339,22 @@ class Bench:
                 took = time.monotonic() - began
                 process.send_signal(signal.SIGINT)
                 output = process.communicate(timeout=20)[0]
-        wrong = [line for line in output.splitlines() if re.match(r"refused|\s*(Socket errors|Non-2xx)", line)]
+        wrong = [
+            line
+            for line in output.splitlines()
+            if re.match(r"refused|\s*(Socket errors|Non-2xx)", line)
+        ]
         if failure or wrong:
-            raise BenchError("; ".join([str(failure or f"not all of {count} triggers were taken"), *wrong]))
+            raise BenchError(
+                "; ".join([str(failure or f"not all of {count} triggers were taken"), *wrong])
+            )
         with admin.changed:
-            wrong = [item for items in list(admin.results.values())[before:] for item in items if item["code"] != 200]
+            wrong = [
+                item
+                for items in list(admin.results.values())[before:]
+                for item in items
+                if item["code"] != 200
+            ]
         if wrong:
             raise BenchError(f"{len(wrong)} runs failed, such as {wrong[0]}")
         return count / took
@@ -308,12 +369,19 @@ class Bench:
 
     def shell(self):
         """Trigger to result of `true`, against Popen alone."""
+
         def popen():
             each = 150
             return 8 * each / float(output_of(POPEN_PY % each))
-        with self.admin("3.5") as admin, self.executor(admin, {"true": {"shell": "true"}}) as (_, url, _):
+
+        with (
+            self.admin("3.5") as admin,
+            self.executor(admin, {"true": {"shell": "true"}}) as (_, url, _),
+        ):
             self.runs_per_second(admin, url, ["true"], 300)
-            ours, bare = in_turns(5, lambda: self.runs_per_second(admin, url, ["true"], 1000), popen)
+            ours, bare = in_turns(
+                5, lambda: self.runs_per_second(admin, url, ["true"], 1000), popen
+            )
         self.ratio("shell", 0.35, ours, bare, "runs/s", "Popen from 8 threads")
 
     def python_start(self):
@@ -324,15 +392,26 @@ class Bench:
             connection = http.client.HTTPConnection(url.partition("//")[2], timeout=10)
             for number in range(210):
                 self.ids += 1
-                body = {"jobId": 1, "logId": self.ids, "executorHandler": "started", "executorParams": "",
-                        "executorBlockStrategy": "SERIAL_EXECUTION", "executorTimeout": 0, "glueType": "BEAN",
-                        "logDateTime": int(time.time() * 1000), "broadcastIndex": 0, "broadcastTotal": 1}
+                body = {
+                    "jobId": 1,
+                    "logId": self.ids,
+                    "executorHandler": "started",
+                    "executorParams": "",
+                    "executorBlockStrategy": "SERIAL_EXECUTION",
+                    "executorTimeout": 0,
+                    "glueType": "BEAN",
+                    "logDateTime": int(time.time() * 1000),
+                    "broadcastIndex": 0,
+                    "broadcastTotal": 1,
+                }
                 data = json.dumps(body).encode()
                 begin = time.time_ns()
                 connection.request("POST", "/trigger", data, {"XXL-JOB-ACCESS-TOKEN": TOKEN})
                 reply = connection.getresponse().read()
                 answered = time.time_ns()
-                if json.loads(reply)["code"] != 200 or not admin.wait(lambda: self.ids in admin.results, 10):
+                if json.loads(reply)["code"] != 200 or not admin.wait(
+                    lambda: self.ids in admin.results, 10
+                ):
                     raise BenchError(f"run {number}: no result, the answer was {reply!r}")
                 started = int(admin.results[self.ids][0]["handleMsg"])
                 if number >= 10:
@@ -340,42 +419,69 @@ class Bench:
                     accepted.append((started - answered) / 1e6)
                 if number % 20 == 19:  # for comparison: what a new interpreter costs
                     begin = time.time_ns()
-                    fresh.append((int(output_of("import time; print(time.time_ns())")) - begin) / 1e6)
+                    fresh.append(
+                        (int(output_of("import time; print(time.time_ns())")) - begin) / 1e6
+                    )
             connection.close()
 
         def shown(values):
             return f"{statistics.median(values):.1f} ms, p95 {statistics.quantiles(values, n=20)[-1]:.1f} ms"
+
         value = statistics.median(accepted)
-        self.row("python-start", "<= 10 ms", f"{value:.1f} ms", value <= 10, f"from the answer: {shown(accepted)}; "
-                 f"from the sending: {shown(sent)}; a new interpreter: {shown(fresh)}")
+        self.row(
+            "python-start",
+            "<= 10 ms",
+            f"{value:.1f} ms",
+            value <= 10,
+            f"from the answer: {shown(accepted)}; "
+            f"from the sending: {shown(sent)}; a new interpreter: {shown(fresh)}",
+        )
 
     def thread(self):
         """A function that does nothing, in a thread of the daemon; pyxxl's is a coroutine.
 
         pyxxl starts anew for each measurement: it keeps a logger for every run, and gets slower with their number.
         """
+
         def other():
             with self.pyxxl(admin) as url:
                 self.runs_per_second(admin, url, ["nothing"], 200)
                 return self.runs_per_second(admin, url, ["nothing"], 1500)
-        jobs = {"nothing": {"python": "bench_jobs:nothing", "isolation": "thread", "pythonpath": [str(self.directory)]}}
+
+        jobs = {
+            "nothing": {
+                "python": "bench_jobs:nothing",
+                "isolation": "thread",
+                "pythonpath": [str(self.directory)],
+            }
+        }
         with self.admin("3.3") as admin, self.executor(admin, jobs) as (_, url, _):
             self.runs_per_second(admin, url, ["nothing"], 500)
-            ours, theirs = in_turns(5, lambda: self.runs_per_second(admin, url, ["nothing"], 3000), other)
+            ours, theirs = in_turns(
+                5, lambda: self.runs_per_second(admin, url, ["nothing"], 3000), other
+            )
         self.ratio("thread", 3, ours, theirs, "runs/s", f"pyxxl {PYXXL}, async, log_target disk")
 
     def beat(self):
         """POST /beat on kept connections."""
-        with self.admin("3.3") as admin, self.executor(admin, {}) as (_, url, _), self.pyxxl(admin) as other:
+        with (
+            self.admin("3.3") as admin,
+            self.executor(admin, {}) as (_, url, _),
+            self.pyxxl(admin) as other,
+        ):
             for place in (url, other):
                 self.beats_per_second(place, 1)
-            ours, theirs = in_turns(5, lambda: self.beats_per_second(url), lambda: self.beats_per_second(other))
+            ours, theirs = in_turns(
+                5, lambda: self.beats_per_second(url), lambda: self.beats_per_second(other)
+            )
         self.ratio("beat", 0.5, ours, theirs, "requests/s", f"pyxxl {PYXXL}")
 
     def memory(self):
         """Resident sizes, and how soon the executor registers."""
-        jobs = {"true": {"shell": "true"},
-                "nothing": {"python": "bench_jobs:nothing", "pythonpath": [str(self.directory)]}}
+        jobs = {
+            "true": {"shell": "true"},
+            "nothing": {"python": "bench_jobs:nothing", "pythonpath": [str(self.directory)]},
+        }
         sizes, sums, delays = [], [], []
         for _ in range(5):
             with self.admin("3.5") as admin, self.executor(admin, jobs) as (process, url, delay):
@@ -388,11 +494,22 @@ class Bench:
                 sums.append(sizes[-1] + rss(server))
                 delays.append(delay)
         size = statistics.median(sizes)
-        self.row("memory idle", "<= 36 MiB", f"{size:.1f} MiB", size <= 36, "daemon; with its Python server "
-                 f"{statistics.median(sums):.1f} MiB, shared pages counted twice")
+        self.row(
+            "memory idle",
+            "<= 36 MiB",
+            f"{size:.1f} MiB",
+            size <= 36,
+            "daemon; with its Python server "
+            f"{statistics.median(sums):.1f} MiB, shared pages counted twice",
+        )
         delay = statistics.median(delays)
-        self.row("registration", "<= 0.5 s", f"{delay:.2f} s", delay <= 0.5,
-                 "from exec to the admin, median of 5: " + ", ".join(f"{value:.2f}" for value in delays))
+        self.row(
+            "registration",
+            "<= 0.5 s",
+            f"{delay:.2f} s",
+            delay <= 0.5,
+            "from exec to the admin, median of 5: " + ", ".join(f"{value:.2f}" for value in delays),
+        )
         jobs["thread"] = {**jobs["nothing"], "isolation": "thread"}
         mix = ["thread"] * 47 + ["true"] * 2 + ["nothing"]
         with self.admin("3.5") as admin, self.executor(admin, jobs) as (process, url, _):
@@ -402,9 +519,14 @@ class Bench:
             for _ in range(6):
                 self.runs_per_second(admin, url, mix, 3000)
             late = rss(process.pid)
-        self.row("memory growth", "<= 8 MiB", f"{late - before:.1f} MiB", late - before <= 8,
-                 "20,000 runs (94 % thread, 4 % shell, 2 % process): "
-                 f"{before:.1f} MiB idle, {early:.1f} after 2,000, {late:.1f} after 20,000")
+        self.row(
+            "memory growth",
+            "<= 8 MiB",
+            f"{late - before:.1f} MiB",
+            late - before <= 8,
+            "20,000 runs (94 % thread, 4 % shell, 2 % process): "
+            f"{before:.1f} MiB idle, {early:.1f} after 2,000, {late:.1f} after 20,000",
+        )
 
     def logs(self):
         """A log of a million lines, page by page, against the whole file at once."""
@@ -412,7 +534,9 @@ class Bench:
         trigger = xxl_executor.Trigger(1, 1, "pages", log_date_time=int(time.time() * 1000))
         out = xxl_executor.JobLogs(directory, 1 << 30, 86_400).open(trigger)
         for first in range(0, lines, 1000):
-            part = [f"2024-02-29 12:00:00 INFO line {first + i:7d} of the log\n" for i in range(1000)]
+            part = [
+                f"2024-02-29 12:00:00 INFO line {first + i:7d} of the log\n" for i in range(1000)
+            ]
             out.write("".join(part).encode())
         out.end("succeeded")
         file = next(Path(directory).glob("*/1.log"))
@@ -427,7 +551,9 @@ class Bench:
                     break
             took = time.perf_counter() - began
             if next_line < lines or size != file.stat().st_size:
-                raise BenchError(f"the pages end at line {next_line} with {size} of {file.stat().st_size} bytes")
+                raise BenchError(
+                    f"the pages end at line {next_line} with {size} of {file.stat().st_size} bytes"
+                )
             return took
 
         def straight():
@@ -438,16 +564,28 @@ class Bench:
             if len(found) < lines:
                 raise BenchError(f"{len(found)} lines were written")
             return took
+
         ours, whole = in_turns(5, pages, straight)
         shutil.rmtree(directory)
         value = statistics.median(ours) / statistics.median(whole)
-        self.row("logs", "<= 3 times", f"{value:.2f} times", value <= 3, f"{lines:,} lines in pages of 1,000: "
-                 f"{statistics.median(ours):.3f} s; open, read, decode, splitlines: {statistics.median(whole):.3f} s")
+        self.row(
+            "logs",
+            "<= 3 times",
+            f"{value:.2f} times",
+            value <= 3,
+            f"{lines:,} lines in pages of 1,000: "
+            f"{statistics.median(ours):.3f} s; open, read, decode, splitlines: {statistics.median(whole):.3f} s",
+        )
 
     def ratio(self, name, target, ours, other, unit, what):
         value = statistics.median(ours) / statistics.median(other)
-        self.row(name, f">= {target:g}", f"{value:.2f}", value >= target,
-                 f"{listed(ours)} {unit} against {listed(other)}, {what}")
+        self.row(
+            name,
+            f">= {target:g}",
+            f"{value:.2f}",
+            value >= target,
+            f"{listed(ours)} {unit} against {listed(other)}, {what}",
+        )
 
 
 def listed(values):
@@ -463,8 +601,19 @@ def pyxxl_python():
         print(f"installing pyxxl {PYXXL} into {place}", flush=True)
         shutil.rmtree(place, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", str(place)], check=True, timeout=120)
-        subprocess.run([str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", f"pyxxl=={PYXXL}"],
-                       check=True, timeout=300)
+        subprocess.run(
+            [
+                str(python),
+                "-m",
+                "pip",
+                "install",
+                "-q",
+                "--disable-pip-version-check",
+                f"pyxxl=={PYXXL}",
+            ],
+            check=True,
+            timeout=300,
+        )
         (place / "complete").touch()
     return python
 
@@ -472,14 +621,21 @@ def pyxxl_python():
 def filesystem(directory):
     """The type of the file system that holds `directory`."""
     mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines()]
-    around = [(len(point), kind) for point, kind in mounts if os.path.commonpath([point, str(directory)]) == point]
+    around = [
+        (len(point), kind)
+        for point, kind in mounts
+        if os.path.commonpath([point, str(directory)]) == point
+    ]
     return max(around)[1]
 
 
 def place_on_disk(asked):
     """Where the data goes: FULL in memory would be no FULL."""
     for place in [asked] if asked else [tempfile.gettempdir(), "/var/tmp", str(Path.home())]:
-        if os.access(place, os.W_OK) and filesystem(os.path.realpath(place)) not in ("tmpfs", "ramfs"):
+        if os.access(place, os.W_OK) and filesystem(os.path.realpath(place)) not in (
+            "tmpfs",
+            "ramfs",
+        ):
             return place
     raise BenchError("no directory on a disk: give one with --directory")
 
@@ -500,16 +656,22 @@ def machine(directory):
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     syncs = syncs_per_second(directory)
     model, load = models[0] if models else platform.machine(), os.getloadavg()[0]
-    return [("CPU", f"{model}, {os.cpu_count()} cores, load {load:.2f} at the start"),
-            ("kernel", platform.release()), ("Python", platform.python_version()), ("SQLite", sqlite3.sqlite_version),
-            ("disk", f"{filesystem(directory)}, {syncs:,.0f} fdatasync/s of 4 KiB, one at a time")]
+    return [
+        ("CPU", f"{model}, {os.cpu_count()} cores, load {load:.2f} at the start"),
+        ("kernel", platform.release()),
+        ("Python", platform.python_version()),
+        ("SQLite", sqlite3.sqlite_version),
+        ("disk", f"{filesystem(directory)}, {syncs:,.0f} fdatasync/s of 4 KiB, one at a time"),
+    ]
 
 
 def main():
     names = ("shell", "python-start", "thread", "beat", "memory", "logs")
     parser = argparse.ArgumentParser(description=textwrap.fill(__doc__.splitlines()[0]))
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(names))
-    parser.add_argument("--directory", help="where the data goes, on a disk; default: that of temporary files")
+    parser.add_argument(
+        "--directory", help="where the data goes, on a disk; default: that of temporary files"
+    )
     arguments = parser.parse_args()
     unknown = set(arguments.names) - set(names)
     if unknown:
@@ -519,7 +681,9 @@ def main():
         parser.error("wrk is missing, the load generator: apt-get install wrk")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     failed, began = 0, time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="xxl-bench-", dir=place_on_disk(arguments.directory)) as directory:
+    with tempfile.TemporaryDirectory(
+        prefix="xxl-bench-", dir=place_on_disk(arguments.directory)
+    ) as directory:
         directory = Path(directory)
         figures = machine(directory)
         if set(wanted) & {"thread", "beat"}:
@@ -535,7 +699,9 @@ def main():
     print()
     xxl_executor.print_table(("BENCH", "TARGET", "MEASURED", "", "DETAILS"), bench.rows)
     print()
-    xxl_executor.print_table(("MACHINE", ""), [*figures, ("took", f"{time.monotonic() - began:.0f} s")])
+    xxl_executor.print_table(
+        ("MACHINE", ""), [*figures, ("took", f"{time.monotonic() - began:.0f} s")]
+    )
     return 1 if failed or any(row[3] == "MISSED" for row in bench.rows) else 0
 
 

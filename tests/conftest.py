@@ -1,4 +1,5 @@
 """What all tests share: the daemon as a subprocess, the product's own loopback admin, and a watch over what is left behind."""
+
 import contextlib
 import json
 import os
@@ -58,10 +59,25 @@ class Executor:
     0.12 s instead of 0.3, some hundreds of times.
     """
 
-    def __init__(self, directory, config, *, env=None, arguments=("run",), flags=("-W", "error", "-X", "dev"), prefix=(),
-                 program=None):
+    def __init__(
+        self,
+        directory,
+        config,
+        *,
+        env=None,
+        arguments=("run",),
+        flags=("-W", "error", "-X", "dev"),
+        prefix=(),
+        program=None,
+    ):
         """`prefix`: a command that executes the interpreter, such as setpriv or unshare; `program`: a file that runs ours."""
-        self.directory, self.flags, self.arguments, self.prefix, self.program = directory, flags, arguments, prefix, program
+        self.directory, self.flags, self.arguments, self.prefix, self.program = (
+            directory,
+            flags,
+            arguments,
+            prefix,
+            program,
+        )
         self.env = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
         self.file = directory / "config.yaml"
         self.data = directory / "data"
@@ -73,20 +89,34 @@ class Executor:
         self.write(config)
 
     def write(self, config):
-        self.file.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        self.file.write_text(
+            yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8"
+        )
 
     def start(self, *, wait=True):
         self.errors = open(self.stderr, "ab")
         self.lock_before = self.lock
         arguments = ["-c", str(self.file), *self.arguments]
-        command = [sys.executable, str(self.program), *arguments] if self.program else \
-            xxl_executor.run_as_module(sys.executable, *arguments)
-        self.process = subprocess.Popen([*self.prefix, command[0], *self.flags, *command[1:]],
-                                        env=self.env, stdin=subprocess.DEVNULL, stdout=self.errors, stderr=self.errors,
-                                        cwd=self.directory, start_new_session=True, pass_fds=self.pass_fds)
+        command = (
+            [sys.executable, str(self.program), *arguments]
+            if self.program
+            else xxl_executor.run_as_module(sys.executable, *arguments)
+        )
+        self.process = subprocess.Popen(
+            [*self.prefix, command[0], *self.flags, *command[1:]],
+            env=self.env,
+            stdin=subprocess.DEVNULL,
+            stdout=self.errors,
+            stderr=self.errors,
+            cwd=self.directory,
+            start_new_session=True,
+            pass_fds=self.pass_fds,
+        )
         self.errors.close()
         if wait:
-            wait_until(lambda: self.url or self.process.poll() is not None, 20, "the start of the daemon")
+            wait_until(
+                lambda: self.url or self.process.poll() is not None, 20, "the start of the daemon"
+            )
             assert self.process.poll() is None, self.log
         return self
 
@@ -96,7 +126,9 @@ class Executor:
         with contextlib.suppress(ValueError):
             _, pid, url = self.lock.split()
             # In a PID namespace it is not the pid that we know.
-            if self.process is not None and (self.lock != self.lock_before if self.prefix else int(pid) == self.process.pid):
+            if self.process is not None and (
+                self.lock != self.lock_before if self.prefix else int(pid) == self.process.pid
+            ):
                 return url.rstrip("/")
         return ""
 
@@ -121,7 +153,9 @@ class Executor:
 
     def post(self, path, body=None, **headers):
         """The envelope of a POST; `body` is JSON, or bytes as they are."""
-        data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+        data = (
+            body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+        )
         reply = self.session.post(self.url + path, data=data, headers=headers, timeout=20)
         assert reply.status_code == 200, reply.text
         return reply.json()
@@ -131,11 +165,15 @@ class Executor:
 
     def page(self, log_id, date, first=1):
         """A log page, as the admin asks for it."""
-        return self.post("/log", {"logId": log_id, "logDateTim": date, "fromLineNum": first})["content"]
+        return self.post("/log", {"logId": log_id, "logDateTim": date, "fromLineNum": first})[
+            "content"
+        ]
 
     def log_text(self, log_id):
         """The whole log file of a run."""
-        return next((self.data / "logs").glob(f"*/{log_id}.log")).read_text(encoding="utf-8", errors="replace")
+        return next((self.data / "logs").glob(f"*/{log_id}.log")).read_text(
+            encoding="utf-8", errors="replace"
+        )
 
     def signal(self, number):
         self.process.send_signal(number)
@@ -172,14 +210,36 @@ def executor(tmp_path, request):
     """
     made = []
 
-    def make(jobs=None, *, admin=None, executor=None, admin_options=None, env=None, start=True, directory=None, prefix=(),
-             program=getattr(request.module, "program", None), **others):
+    def make(
+        jobs=None,
+        *,
+        admin=None,
+        executor=None,
+        admin_options=None,
+        env=None,
+        start=True,
+        directory=None,
+        prefix=(),
+        program=getattr(request.module, "program", None),
+        **others,
+    ):
         place = directory or tmp_path / (f"executor{len(made)}" if made else "executor")
         place.mkdir(exist_ok=True)
         config = {
-            "admin": {"addresses": [admin.url] if admin else [], "access_token": admin.token if admin else "", **(admin_options or {})},
-            "executor": {"bind": "127.0.0.1:0", "data_dir": "./data", "drain_timeout": "5s", **(executor or {})},
-            "jobs": jobs or {}, **others}
+            "admin": {
+                "addresses": [admin.url] if admin else [],
+                "access_token": admin.token if admin else "",
+                **(admin_options or {}),
+            },
+            "executor": {
+                "bind": "127.0.0.1:0",
+                "data_dir": "./data",
+                "drain_timeout": "5s",
+                **(executor or {}),
+            },
+            "jobs": jobs or {},
+            **others,
+        }
         made.append(Executor(place, config, env=env, prefix=prefix, program=program))
         return made[-1].start() if start else made[-1]
 
@@ -190,17 +250,21 @@ def executor(tmp_path, request):
         if (daemon.data / "lock").exists():
             wait_until(lambda: not daemon.family(), 5, f"the end of every process of {daemon.file}")
         if daemon.stderr.exists():
-            assert not re.search(r"ResourceWarning|Traceback|unexpected error", daemon.log), daemon.log
+            assert not re.search(r"ResourceWarning|Traceback|unexpected error", daemon.log), (
+                daemon.log
+            )
 
 
 @pytest.fixture
 def loopback():
     """A factory of loopback admins: loopback(version="3.5", token="")."""
     with contextlib.ExitStack() as stack:
+
         def make(version="3.5", token="", port=0):
             admin = xxl_executor.LoopbackAdmin(version, token, port)
             stack.callback(admin.close)
             return admin
+
         yield make
 
 
@@ -221,7 +285,9 @@ def port():
 
 def result_of(admin, log_id, seconds=15):
     """The one result that the admin has of `log_id`; waits for it."""
-    assert admin.wait(lambda: log_id in admin.results, seconds), f"no result of {log_id} within {seconds} s"
+    assert admin.wait(lambda: log_id in admin.results, seconds), (
+        f"no result of {log_id} within {seconds} s"
+    )
     return admin.results[log_id][0]
 
 
@@ -235,6 +301,7 @@ def run_job(daemon, admin, handler, seconds=15, **fields):
 @pytest.fixture(autouse=True)
 def nothing_left():
     """No test may leave a thread, a child process or a descriptor behind."""
+
     def children():
         found = set()
         for task in os.listdir("/proc/self/task"):
@@ -248,9 +315,13 @@ def nothing_left():
             with contextlib.suppress(OSError):
                 found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
         return {fd: target for fd, target in found.items() if not target.startswith("/proc/")}
+
     threads, before, fds = set(threading.enumerate()), children(), descriptors()
     yield
     wait_until(lambda: set(threading.enumerate()) <= threads, 5, "the end of the test's threads")
     wait_until(lambda: children() <= before, 5, "the end of the test's children")
-    wait_until(lambda: descriptors().keys() <= fds.keys(), 5,
-               f"the closing of {descriptors().items() - fds.items()}, of {threading.enumerate()}")
+    wait_until(
+        lambda: descriptors().keys() <= fds.keys(),
+        5,
+        f"the closing of {descriptors().items() - fds.items()}, of {threading.enumerate()}",
+    )

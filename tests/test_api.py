@@ -1,4 +1,5 @@
 """The executor API: what the admin may send, what is refused with which words, tokens, and the operators' paths."""
+
 import http.client
 import itertools
 import json
@@ -19,14 +20,27 @@ BUSY = "job thread is running or has trigger queue."
 RUN_PATHS = ["/run", "/trigger"]
 JSON_PATHS = ["/idleBeat", "/run", "/trigger", "/kill", "/log"]
 POST_PATHS = ["/beat", *JSON_PATHS]
-NUMBERS = ["jobId", "logId", "executorTimeout", "broadcastIndex", "broadcastTotal", "logDateTime", "logDateTim"]
+NUMBERS = [
+    "jobId",
+    "logId",
+    "executorTimeout",
+    "broadcastIndex",
+    "broadcastTotal",
+    "logDateTime",
+    "logDateTim",
+]
 JOBS = {
     "count": {"shell": 'echo "$XXL_JOB_LOG_ID" >> ran'},
     "arguments": {"shell": 'echo "$1|$2|$3" > "arguments.$XXL_JOB_LOG_ID"'},
-    "hold": {"shell": 'echo "start $XXL_JOB_LOG_ID" >> held; while [ ! -e "go.$XXL_JOB_ID" ]; do sleep 0.02; done; '
-                      'echo "end $XXL_JOB_LOG_ID" >> held', "kill_grace": "0.2s", "timeout": "60s"},
+    "hold": {
+        "shell": 'echo "start $XXL_JOB_LOG_ID" >> held; while [ ! -e "go.$XXL_JOB_ID" ]; do sleep 0.02; done; '
+        'echo "end $XXL_JOB_LOG_ID" >> held',
+        "kill_grace": "0.2s",
+        "timeout": "60s",
+    },
     'say "\\"\n': {"shell": "true"},
-    "secret": {"shell": 'test -n "$1"'}}
+    "secret": {"shell": 'test -n "$1"'},
+}
 job_ids = itertools.count(100)
 log_ids = itertools.count(1000)
 
@@ -61,11 +75,17 @@ class Caller:
         status, reply = self.request("POST", path, data, headers)
         assert status == 200, reply
         found = json.loads(reply)
-        assert sorted(found) == ["code", "content", "data", "msg"] and found["content"] == found["data"]
+        assert (
+            sorted(found) == ["code", "content", "data", "msg"]
+            and found["content"] == found["data"]
+        )
         return found
 
     def run(self, handler, path="/run", **fields):
-        return self.post(path, {"jobId": next(job_ids), "logId": next(log_ids), "executorHandler": handler, **fields})
+        return self.post(
+            path,
+            {"jobId": next(job_ids), "logId": next(log_ids), "executorHandler": handler, **fields},
+        )
 
     def idle(self, job_id):
         reply = self.post("/idleBeat", {"jobId": job_id})
@@ -78,8 +98,11 @@ class Caller:
     def ends(self, handler):
         """{result code: how many runs}."""
         _, samples = parse_metrics(self.request("GET", "/metrics")[1].decode())
-        return {labels[1][1]: int(value) for (name, labels), value in samples.items()
-                if name == "xxl_executor_runs_total" and dict(labels)["job"] == handler}
+        return {
+            labels[1][1]: int(value)
+            for (name, labels), value in samples.items()
+            if name == "xxl_executor_runs_total" and dict(labels)["job"] == handler
+        }
 
     def lines(self, name):
         file = self.directory / name
@@ -122,10 +145,13 @@ def quiet(api):
     """Fails when what a test sends makes the daemon report an error."""
     before = len(api.daemon.log)
     yield api
-    assert not re.search(r"Traceback|unexpected| ERROR ", api.daemon.log[before:]), api.daemon.log[before:]
+    assert not re.search(r"Traceback|unexpected| ERROR ", api.daemon.log[before:]), api.daemon.log[
+        before:
+    ]
 
 
 # -- the protocol paths
+
 
 @pytest.mark.parametrize("path", RUN_PATHS)
 def test_both_run_paths(api, path):
@@ -145,7 +171,10 @@ def test_idle_beat_and_kill(api):
     assert api.run("hold", jobId=job_id, logId=second) == ALIVE
     wait_until(lambda: f"start {first}" in api.lines("held"), what="the start of the job")
     assert api.idle(next(job_ids))
-    assert api.post("/kill", {"jobId": job_id}) == {**ALIVE, "msg": "killed 1 running, dropped 1 waiting"}
+    assert api.post("/kill", {"jobId": job_id}) == {
+        **ALIVE,
+        "msg": "killed 1 running, dropped 1 waiting",
+    }
     api.wait_idle(job_id)
     assert api.post("/kill", {"jobId": job_id}) == {**ALIVE, "msg": "nothing was running"}
     held = api.lines("held")
@@ -166,21 +195,47 @@ def test_the_payload_is_under_both_names(api):
 
 # -- numbers
 
-@pytest.mark.parametrize("text, shown", [
-    ('"1_0"', '"1_0"'), ("1e30", "1e+30"), ("true", "true"), ('"٣"', '"\\u0663"'), ('" 7 "', '" 7 "'), ("1.5", "1.5"),
-    ('"1.0"', '"1.0"'), ('""', '""'), ('"+1"', '"+1"'), ('"7\\n"', '"7\\n"'), ("[1]", "[1]"), ('{"a":1}', '{"a": 1}'),
-    ("9223372036854775808", "9223372036854775808"), ("-9223372036854775809", "-9223372036854775809"),
-    ('"9223372036854775808"', "9223372036854775808"), ('"' + "9" * 400 + '"', '"' + "9" * 99), ("1e400", "Infinity"),
-    ("9" * 4000, "9" * 100), ("NaN", "NaN"), ("9007199254740994.0", "9007199254740994.0")])
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ('"1_0"', '"1_0"'),
+        ("1e30", "1e+30"),
+        ("true", "true"),
+        ('"٣"', '"\\u0663"'),
+        ('" 7 "', '" 7 "'),
+        ("1.5", "1.5"),
+        ('"1.0"', '"1.0"'),
+        ('""', '""'),
+        ('"+1"', '"+1"'),
+        ('"7\\n"', '"7\\n"'),
+        ("[1]", "[1]"),
+        ('{"a":1}', '{"a": 1}'),
+        ("9223372036854775808", "9223372036854775808"),
+        ("-9223372036854775809", "-9223372036854775809"),
+        ('"9223372036854775808"', "9223372036854775808"),
+        ('"' + "9" * 400 + '"', '"' + "9" * 99),
+        ("1e400", "Infinity"),
+        ("9" * 4000, "9" * 100),
+        ("NaN", "NaN"),
+        ("9007199254740994.0", "9007199254740994.0"),
+    ],
+)
 def test_numbers_that_are_none(quiet, text, shown):
     """Each path and field says which field, and shows what it got."""
     expected = "expected a whole number of 64 bits, got " + shown
     for path in ("/idleBeat", "/kill"):
         assert quiet.post(path, f'{{"jobId":{text}}}'.encode()) == failure(f"jobId: {expected}")
-    assert quiet.post("/log", f'{{"logId":{text},"fromLineNum":1}}'.encode()) == failure(f"logId: {expected}")
-    assert quiet.post("/log", f'{{"logId":1,"fromLineNum":{text}}}'.encode()) == failure(f"fromLineNum: {expected}")
+    assert quiet.post("/log", f'{{"logId":{text},"fromLineNum":1}}'.encode()) == failure(
+        f"logId: {expected}"
+    )
+    assert quiet.post("/log", f'{{"logId":1,"fromLineNum":{text}}}'.encode()) == failure(
+        f"fromLineNum: {expected}"
+    )
     for name in NUMBERS:
-        fields = ",".join(f'"{key}":{value}' for key, value in {"jobId": 1, "logId": 1, name: text}.items())
+        fields = ",".join(
+            f'"{key}":{value}' for key, value in {"jobId": 1, "logId": 1, name: text}.items()
+        )
         for path in RUN_PATHS:
             body = f'{{"executorHandler":"count",{fields}}}'.encode()
             assert quiet.post(path, body) == failure(f"{name}: {expected}")
@@ -193,7 +248,9 @@ def test_numbers_that_are_missing(quiet, fields):
         assert quiet.post(path, {"executorHandler": "count", **fields}) == failure(f"jobId: {text}")
     assert quiet.post("/log", fields) == failure(f"logId: {text}")
     for path in RUN_PATHS:
-        assert quiet.post(path, {"executorHandler": "count", "jobId": 1}) == failure(f"logId: {text}")
+        assert quiet.post(path, {"executorHandler": "count", "jobId": 1}) == failure(
+            f"logId: {text}"
+        )
 
 
 @pytest.mark.parametrize("text", ['"%d"', "%d.0", "%d", "%de0"])
@@ -216,12 +273,19 @@ def test_the_borders_of_int64(quiet, number):
         trigger = f'{{"executorHandler":"count","jobId":{text},"logId":{text}}}'.encode()
         assert quiet.post("/run", trigger) == ALIVE
         quiet.wait_idle(number)
-        page = quiet.post("/log", f'{{"logId":{text},"logDateTim":{text},"fromLineNum":{text}}}'.encode())
-        assert page["code"] == 200 or page["msg"] == f"logDateTime: {number} is no time in ms since 1970"
+        page = quiet.post(
+            "/log", f'{{"logId":{text},"logDateTim":{text},"fromLineNum":{text}}}'.encode()
+        )
+        assert (
+            page["code"] == 200
+            or page["msg"] == f"logDateTime: {number} is no time in ms since 1970"
+        )
     assert quiet.lines("ran").count(str(number)) == 1  # the second was a repeated trigger
 
 
-@pytest.mark.parametrize("seconds", [-1, -(1 << 63), 0, None, 2_147_484, 3_000_000, 1 << 40, (1 << 63) - 1])
+@pytest.mark.parametrize(
+    "seconds", [-1, -(1 << 63), 0, None, 2_147_484, 3_000_000, 1 << 40, (1 << 63) - 1]
+)
 def test_any_executor_timeout(quiet, seconds):
     """Negative and 0: none. And no number of seconds is too long for the calls that wait."""
     job_id, log_id = next(job_ids), next(log_ids)
@@ -237,13 +301,31 @@ def test_no_timeout_is_too_long(executor, tmp_path, seconds):
     """2,147,483 s is the longest that poll() takes; the admin's timeout and the job's own may both be longer."""
     (tmp_path / "worker.py").write_text("def main():\n    return 'done'\n")
     python = {"python": "worker:main", "pythonpath": [str(tmp_path)]}
-    daemon = executor({"none": {"shell": "echo done"}, "own": {"shell": "echo done", "timeout": "30d"},
-                       "python": python, "thread": {**python, "isolation": "thread"}})
+    daemon = executor(
+        {
+            "none": {"shell": "echo done"},
+            "own": {"shell": "echo done", "timeout": "30d"},
+            "python": python,
+            "thread": {**python, "isolation": "thread"},
+        }
+    )
     for number, handler in enumerate(("none", "own", "python", "thread")):
-        trigger = {"jobId": number, "logId": number, "executorHandler": handler, "executorTimeout": seconds}
+        trigger = {
+            "jobId": number,
+            "logId": number,
+            "executorHandler": handler,
+            "executorTimeout": seconds,
+        }
         assert daemon.post("/run", trigger) == ALIVE
-        wait_until(lambda: daemon.post("/idleBeat", {"jobId": number}) == ALIVE, 20, "the end of the job")
-    assert daemon.status()["recent"] == {"none": [200], "own": [200], "python": [200], "thread": [200]}
+        wait_until(
+            lambda: daemon.post("/idleBeat", {"jobId": number}) == ALIVE, 20, "the end of the job"
+        )
+    assert daemon.status()["recent"] == {
+        "none": [200],
+        "own": [200],
+        "python": [200],
+        "thread": [200],
+    }
 
 
 def test_log_pages_beyond_every_border(quiet):
@@ -251,9 +333,13 @@ def test_log_pages_beyond_every_border(quiet):
     assert quiet.run("count", jobId=job_id, logId=log_id, logDateTime=1_700_000_000_000) == ALIVE
     quiet.wait_idle(job_id)
     most, least = (1 << 63) - 1, -(1 << 63)
-    page = quiet.post("/log", {"logId": log_id, "logDateTim": 1_700_000_000_000, "fromLineNum": most})["data"]
+    page = quiet.post(
+        "/log", {"logId": log_id, "logDateTim": 1_700_000_000_000, "fromLineNum": most}
+    )["data"]
     assert page == {"fromLineNum": most, "toLineNum": most - 1, "logContent": "", "isEnd": True}
-    page = quiet.post("/log", {"logId": log_id, "logDateTim": 1_700_000_000_000, "fromLineNum": least})["data"]
+    page = quiet.post(
+        "/log", {"logId": log_id, "logDateTim": 1_700_000_000_000, "fromLineNum": least}
+    )["data"]
     assert page["fromLineNum"] == 1 and page["toLineNum"] >= 1
     for date in (most, least):
         reply = quiet.post("/log", {"logId": log_id, "logDateTim": date, "fromLineNum": 1})
@@ -261,6 +347,7 @@ def test_log_pages_beyond_every_border(quiet):
 
 
 # -- bodies
+
 
 def unreadable():
     short, most = "the body is not JSON: ", getattr(sys, "get_int_max_str_digits", lambda: 0)()
@@ -270,23 +357,40 @@ def unreadable():
     yield "words", b"jobId=1", short + f"Expecting value: {start}"
     yield "cut", b'{"jobId":', short + "Expecting value: line 1 column 10 (char 9)"
     yield "more", b'{"jobId":1}}', short + "Extra data: line 1 column 12 (char 11)"
-    yield "quotes", b"{'jobId':1}", (
-        short + "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)")
+    yield (
+        "quotes",
+        b"{'jobId':1}",
+        (short + "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+    )
     yield "not-utf-8", b'{"jobId":"\xff"}', no_utf8 % 10
     yield "utf-16", b'\xff\xfe{\0"\0', no_utf8 % 0
-    yield "bom", b'\xef\xbb\xbf{"jobId":1}', short + f"Unexpected UTF-8 BOM (decode using utf-8-sig): {start}"
+    yield (
+        "bom",
+        b'\xef\xbb\xbf{"jobId":1}',
+        short + f"Unexpected UTF-8 BOM (decode using utf-8-sig): {start}",
+    )
     yield "null", b"null", "expected a JSON object, got null"
     yield "number", b"1", "expected a JSON object, got 1"
     yield "list", b'[{"jobId":1}]', 'expected a JSON object, got [{"jobId": 1}]'
     yield "text", b'"' + b"x" * 200 + b'"', 'expected a JSON object, got "' + "x" * 99
     yield "deep-lists", b"[" * 100_000, "the body is nested too deeply"
     yield "deep-objects", b'{"jobId":' * 100_000, "the body is nested too deeply"
-    yield "deep-and-whole", b'{"jobId":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "the body is nested too deeply"
+    yield (
+        "deep-and-whole",
+        b'{"jobId":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        "the body is nested too deeply",
+    )
     if most:
-        yield "5000-digits", b'{"jobId":' + b"9" * 5000 + b"}", "the body holds a number of too many digits"
+        yield (
+            "5000-digits",
+            b'{"jobId":' + b"9" * 5000 + b"}",
+            "the body holds a number of too many digits",
+        )
 
 
-@pytest.mark.parametrize("body, text", [pytest.param(body, text, id=name) for name, body, text in unreadable()])
+@pytest.mark.parametrize(
+    "body, text", [pytest.param(body, text, id=name) for name, body, text in unreadable()]
+)
 def test_bodies_that_cannot_be_read(quiet, body, text):
     for path in JSON_PATHS:
         assert quiet.post(path, body) == failure(text)
@@ -304,8 +408,11 @@ def test_no_depth_of_nesting_is_an_error_of_the_executor(quiet):
         except RecursionError:
             high = middle
     shown, found = "[" * 100, set()
-    expected = {"the body is nested too deeply", f"expected a JSON object, got {shown}",
-                f"jobId: expected a whole number of 64 bits, got {shown}"}
+    expected = {
+        "the body is nested too deeply",
+        f"expected a JSON object, got {shown}",
+        f"jobId: expected a whole number of 64 bits, got {shown}",
+    }
     for depth in (100, *range(low - 60, low + 60), 100_000):
         for body in ("[" * depth + "]" * depth, '{"jobId":' + "[" * depth + "]" * depth + "}"):
             reply = quiet.post("/kill", body.encode())
@@ -314,7 +421,9 @@ def test_no_depth_of_nesting_is_an_error_of_the_executor(quiet):
     assert found == expected
 
 
-@pytest.mark.parametrize("name", ["executorHandler", "executorParams", "executorBlockStrategy", "glueType"])
+@pytest.mark.parametrize(
+    "name", ["executorHandler", "executorParams", "executorBlockStrategy", "glueType"]
+)
 @pytest.mark.parametrize("value", [5, True, ["count"], {"a": "b"}, 1.5], ids=str)
 def test_text_that_is_none(quiet, name, value):
     for path in RUN_PATHS:
@@ -324,10 +433,23 @@ def test_text_that_is_none(quiet, name, value):
 
 # -- handlers
 
-@pytest.mark.parametrize("handler, near", [
-    ("cuont", "count"), ("Count", "count"), ("argument", "arguments"), ("nothing-like-it", None), ("", None),
-    (None, None), ("报表", None), ("\ud800", None), ("count\0", "count"),
-    ("x" * 10_000, None)], ids=lambda text: ascii(text)[:20])
+
+@pytest.mark.parametrize(
+    "handler, near",
+    [
+        ("cuont", "count"),
+        ("Count", "count"),
+        ("argument", "arguments"),
+        ("nothing-like-it", None),
+        ("", None),
+        (None, None),
+        ("报表", None),
+        ("\ud800", None),
+        ("count\0", "count"),
+        ("x" * 10_000, None),
+    ],
+    ids=lambda text: ascii(text)[:20],
+)
 def test_unknown_handlers(quiet, handler, near):
     hint = f', did you mean "{near}"?' if near else f": add it under jobs in {quiet.daemon.file}"
     shown = (handler or "").replace("\ud800", "?")[:100]
@@ -335,25 +457,51 @@ def test_unknown_handlers(quiet, handler, near):
         assert quiet.run(handler, path) == failure(f'job handler "{shown}" not found{hint}')
 
 
-@pytest.mark.parametrize("kind", ["GLUE_SHELL", "GLUE_PYTHON", "GLUE_PYTHON2", "GLUE_NODEJS", "GLUE_PHP",
-                                  "GLUE_POWERSHELL", "GLUE_GROOVY"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "GLUE_SHELL",
+        "GLUE_PYTHON",
+        "GLUE_PYTHON2",
+        "GLUE_NODEJS",
+        "GLUE_PHP",
+        "GLUE_POWERSHELL",
+        "GLUE_GROOVY",
+    ],
+)
 def test_scripts_of_the_admin_are_refused(quiet, kind):
     """Also under the name of a job that exists."""
     for handler in ("", "count"):
         log_id = next(log_ids)
-        reply = quiet.run(handler, logId=log_id, glueType=kind, glueSource=f"echo {log_id} >> ran", glueUpdatetime=1)
+        reply = quiet.run(
+            handler,
+            logId=log_id,
+            glueType=kind,
+            glueSource=f"echo {log_id} >> ran",
+            glueUpdatetime=1,
+        )
         assert reply == failure(
             "GLUE_GROOVY: Groovy runs inside the Java executor only: choose another language, or a script of this host"
-            if kind == "GLUE_GROOVY" else
-            f"{kind}: scripts from the admin are not enabled here: write the script to this host, list it under jobs in "
-            "the configuration and choose BEAN with its name as JobHandler, or set glue.enabled: true")
+            if kind == "GLUE_GROOVY"
+            else f"{kind}: scripts from the admin are not enabled here: write the script to this host, list it under jobs in "
+            "the configuration and choose BEAN with its name as JobHandler, or set glue.enabled: true"
+        )
         assert str(log_id) not in quiet.lines("ran")
 
 
 # -- fields
 
-OPTIONAL = ["executorParams", "executorBlockStrategy", "executorTimeout", "logDateTime", "glueType", "glueSource",
-            "glueUpdatetime", "broadcastIndex", "broadcastTotal"]
+OPTIONAL = [
+    "executorParams",
+    "executorBlockStrategy",
+    "executorTimeout",
+    "logDateTime",
+    "glueType",
+    "glueSource",
+    "glueUpdatetime",
+    "broadcastIndex",
+    "broadcastTotal",
+]
 
 
 @pytest.mark.parametrize("fields", [{}, dict.fromkeys(OPTIONAL)], ids=["left-out", "null"])
@@ -366,17 +514,30 @@ def test_optional_fields_null_and_left_out(api, fields):
 
 def test_all_fields_and_unknown_ones(api):
     job_id, log_id = next(job_ids), next(log_ids)
-    known = {"executorParams": "a 'b' $c 报表", "broadcastIndex": 2, "broadcastTotal": 7, "glueType": "BEAN",
-             "glueSource": "", "glueUpdatetime": 1_700_000_000_000, "executorBlockStrategy": "SERIAL_EXECUTION",
-             "executorTimeout": 30, "logDateTime": 1_700_000_000_000}
+    known = {
+        "executorParams": "a 'b' $c 报表",
+        "broadcastIndex": 2,
+        "broadcastTotal": 7,
+        "glueType": "BEAN",
+        "glueSource": "",
+        "glueUpdatetime": 1_700_000_000_000,
+        "executorBlockStrategy": "SERIAL_EXECUTION",
+        "executorTimeout": 30,
+        "logDateTime": 1_700_000_000_000,
+    }
     unknown = {"futureField": {"a": [1, None, {"b": "c"}]}, "job_id": "x", "another": None}
     assert api.run("arguments", jobId=job_id, logId=log_id, **known, **unknown) == ALIVE
     api.wait_idle(job_id)
     assert api.lines(f"arguments.{log_id}") == ["a 'b' $c 报表|2|7"]
-    assert api.post("/kill", {"jobId": job_id, "futureField": []}) == {**ALIVE, "msg": "nothing was running"}
+    assert api.post("/kill", {"jobId": job_id, "futureField": []}) == {
+        **ALIVE,
+        "msg": "nothing was running",
+    }
 
 
-@pytest.mark.parametrize("strategy", ["SERIAL_EXECUTION", "SOMETHING_NEW", "discard_later", "", None])
+@pytest.mark.parametrize(
+    "strategy", ["SERIAL_EXECUTION", "SOMETHING_NEW", "discard_later", "", None]
+)
 def test_serial_is_the_strategy_when_no_other_is_known(api, strategy):
     job_id, logs = next(job_ids), [next(log_ids) for _ in range(3)]
     for log_id in logs:
@@ -389,13 +550,18 @@ def test_serial_is_the_strategy_when_no_other_is_known(api, strategy):
 
 # -- repeated logIds
 
+
 @pytest.mark.parametrize("strategy", ["SERIAL_EXECUTION", "DISCARD_LATER", "COVER_EARLY"])
 def test_a_repeated_log_id_runs_once(api, strategy):
     """While it runs, while it waits, after its end, behind another run: answered 200, starts and covers nothing."""
     job_id, log_id, ends = next(job_ids), next(log_ids), api.ends("hold")
 
     def again(path="/run"):
-        assert api.run("hold", path, jobId=job_id, logId=log_id, executorBlockStrategy=strategy) == ALIVE
+        assert (
+            api.run("hold", path, jobId=job_id, logId=log_id, executorBlockStrategy=strategy)
+            == ALIVE
+        )
+
     again()
     again()
     wait_until(lambda: f"start {log_id}" in api.lines("held"), what="the start of the job")
@@ -416,7 +582,9 @@ def test_a_repeated_log_id_runs_once(api, strategy):
     api.release(job_id)
     api.wait_idle(job_id)
     own = [line for line in api.lines("held") if int(line.split()[1]) in (log_id, waiting, other)]
-    assert own == [f"{what} {number}" for number in (log_id, waiting, other) for what in ("start", "end")]
+    assert own == [
+        f"{what} {number}" for number in (log_id, waiting, other) for what in ("start", "end")
+    ]
     assert api.ends("hold") == {**ends, "200": ends.get("200", 0) + 3}
 
 
@@ -431,6 +599,7 @@ def test_the_same_log_id_from_many_threads_runs_once(api, strategy):
     def send(log_id):
         together.wait(20)
         return api.run("count", jobId=job_id, logId=log_id, executorBlockStrategy=strategy)
+
     with ThreadPoolExecutor(callers) as pool:
         for log_id in logs:
             assert list(pool.map(send, [log_id] * callers)) == [ALIVE] * callers
@@ -452,17 +621,29 @@ def test_the_same_log_id_for_two_jobs_runs_once(api):
 
 # -- tokens and the app name
 
+
 def flipped(text, at):
     return "".join(chr(ord(c) ^ 1) if i == at % len(text) else c for i, c in enumerate(text))
 
 
-@pytest.mark.parametrize("given", [
-    pytest.param([], id="missing"), pytest.param([""], id="empty"), pytest.param(["wrong"], id="wrong"),
-    pytest.param([TOKEN, TOKEN], id="doubled"), pytest.param(["wrong", TOKEN], id="right-after-wrong"),
-    pytest.param([TOKEN, "wrong"], id="wrong-after-right"), pytest.param([flipped(TOKEN, 0)], id="first-byte"),
-    pytest.param([flipped(TOKEN, -1)], id="last-byte"), pytest.param([TOKEN[:-1]], id="too-short"),
-    pytest.param([TOKEN + "x"], id="too-long"), pytest.param([TOKEN.upper()], id="upper-case"),
-    pytest.param(["tökén".encode()], id="not-ascii"), pytest.param([b"\xff"], id="not-utf-8")])
+@pytest.mark.parametrize(
+    "given",
+    [
+        pytest.param([], id="missing"),
+        pytest.param([""], id="empty"),
+        pytest.param(["wrong"], id="wrong"),
+        pytest.param([TOKEN, TOKEN], id="doubled"),
+        pytest.param(["wrong", TOKEN], id="right-after-wrong"),
+        pytest.param([TOKEN, "wrong"], id="wrong-after-right"),
+        pytest.param([flipped(TOKEN, 0)], id="first-byte"),
+        pytest.param([flipped(TOKEN, -1)], id="last-byte"),
+        pytest.param([TOKEN[:-1]], id="too-short"),
+        pytest.param([TOKEN + "x"], id="too-long"),
+        pytest.param([TOKEN.upper()], id="upper-case"),
+        pytest.param(["tökén".encode()], id="not-ascii"),
+        pytest.param([b"\xff"], id="not-utf-8"),
+    ],
+)
 def test_wrong_tokens_are_refused(guarded, given):
     """Before anything of the body is looked at, and a trigger starts nothing."""
     log_id = next(log_ids)
@@ -481,12 +662,20 @@ def test_wrong_tokens_are_refused(guarded, given):
     assert TOKEN[1:-1] not in guarded.daemon.log
 
 
-@pytest.mark.parametrize("name", ["XXL-JOB-ACCESS-TOKEN", "xxl-job-access-token", "Xxl-Job-Access-Token"])
+@pytest.mark.parametrize(
+    "name", ["XXL-JOB-ACCESS-TOKEN", "xxl-job-access-token", "Xxl-Job-Access-Token"]
+)
 def test_the_right_token(guarded, name):
     job_id, log_id = next(job_ids), next(log_ids)
     good = [(name, TOKEN)]
-    assert guarded.post("/run", {"jobId": job_id, "logId": log_id, "executorHandler": "count"}, good) == ALIVE
-    wait_until(lambda: guarded.post("/idleBeat", {"jobId": job_id}, good) == ALIVE, what="the end of the job")
+    assert (
+        guarded.post("/run", {"jobId": job_id, "logId": log_id, "executorHandler": "count"}, good)
+        == ALIVE
+    )
+    wait_until(
+        lambda: guarded.post("/idleBeat", {"jobId": job_id}, good) == ALIVE,
+        what="the end of the job",
+    )
     assert guarded.lines("ran").count(str(log_id)) == 1
     assert guarded.post("/beat", b"", good) == ALIVE
     assert guarded.post("/kill", {"jobId": job_id}, good)["msg"] == "nothing was running"
@@ -508,7 +697,9 @@ def test_another_app_name_is_refused(guarded, sent):
     for names in ([sent], ["billing", sent], [sent, "billing"]):
         headers = [token, *(("XXL-JOB-APPNAME", name) for name in names)]
         for path in POST_PATHS:
-            assert guarded.post(path, {"jobId": 1, "logId": 1, "executorHandler": "count"}, headers) == failure(text)
+            assert guarded.post(
+                path, {"jobId": 1, "logId": 1, "executorHandler": "count"}, headers
+            ) == failure(text)
         status, body = guarded.request("GET", "/status", headers=headers)
         assert (status, json.loads(body)) == (403, failure(text))
     # Who has no token learns nothing of the name.
@@ -524,9 +715,13 @@ def test_the_right_app_name(api, guarded):
 
 # -- the operators' paths
 
+
 def parse_metrics(text):
     """{(name, ((label, value), ...)): number} of Prometheus text; fails where a scraper would, or might."""
-    name, number = r"[a-zA-Z_:][a-zA-Z0-9_:]*", r"[+-]?(?:[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?|Inf|NaN)"
+    name, number = (
+        r"[a-zA-Z_:][a-zA-Z0-9_:]*",
+        r"[+-]?(?:[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?|Inf|NaN)",
+    )
     label = r'[a-zA-Z_][a-zA-Z0-9_]*="(?:[^"\\\n]|\\\\|\\"|\\n)*"'
     assert text.endswith("\n")
     helped, kinds, samples, family = set(), {}, {}, None
@@ -539,7 +734,9 @@ def parse_metrics(text):
             continue
         found = re.fullmatch(f"# TYPE ({name}) (counter|gauge|histogram)", line)
         if found:
-            assert found[1] == family and found[1] not in kinds, f"TYPE without its HELP, or twice: {line}"
+            assert found[1] == family and found[1] not in kinds, (
+                f"TYPE without its HELP, or twice: {line}"
+            )
             kinds[family] = found[2]
             continue
         found = re.fullmatch(f"({name})(?:{{({label}(?:,{label})*)}})? ({number})", line)
@@ -547,14 +744,21 @@ def parse_metrics(text):
         suffixes = ("_bucket", "_sum", "_count") if kinds[family] == "histogram" else ("",)
         assert found[1] in [family + suffix for suffix in suffixes], f"{line} is not below its TYPE"
         assert kinds[family] != "counter" or family.endswith("_total")
-        labels = tuple((key, re.sub(r"\\(.)", lambda m: {"n": "\n"}.get(m[1], m[1]), value))
-                       for key, value in re.findall(r'([a-zA-Z0-9_]+)="((?:[^"\\]|\\.)*)"', found[2] or ""))
-        assert len(dict(labels)) == len(labels) and (found[1], labels) not in samples, f"twice: {line}"
+        labels = tuple(
+            (key, re.sub(r"\\(.)", lambda m: {"n": "\n"}.get(m[1], m[1]), value))
+            for key, value in re.findall(r'([a-zA-Z0-9_]+)="((?:[^"\\]|\\.)*)"', found[2] or "")
+        )
+        assert len(dict(labels)) == len(labels) and (found[1], labels) not in samples, (
+            f"twice: {line}"
+        )
         samples[found[1], labels] = float(found[3])
     assert helped == kinds.keys()
     for family in [name for name, kind in kinds.items() if kind == "histogram"]:
-        buckets = [(float(dict(labels)["le"]), value) for (name, labels), value in samples.items()
-                   if name == family + "_bucket"]
+        buckets = [
+            (float(dict(labels)["le"]), value)
+            for (name, labels), value in samples.items()
+            if name == family + "_bucket"
+        ]
         if buckets:
             bounds, counts = zip(*buckets)
             assert list(bounds) == sorted(set(bounds)) and bounds[-1] == float("inf")
@@ -573,18 +777,31 @@ def test_metrics_are_prometheus_text_and_say_nothing_of_parameters(executor, adm
     reply = daemon.session.get(daemon.url + "/metrics", timeout=20)
     assert reply.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
     kinds, samples = parse_metrics(reply.text)
-    runs = {labels: value for (name, labels), value in samples.items() if name == "xxl_executor_runs_total"}
-    assert runs == {(("job", 'say "\\"\n'), ("code", "200")): 2, (("job", "count"), ("code", "200")): 3,
-                    (("job", "secret"), ("code", "200")): 1, (("job", "secret"), ("code", "500")): 1}
+    runs = {
+        labels: value
+        for (name, labels), value in samples.items()
+        if name == "xxl_executor_runs_total"
+    }
+    assert runs == {
+        (("job", 'say "\\"\n'), ("code", "200")): 2,
+        (("job", "count"), ("code", "200")): 3,
+        (("job", "secret"), ("code", "200")): 1,
+        (("job", "secret"), ("code", "500")): 1,
+    }
     assert samples["xxl_executor_run_duration_seconds_count", ()] == 7
     assert samples["xxl_executor_run_wait_seconds_count", ()] == 7
     assert 0 < samples["xxl_executor_run_duration_seconds_sum", ()] < 7 * 60
     assert samples["xxl_executor_refused_triggers_total", (("reason", "unknown_handler"),)] == 1
-    assert [samples[f"xxl_executor_{name}", ()] for name in ("running", "queued", "stuck_threads")] == [0, 0, 0]
+    assert [
+        samples[f"xxl_executor_{name}", ()] for name in ("running", "queued", "stuck_threads")
+    ] == [0, 0, 0]
     assert samples["xxl_executor_last_heartbeat_timestamp_seconds", ()] > 1_700_000_000
     version = (("version", xxl_executor.__version__), ("python", sys.version.split()[0]))
     assert samples["xxl_executor_build_info", version] == 1
-    assert kinds["xxl_executor_runs_total"] == "counter" and kinds["xxl_executor_run_wait_seconds"] == "histogram"
+    assert (
+        kinds["xxl_executor_runs_total"] == "counter"
+        and kinds["xxl_executor_run_wait_seconds"] == "histogram"
+    )
     health = daemon.session.get(daemon.url + "/health", timeout=20).text
     assert "p4ssw0rd" not in reply.text + health
 
@@ -594,10 +811,16 @@ def test_metrics_of_a_daemon_that_has_done_nothing(executor):
     daemon = executor()
     kinds, samples = parse_metrics(daemon.session.get(daemon.url + "/metrics", timeout=20).text)
     assert all(name.startswith("xxl_executor_") for name in kinds)
-    assert samples["xxl_executor_connections", ()] == 1 and samples["xxl_executor_undelivered_results", ()] == 0
+    assert (
+        samples["xxl_executor_connections", ()] == 1
+        and samples["xxl_executor_undelivered_results", ()] == 0
+    )
     labelled = {"xxl_executor_runs_total", "xxl_executor_refused_triggers_total"}
-    assert {name + ("_count" if kind == "histogram" else "") for name, kind in kinds.items()} - labelled - {"xxl_executor_build_info"} == {
-        name for name, labels in samples if not labels and not name.endswith("_sum")}
+    assert {
+        name + ("_count" if kind == "histogram" else "") for name, kind in kinds.items()
+    } - labelled - {"xxl_executor_build_info"} == {
+        name for name, labels in samples if not labels and not name.endswith("_sum")
+    }
 
 
 def test_the_official_client_reads_the_metrics(executor, admin):
@@ -608,21 +831,43 @@ def test_the_official_client_reads_the_metrics(executor, admin):
         run_job(daemon, admin, handler)
     assert run_job(daemon, admin, "secret", executorParams="")[1]["handleCode"] == 500
     assert admin.trigger(daemon.url, "unknown")[1]["code"] == 500
-    families = {family.name: family for family in parser.text_string_to_metric_families(
-        daemon.session.get(daemon.url + "/metrics", timeout=20).text)}
-    samples = {(sample.name, *sample.labels.values()): sample.value for family in families.values() for sample in family.samples}
+    families = {
+        family.name: family
+        for family in parser.text_string_to_metric_families(
+            daemon.session.get(daemon.url + "/metrics", timeout=20).text
+        )
+    }
+    samples = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in families.values()
+        for sample in family.samples
+    }
     runs = {key[1:]: value for key, value in samples.items() if key[0] == "xxl_executor_runs_total"}
     assert runs == {('say "\\"\n', "200"): 1, ("count", "200"): 2, ("secret", "500"): 1}
     assert samples["xxl_executor_refused_triggers_total", "unknown_handler"] == 1
     for name in ("xxl_executor_run_duration_seconds", "xxl_executor_run_wait_seconds"):
         buckets = [value for key, value in samples.items() if key[0] == name + "_bucket"]
-        assert buckets == sorted(buckets) and buckets[-1] == samples[name + "_bucket", "+Inf"] == samples[name + "_count",] == 4
+        assert (
+            buckets == sorted(buckets)
+            and buckets[-1] == samples[name + "_bucket", "+Inf"] == samples[name + "_count",] == 4
+        )
         assert families[name].type == "histogram" and samples[name + "_sum",] > 0
-    assert families["xxl_executor_build_info"].samples[0].labels == {"version": xxl_executor.__version__, "python": sys.version.split()[0]}
-    assert samples["xxl_executor_last_heartbeat_timestamp_seconds",] >= samples["xxl_executor_start_time_seconds",] > 1_700_000_000
+    assert families["xxl_executor_build_info"].samples[0].labels == {
+        "version": xxl_executor.__version__,
+        "python": sys.version.split()[0],
+    }
+    assert (
+        samples["xxl_executor_last_heartbeat_timestamp_seconds",]
+        >= samples["xxl_executor_start_time_seconds",]
+        > 1_700_000_000
+    )
     for family in families.values():
-        assert family.type in ("counter", "gauge", "histogram") and family.documentation.endswith("."), family
-        assert re.fullmatch(r"xxl_executor_[a-z_]+", family.name) and not re.search("_(ms|millis|minutes|mib|kb)$", family.name), family
+        assert family.type in ("counter", "gauge", "histogram") and family.documentation.endswith(
+            "."
+        ), family
+        assert re.fullmatch(r"xxl_executor_[a-z_]+", family.name) and not re.search(
+            "_(ms|millis|minutes|mib|kb)$", family.name
+        ), family
         # The parser takes _total off the name of a counter; only counters may end so.
         assert family.name.endswith("_total") is False, family
 
@@ -635,14 +880,25 @@ def test_no_secret_reaches_the_log(executor, loopback):
     tried = [flipped(TOKEN, 0), "another-secret"]
     for token in [TOKEN, *tried]:
         for path in POST_PATHS:
-            for body in (b"", b"no JSON", b'{"jobId":[]}', b'{"jobId":1,"logId":2,"executorHandler":"none"}'):
+            for body in (
+                b"",
+                b"no JSON",
+                b'{"jobId":[]}',
+                b'{"jobId":1,"logId":2,"executorHandler":"none"}',
+            ):
                 daemon.post(path, body, **{"XXL-JOB-ACCESS-TOKEN": token})
         for method in ("GET", "PUT"):
             for path in ("/status", "/nope", "/beat"):
-                daemon.session.request(method, daemon.url + path, headers={"XXL-JOB-ACCESS-TOKEN": token}, timeout=20)
+                daemon.session.request(
+                    method, daemon.url + path, headers={"XXL-JOB-ACCESS-TOKEN": token}, timeout=20
+                )
     admin.token = "changed-at-the-admin"  # results and heartbeats are refused from now on
     refusals = len(admin.requests)
-    daemon.post("/run", {"jobId": 1, "logId": 77, "executorHandler": "count"}, **{"XXL-JOB-ACCESS-TOKEN": TOKEN})
+    daemon.post(
+        "/run",
+        {"jobId": 1, "logId": 77, "executorHandler": "count"},
+        **{"XXL-JOB-ACCESS-TOKEN": TOKEN},
+    )
     assert admin.wait(lambda: len(admin.requests) > refusals, 10)
     assert daemon.stop() == 0
     assert "refused a trigger" in daemon.log

@@ -1,4 +1,5 @@
 """Section 15: the program as an operator uses it; each test runs it as a subprocess."""
+
 import contextlib
 import fcntl
 import json
@@ -79,7 +80,12 @@ class Place:
         self.scratch.mkdir()
         other = re.compile(r"XXL_|JOURNAL_STREAM|NO_COLOR|TERM$|COLUMNS|LINES")
         kept = {name: value for name, value in os.environ.items() if not other.match(name)}
-        self.env = {**kept, "XXL_TEST_MARK": self.mark, "TMPDIR": str(self.scratch), "PYTHONDONTWRITEBYTECODE": "1"}
+        self.env = {
+            **kept,
+            "XXL_TEST_MARK": self.mark,
+            "TMPDIR": str(self.scratch),
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
 
     def write(self, text, name="config.yaml"):
         (self.directory / name).write_text(text, encoding="utf-8")
@@ -88,8 +94,16 @@ class Place:
 
     def start(self, *arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **env):
         command = [sys.executable, "-W", "error", "-X", "dev", str(PROGRAM), *arguments]
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, encoding="utf-8",
-                                cwd=self.directory, env={**self.env, **env}, start_new_session=True)
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            encoding="utf-8",
+            cwd=self.directory,
+            env={**self.env, **env},
+            start_new_session=True,
+        )
 
     def run(self, *arguments, **env):
         """(exit status, stdout, stderr)"""
@@ -130,6 +144,7 @@ def place(tmp_path):
 
 # -- usage
 
+
 def test_version(place):
     assert place.run("--version") == (0, f"xxl-executor {xxl_executor.__version__}\n", "")
 
@@ -141,7 +156,8 @@ def test_help(place):
     for command in COMMANDS:
         assert re.search(rf"^    {command} +\w", out, re.MULTILINE)
     assert "examples:\n  xxl-executor " in out and out.endswith(
-        "exit status: 0 fine, 1 failed, 2 bad usage or configuration\n")
+        "exit status: 0 fine, 1 failed, 2 bad usage or configuration\n"
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -154,13 +170,29 @@ def test_help_of_a_command(place, command):
     assert parsed.command == command, "the example is one that works"
 
 
-@pytest.mark.parametrize("arguments", [
-    ["zzz"], ["--zzz"], ["check", "--zzz"], ["check", "more"], ["exec"], ["exec", "a", "b"], ["-c"],
-     ["demo", "--once=1"], ["status", "--once"],
-    ["exec", "a", "--shard", "3/3"], ["exec", "a", "--shard", "1"], ["exec", "a", "--shard", "a/b"],
-     ["exec", "a", "--shard=-1/3"],
-    ["exec", "a", "--shard", "٠/٣"], ["exec", "a", "--timeout", "5x"], ["exec", "a", "--timeout=-5"],
-     ["exec", "a", "--timeout", ""]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["zzz"],
+        ["--zzz"],
+        ["check", "--zzz"],
+        ["check", "more"],
+        ["exec"],
+        ["exec", "a", "b"],
+        ["-c"],
+        ["demo", "--once=1"],
+        ["status", "--once"],
+        ["exec", "a", "--shard", "3/3"],
+        ["exec", "a", "--shard", "1"],
+        ["exec", "a", "--shard", "a/b"],
+        ["exec", "a", "--shard=-1/3"],
+        ["exec", "a", "--shard", "٠/٣"],
+        ["exec", "a", "--timeout", "5x"],
+        ["exec", "a", "--timeout=-5"],
+        ["exec", "a", "--timeout", ""],
+    ],
+    ids=" ".join,
+)
 def test_bad_usage(capsys, arguments):
     """In this process: argparse ends it before anything else begins."""
     with pytest.raises(SystemExit) as caught:
@@ -173,14 +205,23 @@ def test_bad_usage(capsys, arguments):
 def test_bad_shard_says_what_was_expected(place):
     status, out, err = place.write(JOBS).run("exec", "hello", "--shard", "3/3")
     assert (status, out) == (2, "")
-    assert err.endswith('\nxxl-executor exec: error: argument --shard: expected index/total such as 0/3, got "3/3"\n')
+    assert err.endswith(
+        '\nxxl-executor exec: error: argument --shard: expected index/total such as 0/3, got "3/3"\n'
+    )
 
 
-@pytest.mark.skipif(os.path.exists("/etc/xxl-executor/config.yaml"), reason="this host has a configuration")
-@pytest.mark.parametrize("arguments", [[], ["run"], ["check"], ["demo"], ["exec", "a"], ["status"]], ids=" ".join)
+@pytest.mark.skipif(
+    os.path.exists("/etc/xxl-executor/config.yaml"), reason="this host has a configuration"
+)
+@pytest.mark.parametrize(
+    "arguments", [[], ["run"], ["check"], ["demo"], ["exec", "a"], ["status"]], ids=" ".join
+)
 def test_no_configuration(place, arguments):
     assert place.run(*arguments) == (
-        2, "", "no configuration: none of ./config.yaml, /etc/xxl-executor/config.yaml exists: give one with -c FILE\n")
+        2,
+        "",
+        "no configuration: none of ./config.yaml, /etc/xxl-executor/config.yaml exists: give one with -c FILE\n",
+    )
 
 
 def test_where_the_configuration_is_taken_from(place):
@@ -188,12 +229,17 @@ def test_where_the_configuration_is_taken_from(place):
     place.write("jobs: {other: {shell: x}}\nexecutor: {bind: '127.0.0.1:0'}\n", "other.yaml")
     assert "\nhere " in place.run("check")[1]
     assert "\nother " in place.run("check", XXL_EXECUTOR_CONFIG="other.yaml")[1]
-    places = (("-c", "config.yaml", "check"), ("check", "-c", "config.yaml"), ("check", "--config=config.yaml"))
+    places = (
+        ("-c", "config.yaml", "check"),
+        ("check", "-c", "config.yaml"),
+        ("check", "--config=config.yaml"),
+    )
     for arguments in places:
         assert "\nhere " in place.run(*arguments, XXL_EXECUTOR_CONFIG="other.yaml")[1]
 
 
 # -- check
+
 
 def test_check(place):
     place.write("""\
@@ -206,7 +252,9 @@ jobs:
   ticker: {python: "ticks:main", isolation: thread, description: 滴答}
   短: {shell: x, timeout: 2h}
 """)
-    assert place.run("check") == (0, """\
+    assert place.run("check") == (
+        0,
+        """\
 JOB      KIND              TIMEOUT  DESCRIPTION
 hello    shell             -        echo hello echo again
 cleanup  command           10m      Removes old files
@@ -215,8 +263,14 @@ ticker   python (thread)   -        滴答
 短       shell             2h       x
 
 ./config.yaml is fine: 5 jobs
-""", "warning: config.yaml:2: include: none.yaml matches no file\n".replace("config.yaml", "./config.yaml"))
-    assert sorted(os.listdir(place.directory)) == ["config.yaml", "mod.py", "scratch"], "check makes nothing"
+""",
+        "warning: config.yaml:2: include: none.yaml matches no file\n".replace(
+            "config.yaml", "./config.yaml"
+        ),
+    )
+    assert sorted(os.listdir(place.directory)) == ["config.yaml", "mod.py", "scratch"], (
+        "check makes nothing"
+    )
 
 
 def test_check_leaves_a_running_executor_alone(executor, place):
@@ -231,21 +285,30 @@ def test_check_leaves_a_running_executor_alone(executor, place):
         "def seen(event, arguments):\n"
         f"    if event.startswith('socket.') or event in ('open', 'os.listdir') and str(arguments[0]).startswith({str(daemon.data)!r}):\n"
         "        print('SEEN', event, arguments)\n"
-        "sys.addaudithook(seen)\n")
+        "sys.addaudithook(seen)\n"
+    )
     status, out, err = place.run("-c", str(daemon.file), "check", PYTHONPATH=str(hook))
     assert (status, err) == (0, "") and "\nother " in out and "SEEN" not in out
     assert {file: file.stat().st_mtime_ns for file in daemon.data.rglob("*")} == before
     assert daemon.status()["jobs"] == ["hello"]
-    assert "SEEN socket" in place.run("-c", str(daemon.file), "status", PYTHONPATH=str(hook))[1], "the hook sees"
+    assert "SEEN socket" in place.run("-c", str(daemon.file), "status", PYTHONPATH=str(hook))[1], (
+        "the hook sees"
+    )
 
 
-@pytest.mark.parametrize("arguments", [["check"], ["run"], [], ["demo"], ["exec", "hello"], ["status"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["check"], ["run"], [], ["demo"], ["exec", "hello"], ["status"]], ids=" ".join
+)
 def test_broken_configuration(place, arguments):
     place.write("executor:\n  max_running: 0\njobs:\n  hello:\n    timout: 5\n    shell: x\n")
-    assert place.run("-c", "config.yaml", *arguments) == (2, "", """\
+    assert place.run("-c", "config.yaml", *arguments) == (
+        2,
+        "",
+        """\
 config.yaml:2: executor.max_running: expected a whole number from 1 to 1024, got the number 0
 config.yaml:5: jobs.hello.timout: unknown key, did you mean "timeout"?
-""")
+""",
+    )
 
 
 @pytest.mark.parametrize("arguments", [["check"], ["--help"], ["check", "--help"]], ids=" ".join)
@@ -261,47 +324,77 @@ def test_broken_pipe(place, arguments):
 
 # -- what may not start
 
-@pytest.mark.parametrize("bind, host, arguments", [
-    ("0.0.0.0:0", "0.0.0.0", "run"), ("0.0.0.0:0", "0.0.0.0", ""), ("0.0.0.0:0", "0.0.0.0", "check"),
-     ("'[::]:0'", "::", "check"),
-    ("':0'", "0.0.0.0", "check"), ("10.1.2.3:0", "10.1.2.3", "check"),
-    # These only begin as a loopback address does.
-    ("'[::1:2]:0'", "::1:2", "check"), ("localhost.example:0", "localhost.example", "check"),
-     ("127.example:0", "127.example", "check")])
+
+@pytest.mark.parametrize(
+    "bind, host, arguments",
+    [
+        ("0.0.0.0:0", "0.0.0.0", "run"),
+        ("0.0.0.0:0", "0.0.0.0", ""),
+        ("0.0.0.0:0", "0.0.0.0", "check"),
+        ("'[::]:0'", "::", "check"),
+        ("':0'", "0.0.0.0", "check"),
+        ("10.1.2.3:0", "10.1.2.3", "check"),
+        # These only begin as a loopback address does.
+        ("'[::1:2]:0'", "::1:2", "check"),
+        ("localhost.example:0", "localhost.example", "check"),
+        ("127.example:0", "127.example", "check"),
+    ],
+)
 def test_unsafe_start_is_refused(place, bind, host, arguments):
     place.write(f"executor: {{bind: {bind}}}\njobs: {{hello: {{shell: x}}}}\n")
-    assert place.run("-c", "config.yaml", *arguments.split()) == (2, "", (
-        f"config.yaml: admin.access_token: is empty, and executor.bind {host} is open to the network: set a token, "
-        "bind to 127.0.0.1, or set executor.allow_no_token: true when a firewall keeps others out\n"))
+    assert place.run("-c", "config.yaml", *arguments.split()) == (
+        2,
+        "",
+        (
+            f"config.yaml: admin.access_token: is empty, and executor.bind {host} is open to the network: set a token, "
+            "bind to 127.0.0.1, or set executor.allow_no_token: true when a firewall keeps others out\n"
+        ),
+    )
     assert not (place.directory / "data").exists()
 
 
-@pytest.mark.parametrize("options", [
-    "executor: {bind: '127.0.0.1:1'}", "executor: {bind: '127.9.9.9:1'}", "executor: {bind: 'localhost:1'}",
+@pytest.mark.parametrize(
+    "options",
+    [
+        "executor: {bind: '127.0.0.1:1'}",
+        "executor: {bind: '127.9.9.9:1'}",
+        "executor: {bind: 'localhost:1'}",
         "executor: {bind: '[::1]:1'}",
-    "executor: {bind: '0.0.0.0:1', allow_no_token: true}", "admin: {access_token: x}"])
+        "executor: {bind: '0.0.0.0:1', allow_no_token: true}",
+        "admin: {access_token: x}",
+    ],
+)
 def test_safe_start_is_not_refused(place, options):
     status, _, err = place.write(options + "\njobs: {hello: {shell: x}}\n").run("check")
     assert (status, err) == (0, "")
 
 
 def test_default_token_is_warned_of(executor, loopback, place):
-    text = ("ACCESS TOKEN IS default_token, which every attacker tries first: set another xxl.job.accessToken "
-            "in the admin and admin.access_token here")
+    text = (
+        "ACCESS TOKEN IS default_token, which every attacker tries first: set another xxl.job.accessToken "
+        "in the admin and admin.access_token here"
+    )
     daemon = executor({}, admin=loopback(token="default_token"))
     assert re.search(rf"^\S+ \S+ WARNING {re.escape(text)}$", daemon.log, re.MULTILINE)
     place.write("admin: {access_token: default_token}\njobs: {hello: {shell: x}}\n")
     status, _, err = place.run("check", JOURNAL_STREAM="8:1")
-    assert (status, err) == (0, f"<4>{text}\n"), "under systemd with a priority and without the time"
+    assert (status, err) == (0, f"<4>{text}\n"), (
+        "under systemd with a priority and without the time"
+    )
 
 
 def test_a_second_daemon_is_refused(executor, place):
     first = executor({})
     place.write(f"executor: {{bind: '127.0.0.1:0', data_dir: {first.data}}}\n")
     for arguments in ([], ["run"]):
-        assert place.run(*arguments) == (1, "", (
-            f"xxl-executor: executor.data_dir: {first.data} is in use by another executor (pid {first.process.pid}): "
-            "stop it, or give this one a data_dir of its own\n"))
+        assert place.run(*arguments) == (
+            1,
+            "",
+            (
+                f"xxl-executor: executor.data_dir: {first.data} is in use by another executor (pid {first.process.pid}): "
+                "stop it, or give this one a data_dir of its own\n"
+            ),
+        )
     assert first.status()["pid"] == first.process.pid, "the first one goes on"
     assert first.stop() == 0
     second = executor({}, executor={"data_dir": str(first.data)}, start=False)
@@ -316,21 +409,39 @@ def test_a_port_in_use_is_refused(place):
         taken.listen()
         port = taken.getsockname()[1]
         place.write(f"executor: {{bind: '127.0.0.1:{port}'}}\n")
-        assert place.run() == (1, "", (
-            f"xxl-executor: executor.bind: cannot listen on 127.0.0.1:{port}: Address already in use: "
-            "choose a free port of this host\n"))
+        assert place.run() == (
+            1,
+            "",
+            (
+                f"xxl-executor: executor.bind: cannot listen on 127.0.0.1:{port}: Address already in use: "
+                "choose a free port of this host\n"
+            ),
+        )
 
 
-@pytest.mark.parametrize("data_dir, reason", [
-    ("file", "{}/file: File exists"), ("file/data", "{}/file/data: Not a directory"),
-    pytest.param("closed/data", "{}/closed/data: Permission denied",
-        marks=pytest.mark.skipif(os.geteuid() == 0, reason="root may write"))])
+@pytest.mark.parametrize(
+    "data_dir, reason",
+    [
+        ("file", "{}/file: File exists"),
+        ("file/data", "{}/file/data: Not a directory"),
+        pytest.param(
+            "closed/data",
+            "{}/closed/data: Permission denied",
+            marks=pytest.mark.skipif(os.geteuid() == 0, reason="root may write"),
+        ),
+    ],
+)
 def test_data_dir_that_cannot_be_used(place, data_dir, reason):
     (place.directory / "file").touch()
     (place.directory / "closed").mkdir(0o500)
     place.write(f"executor: {{bind: '127.0.0.1:0', data_dir: {data_dir}}}\n")
-    assert place.run() == (1, "", (
-        f"xxl-executor: executor.data_dir: {reason.format(place.directory)}: choose a directory with space that this user may write\n"))
+    assert place.run() == (
+        1,
+        "",
+        (
+            f"xxl-executor: executor.data_dir: {reason.format(place.directory)}: choose a directory with space that this user may write\n"
+        ),
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -348,45 +459,144 @@ def test_run_is_the_default_and_ends_on_a_signal(place, number):
 
 # -- exec
 
+
 def notes(err):
     """The notes on stderr without what differs from run to run."""
-    return re.sub(r"pid=\d+|after [\d.e-]+ s(?=: code)", lambda found: found[0].split("=")[0].split(" ")[0], err)
+    return re.sub(
+        r"pid=\d+|after [\d.e-]+ s(?=: code)",
+        lambda found: found[0].split("=")[0].split(" ")[0],
+        err,
+    )
 
 
-@pytest.mark.parametrize("arguments, status, out, first, last", [
-    (["hello"], 0, "out [] [0] [1]\nerr\n", 'shard=0/1 timeout=none pid param=""', "succeeded after: code 200, err"),
-    (["hello", "--param", "a b", "--shard", "1/3", "--timeout", "5m"], 0, "out [a b] [1] [3]\nerr\n",
-     'shard=1/3 timeout=5m pid param="a b"', "succeeded after: code 200, err"),
-    (["words", "--param=参数", "--timeout", "0"], 0, "参数 0/1\n", 'shard=0/1 timeout=10m pid param="参数"',
-     "succeeded after: code 200, 参数 0/1"),
-    (["words", "--timeout", "1h"], 0, " 0/1\n", 'shard=0/1 timeout=10m pid param=""',
-     "succeeded after: code 200, 0/1"),
-    (["three"], 3, "", 'shard=0/1 timeout=none pid param=""', "failed after: code 500, exit status 3"),
-    (["signalled"], 143, "", 'shard=0/1 timeout=none pid param=""', "failed after: code 500, killed by signal 15"),
-    (["month"], 0, "long\n", 'shard=0/1 timeout=720h pid param=""', "succeeded after: code 200, long"),
-    (["slow", "--timeout", "0.3"], 124, "before\n", 'shard=0/1 timeout=0.3 s pid param=""',
-     "failed after: code 502, timed out after 0.3 s"),
-    (["limited", "--timeout", "1h"], 124, "", 'shard=0/1 timeout=0.3 s pid param=""',
-     "failed after: code 502, timed out after 0.3 s"),
-    (["patient"], 0, "left\n", 'shard=0/1 timeout=none pid param=""', "succeeded after: code 200, left"),
-    (["leaves"], 0, "left\n", 'shard=0/1 timeout=none pid param=""', "succeeded after: code 200, left"),
-    (["py", "--param", "p", "--shard", "1/3", "--timeout", "9"], 0, "hi p 1 3 9\n",
-     'shard=1/3 timeout=9 s pid param="p"',
-     "succeeded after: code 200, done"),
-    (["py-leave"], 4, "", 'shard=0/1 timeout=none pid param=""', "failed after: code 500, exit status 4"),
-], ids=lambda value: "-".join(value) if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    "arguments, status, out, first, last",
+    [
+        (
+            ["hello"],
+            0,
+            "out [] [0] [1]\nerr\n",
+            'shard=0/1 timeout=none pid param=""',
+            "succeeded after: code 200, err",
+        ),
+        (
+            ["hello", "--param", "a b", "--shard", "1/3", "--timeout", "5m"],
+            0,
+            "out [a b] [1] [3]\nerr\n",
+            'shard=1/3 timeout=5m pid param="a b"',
+            "succeeded after: code 200, err",
+        ),
+        (
+            ["words", "--param=参数", "--timeout", "0"],
+            0,
+            "参数 0/1\n",
+            'shard=0/1 timeout=10m pid param="参数"',
+            "succeeded after: code 200, 参数 0/1",
+        ),
+        (
+            ["words", "--timeout", "1h"],
+            0,
+            " 0/1\n",
+            'shard=0/1 timeout=10m pid param=""',
+            "succeeded after: code 200, 0/1",
+        ),
+        (
+            ["three"],
+            3,
+            "",
+            'shard=0/1 timeout=none pid param=""',
+            "failed after: code 500, exit status 3",
+        ),
+        (
+            ["signalled"],
+            143,
+            "",
+            'shard=0/1 timeout=none pid param=""',
+            "failed after: code 500, killed by signal 15",
+        ),
+        (
+            ["month"],
+            0,
+            "long\n",
+            'shard=0/1 timeout=720h pid param=""',
+            "succeeded after: code 200, long",
+        ),
+        (
+            ["slow", "--timeout", "0.3"],
+            124,
+            "before\n",
+            'shard=0/1 timeout=0.3 s pid param=""',
+            "failed after: code 502, timed out after 0.3 s",
+        ),
+        (
+            ["limited", "--timeout", "1h"],
+            124,
+            "",
+            'shard=0/1 timeout=0.3 s pid param=""',
+            "failed after: code 502, timed out after 0.3 s",
+        ),
+        (
+            ["patient"],
+            0,
+            "left\n",
+            'shard=0/1 timeout=none pid param=""',
+            "succeeded after: code 200, left",
+        ),
+        (
+            ["leaves"],
+            0,
+            "left\n",
+            'shard=0/1 timeout=none pid param=""',
+            "succeeded after: code 200, left",
+        ),
+        (
+            ["py", "--param", "p", "--shard", "1/3", "--timeout", "9"],
+            0,
+            "hi p 1 3 9\n",
+            'shard=1/3 timeout=9 s pid param="p"',
+            "succeeded after: code 200, done",
+        ),
+        (
+            ["py-leave"],
+            4,
+            "",
+            'shard=0/1 timeout=none pid param=""',
+            "failed after: code 500, exit status 4",
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
 def test_exec(place, arguments, status, out, first, last):
     found, printed, err = place.write(JOBS).run("exec", *arguments)
     assert (found, printed, notes(err)) == (
-        status, out, f"----- {arguments[0]} logId=0 jobId=0 {first} -----\n----- {last} -----\n"), err
-    assert sorted(os.listdir(place.directory)) == ["config.yaml", "mod.py", "scratch"], "no journal, no log"
+        status,
+        out,
+        f"----- {arguments[0]} logId=0 jobId=0 {first} -----\n----- {last} -----\n",
+    ), err
+    assert sorted(os.listdir(place.directory)) == ["config.yaml", "mod.py", "scratch"], (
+        "no journal, no log"
+    )
 
 
-@pytest.mark.parametrize("arguments, status, out, last", [
-    (["th", "--param", "p", "--shard", "1/3"], 0, "hi p 1 3 0\n", "succeeded after: code 200, done"),
-    (["th-cooperative", "--timeout", "0.3"], 124, "cancelled\n", "failed after: code 502, timed out after 0.3 s"),
-    (["th-stuck", "--timeout", "0.3"], 124, "stuck\n", None)],
-     ids=lambda value: value[0] if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    "arguments, status, out, last",
+    [
+        (
+            ["th", "--param", "p", "--shard", "1/3"],
+            0,
+            "hi p 1 3 0\n",
+            "succeeded after: code 200, done",
+        ),
+        (
+            ["th-cooperative", "--timeout", "0.3"],
+            124,
+            "cancelled\n",
+            "failed after: code 502, timed out after 0.3 s",
+        ),
+        (["th-stuck", "--timeout", "0.3"], 124, "stuck\n", None),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
 def test_exec_in_a_thread(place, arguments, status, out, last):
     with place.ended(place.write(JOBS).start("exec", *arguments)) as process:
         try:
@@ -401,16 +611,24 @@ def test_exec_in_a_thread(place, arguments, status, out, last):
 def test_exec_of_a_python_job_that_raises(place, job):
     status, out, err = place.write(JOBS).run("exec", job)
     assert status == 1
-    assert out.startswith(f'Traceback (most recent call last):\n  File "{place.directory}/mod.py", line ')
-    assert out.endswith("\nValueError: bad day\n") and out.count("  File ") == 1, "only the frames of the job"
+    assert out.startswith(
+        f'Traceback (most recent call last):\n  File "{place.directory}/mod.py", line '
+    )
+    assert out.endswith("\nValueError: bad day\n") and out.count("  File ") == 1, (
+        "only the frames of the job"
+    )
     assert notes(err).endswith("\n----- failed after: code 500, ValueError: bad day -----\n")
 
 
 def test_exec_gives_the_environment(place):
     arguments = ("--param", "a b", "--shard", "1/3", "--timeout", "2m")
-    status, out, _ = place.write(JOBS).run("exec", "environment", *arguments, XXL_JOB_ACCESS_TOKEN="secret")
+    status, out, _ = place.write(JOBS).run(
+        "exec", "environment", *arguments, XXL_JOB_ACCESS_TOKEN="secret"
+    )
     assert status == 0
-    assert out == """\
+    assert (
+        out
+        == """\
 XXL_JOB_HANDLER=environment
 XXL_JOB_ID=0
 XXL_JOB_LOG_ID=0
@@ -419,12 +637,18 @@ XXL_JOB_SHARD_INDEX=1
 XXL_JOB_SHARD_TOTAL=3
 XXL_JOB_TIMEOUT=120
 """
+    )
 
 
 def test_a_timeout_is_written_as_in_the_daemon(place, executor, admin):
     """A shell cannot compare 120.0 with -gt: whole seconds are written whole."""
-    daemon = executor({"t": {"shell": "echo $XXL_JOB_TIMEOUT", "timeout": "2m"},
-                       "p": {"shell": "echo $XXL_JOB_TIMEOUT", "timeout": "2.5s"}}, admin=admin)
+    daemon = executor(
+        {
+            "t": {"shell": "echo $XXL_JOB_TIMEOUT", "timeout": "2m"},
+            "p": {"shell": "echo $XXL_JOB_TIMEOUT", "timeout": "2.5s"},
+        },
+        admin=admin,
+    )
     assert run_job(daemon, admin, "t")[1]["handleMsg"] == "120"
     assert run_job(daemon, admin, "p")[1]["handleMsg"] == "2.5"
     status, out, _ = place.run("-c", str(daemon.file), "exec", "t", "--timeout", "1m")
@@ -433,9 +657,17 @@ def test_a_timeout_is_written_as_in_the_daemon(place, executor, admin):
 
 def test_exec_of_an_unknown_job(place):
     place.write("jobs: {a: {shell: x}, b: {shell: x}}\n")
-    assert place.run("-c", "config.yaml", "exec", "c") == (2, "", 'config.yaml: there is no job "c": known are a, b\n')
+    assert place.run("-c", "config.yaml", "exec", "c") == (
+        2,
+        "",
+        'config.yaml: there is no job "c": known are a, b\n',
+    )
     place.write("jobs: {}\n")
-    assert place.run("-c", "config.yaml", "exec", "c") == (2, "", 'config.yaml: there is no job "c": known are none\n')
+    assert place.run("-c", "config.yaml", "exec", "c") == (
+        2,
+        "",
+        'config.yaml: there is no job "c": known are none\n',
+    )
 
 
 def test_exec_needs_no_data_dir(place):
@@ -447,11 +679,16 @@ def test_exec_needs_no_data_dir(place):
 def test_exec_a_signal_ends_the_whole_tree(place, number):
     with place.ended(place.write(JOBS).start("exec", "tree")) as process:
         assert process.stdout.readline() == "ready\n"
-        wait_until(lambda: len(place.processes()) >= 4, what="the program, the shell and two that sleep")
+        wait_until(
+            lambda: len(place.processes()) >= 4, what="the program, the shell and two that sleep"
+        )
         os.killpg(process.pid, number)
         out, err = process.communicate(timeout=30)
     assert process.returncode == 137, "its shell ignores SIGTERM"
-    assert (out, notes(err).splitlines()[-1]) == ("", "----- failed after: code 500, interrupted -----")
+    assert (out, notes(err).splitlines()[-1]) == (
+        "",
+        "----- failed after: code 500, interrupted -----",
+    )
     assert not place.processes()
 
 
@@ -464,39 +701,57 @@ def test_exec_of_a_stuck_thread_ends_on_a_signal(place):
 
 # -- status
 
+
 def test_status_without_a_daemon(place):
     place.write(JOBS)
     for arguments in (["status"], ["status", "--json"]):
         assert place.run(*arguments) == (
-            1, "", f"xxl-executor: no executor is running with data_dir {place.directory}/data\n")
+            1,
+            "",
+            f"xxl-executor: no executor is running with data_dir {place.directory}/data\n",
+        )
 
 
 def test_status(executor, loopback, place, tmp_path):
     admin, gate = loopback(token="s3cret"), tmp_path / "gate"
     os.mkfifo(gate)
-    jobs = {"ok": {"shell": "echo fine"}, "bad": {"shell": "exit 3"}, "never": {"shell": "x"},
-            "late": {"shell": "sleep 60", "timeout": "0.2s", "kill_grace": "0.2s"}, "waits": {"shell": f"cat {gate}"}}
+    jobs = {
+        "ok": {"shell": "echo fine"},
+        "bad": {"shell": "exit 3"},
+        "never": {"shell": "x"},
+        "late": {"shell": "sleep 60", "timeout": "0.2s", "kill_grace": "0.2s"},
+        "waits": {"shell": f"cat {gate}"},
+    }
     daemon = executor(jobs, admin=admin, executor={"app_name": "shown"})
     assert admin.wait(lambda: admin.registry, 10)
     for handler, job in (("ok", 1), ("bad", 2), ("late", 3), ("ok", 1)):
         run_job(daemon, admin, handler, jobId=job)
     held = [admin.trigger(daemon.url, "waits", jobId=4)[0] for _ in range(3)]
     token = {"XXL-JOB-ACCESS-TOKEN": "s3cret"}
-    wait_until(lambda: daemon.status(**token)["running"] and not daemon.status(**token)["undelivered"])
+    wait_until(
+        lambda: daemon.status(**token)["running"] and not daemon.status(**token)["undelivered"]
+    )
 
     def status(*arguments):
         status, out, err = place.run("-c", str(daemon.file), "status", *arguments)
         assert (status, err) == (0, "")
         return out
+
     head, place_line, _, *table = status().split("\n")
     version, pid = re.escape(xxl_executor.__version__), daemon.process.pid
     assert head == "shown  registered"
     assert re.fullmatch(rf"{daemon.url}/  pid {pid}  up [\d.]+ s  version {version}", place_line)
     assert table[:6] == [
-        "JOB    LAST RESULTS  RUNNING  WAITING", "bad    F             0        0", "late   T             0        0",
-        "never  -             0        0", "ok     ..            0        0", "waits  -             1        2"]
+        "JOB    LAST RESULTS  RUNNING  WAITING",
+        "bad    F             0        0",
+        "late   T             0        0",
+        "never  -             0        0",
+        "ok     ..            0        0",
+        "waits  -             1        2",
+    ]
     text = "\n".join(table[6:])
-    assert re.fullmatch(rf"""
+    assert re.fullmatch(
+        rf"""
 last results, newest on the right: \. succeeded, F failed, T timed out
 
 RUNNING  LOGID +FOR
@@ -504,13 +759,31 @@ waits    {held[0]}  [\d.e-]+ s
 
 0 results undelivered
 admin {re.escape(admin.url)}: ok, last answer [\d.e-]+ s ago
-""", text), text
+""",
+        text,
+    ), text
     found = json.loads(status("--json"))
-    wanted = {"app": "shown", "pid": pid, "registered": True, "draining": False, "undelivered": 0, "dead": 0}
+    wanted = {
+        "app": "shown",
+        "pid": pid,
+        "registered": True,
+        "draining": False,
+        "undelivered": 0,
+        "dead": 0,
+    }
     assert {key: found[key] for key in wanted} == wanted
-    assert found["recent"]["ok"] == [200, 200] and found["recent"]["bad"] == [500] and found["recent"]["late"] == [502]
-    assert [(run["job"], run["jobId"], run["logId"]) for run in found["running"]] == [("waits", 4, held[0])]
-    assert (found["queued"], found["jobs"]) == ({"waits": 2}, ["bad", "late", "never", "ok", "waits"])
+    assert (
+        found["recent"]["ok"] == [200, 200]
+        and found["recent"]["bad"] == [500]
+        and found["recent"]["late"] == [502]
+    )
+    assert [(run["job"], run["jobId"], run["logId"]) for run in found["running"]] == [
+        ("waits", 4, held[0])
+    ]
+    assert (found["queued"], found["jobs"]) == (
+        {"waits": 2},
+        ["bad", "late", "never", "ok", "waits"],
+    )
     # Another configuration of the same data_dir, with another token.
     place.write(f"admin: {{access_token: wrong}}\nexecutor: {{data_dir: {daemon.data}}}\n")
     code, out, err = place.run("status")
@@ -525,9 +798,18 @@ def test_status_of_an_undelivered_result(executor, place):
     with socket.socket() as closed:  # bound and not listening: every connection is refused
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/admin"
-        daemon = executor({"ok": {"shell": "echo fine"}}, admin_options={"addresses": [url], "timeout": "1s"},
-                          executor={"drain_timeout": "0"})
-        trigger = {"jobId": 1, "logId": 7, "executorHandler": "ok", "glueType": "BEAN", "logDateTime": 1}
+        daemon = executor(
+            {"ok": {"shell": "echo fine"}},
+            admin_options={"addresses": [url], "timeout": "1s"},
+            executor={"drain_timeout": "0"},
+        )
+        trigger = {
+            "jobId": 1,
+            "logId": 7,
+            "executorHandler": "ok",
+            "glueType": "BEAN",
+            "logDateTime": 1,
+        }
         assert daemon.post("/run", trigger)["code"] == 200
         wait_until(lambda: daemon.status()["undelivered"] == 1 and daemon.status()["lastFailure"])
         status, out, err = place.run("-c", str(daemon.file), "status")
@@ -535,7 +817,11 @@ def test_status_of_an_undelivered_result(executor, place):
         assert out.split("\n")[0].endswith("  not registered")
         assert re.search(r"^1 result undelivered, the oldest for [\d.e-]+ s$", out, re.MULTILINE)
         assert re.search(rf"^last failure: .*{re.escape(url)}.*[Rr]efused", out, re.MULTILINE), out
-        assert re.search(rf"^admin {re.escape(url)}: FAILING, no answer yet\n  /api/\w+: .*[Rr]efused", out, re.MULTILINE), out
+        assert re.search(
+            rf"^admin {re.escape(url)}: FAILING, no answer yet\n  /api/\w+: .*[Rr]efused",
+            out,
+            re.MULTILINE,
+        ), out
         daemon.kill()  # what it has not delivered waits in the journal
     status, out, err = place.run("-c", str(daemon.file), "status")
     assert (status, out) == (1, "") and err.startswith("xxl-executor: "), err
@@ -545,17 +831,32 @@ def test_status_of_an_undelivered_result(executor, place):
 def test_status_again_and_again(executor, arguments):
     """What runs is shown anew every second, until Ctrl-C."""
     daemon = executor({"ok": {"shell": "echo fine"}})
-    with subprocess.Popen([sys.executable, "-W", "error", str(PROGRAM), "-c", str(daemon.file), "status", *arguments], text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as watching:
+    with subprocess.Popen(
+        [sys.executable, "-W", "error", str(PROGRAM), "-c", str(daemon.file), "status", *arguments],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as watching:
         begins = '{"version"' if "--json" in arguments else "xxl-job-executor-sample"
-        assert len([line for line in (watching.stdout.readline() for _ in range(40 if begins[0] == "x" else 3))
-                    if line.startswith(begins)]) >= 3
+        assert (
+            len(
+                [
+                    line
+                    for line in (
+                        watching.stdout.readline() for _ in range(40 if begins[0] == "x" else 3)
+                    )
+                    if line.startswith(begins)
+                ]
+            )
+            >= 3
+        )
         watching.send_signal(signal.SIGINT)
         out, err = watching.communicate(timeout=20)
         assert (watching.returncode, err) == (0, "")
 
 
 # -- demo
+
 
 def demo_in_a_terminal(place, *arguments, size=(30, 100), **env):
     """(exit status, all that a terminal of `size` gets)"""
@@ -605,8 +906,12 @@ def rows_of_the_demo(lines):
     return found
 
 
-RESULTS = {"good": ("succeeded", "fine"), "bad": ("failed", "exit status 3: went wrong"),
-           "slow": ("timed out", "timed out after 0.4 s"), "py": ("succeeded", "done")}
+RESULTS = {
+    "good": ("succeeded", "fine"),
+    "bad": ("failed", "exit status 3: went wrong"),
+    "slow": ("timed out", "timed out after 0.4 s"),
+    "py": ("succeeded", "done"),
+}
 
 
 def test_demo_in_a_terminal(place):
@@ -626,8 +931,11 @@ def test_demo_without_color(place):
     assert "\x1b[4A" in text and not re.search(r"\x1b\[[\d;]*m", text)
 
 
-@pytest.mark.parametrize("env, size", [({"TERM": "dumb"}, (30, 100)), ({}, (10, 100))],
-    ids=["dumb terminal", "too few lines"])
+@pytest.mark.parametrize(
+    "env, size",
+    [({"TERM": "dumb"}, (30, 100)), ({}, (10, 100))],
+    ids=["dumb terminal", "too few lines"],
+)
 def test_demo_where_nothing_can_be_redrawn(place, env, size):
     status, text = demo_in_a_terminal(place.write(DEMO), "--once", size=size, **env)
     assert status == 0 and "\x1b" not in text
@@ -656,13 +964,19 @@ def test_demo_into_a_pipe(place):
     table = lines[5:-3]
     states = {tuple(re.split(" {2,}", line)[:2]) for line in table}
     assert len(table) == len(states), "a line for each change of a state"
-    assert rows_of_the_demo([line for line in table if not re.match(r"\w+ +(queued|running) ", line)]) == RESULTS
+    assert (
+        rows_of_the_demo([line for line in table if not re.match(r"\w+ +(queued|running) ", line)])
+        == RESULTS
+    )
 
 
 def test_demo_needs_jobs(place):
     place.write("jobs: {}\n")
     assert place.run("-c", "config.yaml", "demo", "--once") == (
-        2, "", "config.yaml: jobs: expected at least one job to show\n")
+        2,
+        "",
+        "config.yaml: jobs: expected at least one job to show\n",
+    )
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 0), (signal.SIGTERM, None)])
@@ -671,8 +985,12 @@ def test_demo_serves_until_ctrl_c(place, number, status):
         for line in process.stdout:
             if line.startswith("Still serving on "):
                 break
-        url = re.fullmatch(r"Still serving on (http://127\.0\.0\.1:\d+/); Ctrl-C ends it\.\n", line)[1]
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url + "health", timeout=20) as reply:
+        url = re.fullmatch(
+            r"Still serving on (http://127\.0\.0\.1:\d+/); Ctrl-C ends it\.\n", line
+        )[1]
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
+            url + "health", timeout=20
+        ) as reply:
             assert reply.status == 200
         os.killpg(process.pid, number)  # a terminal sends it to all of them
         out, err = process.communicate(timeout=20)
@@ -682,12 +1000,16 @@ def test_demo_serves_until_ctrl_c(place, number, status):
 
 def test_demo_interrupted_while_a_job_runs(place):
     """Ctrl-C at any time leaves nothing (see the fixture) and shows no traceback."""
-    place.write("executor: {bind: '127.0.0.1:0', drain_timeout: 0.3s}\n"
-                "jobs: {long: {shell: sleep 600, kill_grace: 0.3}}\n")
+    place.write(
+        "executor: {bind: '127.0.0.1:0', drain_timeout: 0.3s}\n"
+        "jobs: {long: {shell: sleep 600, kill_grace: 0.3}}\n"
+    )
     with place.ended(place.start("demo")) as process:
         for line in process.stdout:
             if re.match("long +running ", line):
                 break
         os.killpg(process.pid, signal.SIGINT)
         _, err = process.communicate(timeout=20)
-    assert process.returncode in (0, 130) and not re.search("Traceback|Error|KeyboardInterrupt", err), err
+    assert process.returncode in (0, 130) and not re.search(
+        "Traceback|Error|KeyboardInterrupt", err
+    ), err

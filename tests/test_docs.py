@@ -1,4 +1,5 @@
 """What the documents say of options, commands and examples is what the program has."""
+
 import dataclasses
 import os
 import re
@@ -11,35 +12,52 @@ import yaml
 import xxl_executor
 from conftest import PROGRAM, ROOT
 
-SECTIONS = {"admin": xxl_executor.AdminConfig, "executor": xxl_executor.ExecutorConfig, "glue": xxl_executor.GlueConfig,
-            "jobs.NAME": xxl_executor.JobConfig}
+SECTIONS = {
+    "admin": xxl_executor.AdminConfig,
+    "executor": xxl_executor.ExecutorConfig,
+    "glue": xxl_executor.GlueConfig,
+    "jobs.NAME": xxl_executor.JobConfig,
+}
 
 
 def options():
     """{key: default as it is written} of everything that a configuration may hold."""
-    found = {f"{section}.{field.name}": field.metadata["default"] for section, kind in SECTIONS.items()
-             for field in dataclasses.fields(kind) if field.metadata}
+    found = {
+        f"{section}.{field.name}": field.metadata["default"]
+        for section, kind in SECTIONS.items()
+        for field in dataclasses.fields(kind)
+        if field.metadata
+    }
     return {**found, "include": "[]"}
 
 
 @pytest.mark.parametrize("file", ["README.md", "README.zh-CN.md"])
 def test_the_table_of_options_is_complete_and_right(file):
-    rows = re.findall(r"^\| `([\w.]+)` \| (?:`(.*?)`)? ?\| ", (ROOT / file).read_text(encoding="utf-8"), re.M)
+    rows = re.findall(
+        r"^\| `([\w.]+)` \| (?:`(.*?)`)? ?\| ", (ROOT / file).read_text(encoding="utf-8"), re.M
+    )
     assert dict(rows) == options()
 
 
 @pytest.mark.parametrize("file", ["README.md", "README.zh-CN.md"])
 def test_every_command_is_named(file):
-    commands = next(action for action in xxl_executor.parser()._actions if action.dest == "command").choices
+    commands = next(
+        action for action in xxl_executor.parser()._actions if action.dest == "command"
+    ).choices
     text = (ROOT / file).read_text(encoding="utf-8")
     assert [name for name in commands if f"`{name}" not in text] == []
 
 
 def test_both_readmes_have_the_same_code():
     """Commands and examples; comments in them are in the reader's language."""
+
     def blocks(file):
         text = (ROOT / file).read_text(encoding="utf-8")
-        return [re.sub(r" +#.*", "", block) for block in re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)]
+        return [
+            re.sub(r" +#.*", "", block)
+            for block in re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
+        ]
+
     assert blocks("README.md") == blocks("README.zh-CN.md")
 
 
@@ -65,26 +83,48 @@ def test_the_example_with_every_comment_taken_off_is_valid(tmp_path, monkeypatch
 @pytest.mark.parametrize("document", ["README.md", "README.zh-CN.md"])
 def test_the_test_command_is_what_ci_calls(document):
     """.ci/run takes the first line with `-m pytest` of the README."""
-    lines = [line for line in (ROOT / document).read_text(encoding="utf-8").splitlines() if "-m pytest" in line]
-    assert lines == ["python3 -m venv .venv && .venv/bin/pip install -q -e '.[test]' && .venv/bin/python -m pytest"]
+    lines = [
+        line
+        for line in (ROOT / document).read_text(encoding="utf-8").splitlines()
+        if "-m pytest" in line
+    ]
+    assert lines == [
+        "python3 -m venv .venv && .venv/bin/pip install -q -e '.[test]' && .venv/bin/python -m pytest"
+    ]
 
 
 def test_the_first_job_of_the_readme_does_what_the_page_shows(tmp_path):
     """Its configuration, typed off, and each command of the block that follows; process ids and times differ."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    config, console = re.findall(r"^```(?:yaml)?\n(.*?)^```", text[text.index("## Your first job"):], re.M | re.S)[:2]
+    config, console = re.findall(
+        r"^```(?:yaml)?\n(.*?)^```", text[text.index("## Your first job") :], re.M | re.S
+    )[:2]
     (tmp_path / "config.yaml").write_text(config, encoding="utf-8")
 
     def masked(shown):
         return re.sub(r"pid=\d+|[\d.]+ s:", "N", shown)
+
     commands = re.findall(r"^\$ python3 xxl_executor.py (.*)\n((?:(?!\$ ).*\n)+)", console, re.M)
     assert [arguments.split()[0] for arguments, _ in commands] == ["check", "exec"]
     for arguments, shown in commands:
-        ran = subprocess.run([sys.executable, str(PROGRAM), *arguments.split()], cwd=tmp_path, stdout=subprocess.PIPE,
-                             stderr=subprocess.STDOUT, text=True, timeout=60, env={**os.environ, "XXL_JOB_ACCESS_TOKEN": "t"})
+        ran = subprocess.run(
+            [sys.executable, str(PROGRAM), *arguments.split()],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=60,
+            env={**os.environ, "XXL_JOB_ACCESS_TOKEN": "t"},
+        )
         assert (ran.returncode, masked(ran.stdout)) == (0, masked(shown))
     mistake = re.search(r"`(\./config\.yaml:\d+: .*)`", text)[1]
     (tmp_path / "config.yaml").write_text(config.replace("timeout", "timout"), encoding="utf-8")
-    ran = subprocess.run([sys.executable, str(PROGRAM), "check"], cwd=tmp_path, capture_output=True, text=True, timeout=60,
-                         env={**os.environ, "XXL_JOB_ACCESS_TOKEN": "t"})
+    ran = subprocess.run(
+        [sys.executable, str(PROGRAM), "check"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "XXL_JOB_ACCESS_TOKEN": "t"},
+    )
     assert (ran.returncode, ran.stderr) == (2, mistake + "\n")

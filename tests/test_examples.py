@@ -1,4 +1,5 @@
 """What examples/ and the migration pages name exists in the program, and what they configure is valid."""
+
 import dataclasses
 import json
 import re
@@ -12,18 +13,31 @@ import xxl_executor
 from conftest import Executor, ROOT
 
 EXAMPLES = ROOT / "examples"
-MANIFESTS = {(found["kind"], found["metadata"]["name"]): found
-             for found in yaml.safe_load_all((EXAMPLES / "kubernetes.yaml").read_text(encoding="utf-8"))}
+MANIFESTS = {
+    (found["kind"], found["metadata"]["name"]): found
+    for found in yaml.safe_load_all((EXAMPLES / "kubernetes.yaml").read_text(encoding="utf-8"))
+}
 SETTINGS = MANIFESTS["ConfigMap", "xxl-executor"]["data"]["config.yaml"]
 TOKEN = MANIFESTS["Secret", "xxl-executor"]["stringData"]["token"]
 POD = MANIFESTS["Deployment", "my-app"]["spec"]["template"]["spec"]
 SIDECAR = next(container for container in POD["containers"] if container["name"] == "xxl-executor")
 MOUNTS = {mount["name"]: mount["mountPath"] for mount in SIDECAR["volumeMounts"]}
-DOCKERFILE = re.sub(r"\\\n", "", (EXAMPLES / "Dockerfile").read_text(encoding="utf-8"))  # continued lines joined
-RULES = [rule for group in yaml.safe_load((EXAMPLES / "prometheus-alerts.yaml").read_text(encoding="utf-8"))["groups"]
-         for rule in group["rules"]]
-SECTIONS = {"admin": xxl_executor.AdminConfig, "executor": xxl_executor.ExecutorConfig, "glue": xxl_executor.GlueConfig,
-            "jobs.NAME": xxl_executor.JobConfig}
+DOCKERFILE = re.sub(
+    r"\\\n", "", (EXAMPLES / "Dockerfile").read_text(encoding="utf-8")
+)  # continued lines joined
+RULES = [
+    rule
+    for group in yaml.safe_load((EXAMPLES / "prometheus-alerts.yaml").read_text(encoding="utf-8"))[
+        "groups"
+    ]
+    for rule in group["rules"]
+]
+SECTIONS = {
+    "admin": xxl_executor.AdminConfig,
+    "executor": xxl_executor.ExecutorConfig,
+    "glue": xxl_executor.GlueConfig,
+    "jobs.NAME": xxl_executor.JobConfig,
+}
 PAGES = ["MIGRATION.md", "MIGRATION.zh-CN.md"]
 
 
@@ -33,13 +47,22 @@ def page(name):
 
 # -- Dockerfile
 
+
 def instructions(name):
     return re.findall(rf"^{name} +(.+)$", DOCKERFILE, re.M)
 
 
 def test_the_image_copies_only_what_exists():
-    sources = [word for line in instructions("COPY") for word in line.split()[:-1] if not word.startswith("--")]
-    assert sources == ["xxl_executor.py"] and [name for name in sources if not (ROOT / name).is_file()] == []
+    sources = [
+        word
+        for line in instructions("COPY")
+        for word in line.split()[:-1]
+        if not word.startswith("--")
+    ]
+    assert (
+        sources == ["xxl_executor.py"]
+        and [name for name in sources if not (ROOT / name).is_file()] == []
+    )
 
 
 def test_the_executor_is_the_first_process_of_the_image():
@@ -69,16 +92,26 @@ def test_the_health_check_of_the_image_tells_up_from_down(tmp_path):
     finally:
         executor.process.terminate()
         executor.process.wait(30)
-    assert subprocess.run([sys.executable, "-c", code], timeout=20, stderr=subprocess.DEVNULL).returncode == 1
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], timeout=20, stderr=subprocess.DEVNULL
+        ).returncode
+        == 1
+    )
 
 
 # -- Kubernetes
 
+
 def environment():
     """{name: value} as the container has it; what a field of the pod gives is made up."""
     fields = {"status.podIP": "10.1.2.3", "metadata.name": "my-app-7d4b9c6f5-x2x7q"}
-    return {entry["name"]: entry["value"] if "value" in entry else fields[entry["valueFrom"]["fieldRef"]["fieldPath"]]
-            for entry in SIDECAR["env"]}
+    return {
+        entry["name"]: entry["value"]
+        if "value" in entry
+        else fields[entry["valueFrom"]["fieldRef"]["fieldPath"]]
+        for entry in SIDECAR["env"]
+    }
 
 
 @pytest.fixture
@@ -90,8 +123,11 @@ def load(tmp_path, monkeypatch):
 
     def load(text):
         file = tmp_path / "config.yaml"
-        file.write_text(text.replace(MOUNTS["token"] + "/token", str(tmp_path / "token")), encoding="utf-8")
+        file.write_text(
+            text.replace(MOUNTS["token"] + "/token", str(tmp_path / "token")), encoding="utf-8"
+        )
         return xxl_executor.load_config(str(file))
+
     return load
 
 
@@ -150,17 +186,26 @@ def test_the_pod_and_the_image_agree():
 
 # -- alerts
 
+
 def metrics(expression):
     return set(re.findall(r"\bxxl_executor_(\w+)", expression))
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
 def test_every_metric_of_an_alert_exists(rule):
-    kinds = {**{name: kind for name, (kind, *_) in xxl_executor._METRICS.items()}, "build_info": "gauge"}
-    series = {name + suffix for name, kind in kinds.items()
-              for suffix in (("_bucket", "_sum", "_count") if kind == "histogram" else ("",))}
+    kinds = {
+        **{name: kind for name, (kind, *_) in xxl_executor._METRICS.items()},
+        "build_info": "gauge",
+    }
+    series = {
+        name + suffix
+        for name, kind in kinds.items()
+        for suffix in (("_bucket", "_sum", "_count") if kind == "histogram" else ("",))
+    }
     assert metrics(rule["expr"]) - series == set()
-    assert [name for name, kind in kinds.items() if kind == "counter" and not name.endswith("_total")] == []
+    assert [
+        name for name, kind in kinds.items() if kind == "counter" and not name.endswith("_total")
+    ] == []
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
@@ -173,16 +218,28 @@ def test_the_alerts_cover_what_goes_wrong():
     assert len({rule["alert"] for rule in RULES}) == len(RULES)
     assert any(rule["expr"].startswith("up{") for rule in RULES)
     named = set().union(*(metrics(rule["expr"]) for rule in RULES))
-    assert {"last_heartbeat_timestamp_seconds", "oldest_undelivered_seconds", "dead_results", "runs_total",
-            "stuck_threads", "refused_triggers_total", "log_dropped_bytes_total"} <= named
+    assert {
+        "last_heartbeat_timestamp_seconds",
+        "oldest_undelivered_seconds",
+        "dead_results",
+        "runs_total",
+        "stuck_threads",
+        "refused_triggers_total",
+        "log_dropped_bytes_total",
+    } <= named
 
 
 # -- migration
 
+
 def options():
     """Every key of a configuration, as test_docs.py finds them."""
-    return {"include"} | {f"{section}.{field.name}" for section, kind in SECTIONS.items()
-                          for field in dataclasses.fields(kind) if field.metadata}
+    return {"include"} | {
+        f"{section}.{field.name}"
+        for section, kind in SECTIONS.items()
+        for field in dataclasses.fields(kind)
+        if field.metadata
+    }
 
 
 def named(text):
@@ -194,7 +251,11 @@ def named(text):
 @pytest.mark.parametrize("file", PAGES)
 def test_every_option_of_a_migration_page_exists(file):
     found = set(named(page(file)))
-    assert {"admin.addresses", "executor.app_name", "jobs.NAME.timeout"} <= found and found - options() == set()
+    assert {
+        "admin.addresses",
+        "executor.app_name",
+        "jobs.NAME.timeout",
+    } <= found and found - options() == set()
 
 
 def test_both_migration_pages_name_the_same_options():
@@ -205,6 +266,7 @@ def test_both_migration_pages_name_the_same_options():
 def test_both_migration_pages_have_the_same_code():
     def blocks(file):
         return re.findall(r"^ *```\w*\n(.*?)^ *```", page(file), re.M | re.S)
+
     first, second = (blocks(file) for file in PAGES)
     assert first == second and len(first) >= 4
 

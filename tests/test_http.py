@@ -1,4 +1,5 @@
 """The HTTP server, by raw sockets: whatever comes is answered, whatever else is connected or runs."""
+
 import contextlib
 import json
 import re
@@ -19,8 +20,10 @@ from conftest import Executor, result_of, wait_until
 ALIVE = {"code": 200, "msg": None, "content": None, "data": None}
 STOPPING = {"code": 500, "msg": "the executor is stopping", "content": None, "data": None}
 BEAT = b"POST /beat HTTP/1.1\r\nHost: x\r\n\r\n"
-NO_PATH = ("no such path; this is an XXL-JOB executor: /beat, /idleBeat, /run, /trigger, /kill, /log, "
-           "/health, /metrics, /status")
+NO_PATH = (
+    "no such path; this is an XXL-JOB executor: /beat, /idleBeat, /run, /trigger, /kill, /log, "
+    "/health, /metrics, /status"
+)
 HEAD, BODY = 16 << 10, 5 << 20  # the limits
 
 
@@ -100,11 +103,19 @@ class Client:
 @pytest.fixture(scope="module")
 def port(tmp_path_factory):
     """The port of one daemon for all tests that change nothing in it."""
-    config = {"executor": {"bind": "127.0.0.1:0", "address": "http://127.0.0.1:9/some/prefix/", "max_connections": 200}}
+    config = {
+        "executor": {
+            "bind": "127.0.0.1:0",
+            "address": "http://127.0.0.1:9/some/prefix/",
+            "max_connections": 200,
+        }
+    }
     daemon = Executor(tmp_path_factory.mktemp("http"), config).start()
     yield daemon.port
     daemon.close()
-    assert not re.search(r"ResourceWarning|Traceback|unexpected error|cannot accept", daemon.log), daemon.log
+    assert not re.search(r"ResourceWarning|Traceback|unexpected error|cannot accept", daemon.log), (
+        daemon.log
+    )
 
 
 @pytest.fixture
@@ -117,6 +128,7 @@ def client(port):
 def serve():
     """A factory of servers in this process: serve(answer, max_connections=100, threads=8) returns (server, port)."""
     with contextlib.ExitStack() as stack:
+
         def make(answer, max_connections=100, threads=8):
             listener = xxl_executor.listen(("127.0.0.1", 0))
             port = listener.getsockname()[1]
@@ -128,29 +140,44 @@ def serve():
                 if not closing:
                     closing.append(True)
                     close_once()
+
             close_once, server.close = server.close, close
             stack.callback(close)
             return server, port
+
         yield make
 
 
 # -- heartbeats
 
-@pytest.mark.parametrize("request_", [
-    pytest.param(b"POST /beat HTTP/1.1\r\nHost: x\r\n\r\n", id="no-body-no-length"),
-    pytest.param(b"POST /beat HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n", id="length-0"),
-    pytest.param(b'POST /beat HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n""', id="empty-text"),
-    pytest.param(b"POST //beat HTTP/1.1\r\nHost: x\r\n\r\n", id="doubled-slash"),
-    pytest.param(b"POST /some///prefix////beat HTTP/1.1\r\nHost: x\r\n\r\n", id="many-slashes"),
-    pytest.param(b"POST /some/prefix/beat HTTP/1.1\r\nHost: x\r\n\r\n", id="prefix"),
-    pytest.param(b"POST //some/prefix//beat HTTP/1.1\r\nHost: x\r\n\r\n", id="prefix-doubled-slashes"),
-    pytest.param(b'POST /beat HTTP/1.1\r\nhost: x\r\ncontent-type: text/json\r\ncontent-length: 2\r\n\r\n""',
-                 id="lowercase"),
-    pytest.param(b"POST /beat?a=/b HTTP/1.1\r\nHost: x\r\n\r\n", id="query"),
-    pytest.param(b"POST /beat HTTP/1.1\r\n\r\n", id="no-host"),
-    pytest.param(b"POST /beat HTTP/1.1\nHost: x\nContent-Length: 2\n\n{}", id="bare-newlines"),
-    pytest.param(b"\r\n\r\nPOST /beat HTTP/1.1\r\nHost: x\r\n\r\n", id="empty-lines-before"),
-    pytest.param(b"POST /beat HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", id="http10-keep-alive")])
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        pytest.param(b"POST /beat HTTP/1.1\r\nHost: x\r\n\r\n", id="no-body-no-length"),
+        pytest.param(b"POST /beat HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n", id="length-0"),
+        pytest.param(
+            b'POST /beat HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n""', id="empty-text"
+        ),
+        pytest.param(b"POST //beat HTTP/1.1\r\nHost: x\r\n\r\n", id="doubled-slash"),
+        pytest.param(b"POST /some///prefix////beat HTTP/1.1\r\nHost: x\r\n\r\n", id="many-slashes"),
+        pytest.param(b"POST /some/prefix/beat HTTP/1.1\r\nHost: x\r\n\r\n", id="prefix"),
+        pytest.param(
+            b"POST //some/prefix//beat HTTP/1.1\r\nHost: x\r\n\r\n", id="prefix-doubled-slashes"
+        ),
+        pytest.param(
+            b'POST /beat HTTP/1.1\r\nhost: x\r\ncontent-type: text/json\r\ncontent-length: 2\r\n\r\n""',
+            id="lowercase",
+        ),
+        pytest.param(b"POST /beat?a=/b HTTP/1.1\r\nHost: x\r\n\r\n", id="query"),
+        pytest.param(b"POST /beat HTTP/1.1\r\n\r\n", id="no-host"),
+        pytest.param(b"POST /beat HTTP/1.1\nHost: x\nContent-Length: 2\n\n{}", id="bare-newlines"),
+        pytest.param(b"\r\n\r\nPOST /beat HTTP/1.1\r\nHost: x\r\n\r\n", id="empty-lines-before"),
+        pytest.param(
+            b"POST /beat HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", id="http10-keep-alive"
+        ),
+    ],
+)
 def test_every_heartbeat_is_answered(client, request_):
     """Twice on one connection: what belongs to the first must not reach into the second."""
     for _ in range(2):
@@ -158,13 +185,19 @@ def test_every_heartbeat_is_answered(client, request_):
         found = client.answer()
         assert (found.status, found.json) == (200, ALIVE)
         assert found.headers["content-type"] == "application/json;charset=UTF-8"
-        assert found.headers.get("connection") == ("keep-alive" if b"HTTP/1.0" in request_ else None)
+        assert found.headers.get("connection") == (
+            "keep-alive" if b"HTTP/1.0" in request_ else None
+        )
 
 
-@pytest.mark.parametrize("request_", [
-    pytest.param(b"POST /beat HTTP/1.0\r\n\r\n", id="http10"),
-    pytest.param(b'POST /beat HTTP/1.0\r\nContent-Length: 2\r\n\r\n""', id="http10-body"),
-    pytest.param(b"POST /beat HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", id="close")])
+@pytest.mark.parametrize(
+    "request_",
+    [
+        pytest.param(b"POST /beat HTTP/1.0\r\n\r\n", id="http10"),
+        pytest.param(b'POST /beat HTTP/1.0\r\nContent-Length: 2\r\n\r\n""', id="http10-body"),
+        pytest.param(b"POST /beat HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", id="close"),
+    ],
+)
 def test_a_heartbeat_that_wants_no_keep_alive(client, request_):
     client.send(request_)
     found = client.answer()
@@ -182,7 +215,10 @@ def test_a_client_that_sends_its_end_first_is_answered(client):
 
 # -- paths and methods
 
-@pytest.mark.parametrize("path", ["/health", "/metrics", "/status", "//health", "/some/prefix/health"])
+
+@pytest.mark.parametrize(
+    "path", ["/health", "/metrics", "/status", "//health", "/some/prefix/health"]
+)
 def test_get_and_head(client, path):
     client.send(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
     got = client.answer()
@@ -201,13 +237,22 @@ def test_get_and_head(client, path):
         assert got.json["draining"] is False and got.json["version"] == xxl_executor.__version__
 
 
-@pytest.mark.parametrize("method, path, status, text", [
-    ("GET", "/", 404, NO_PATH), ("POST", "/nope", 404, NO_PATH), ("POST", "/beat/x", 404, NO_PATH),
-    ("POST", "/some/prefixbeat", 404, NO_PATH), ("POST", "/../beat", 404, NO_PATH),
-    ("GET", "/beat", 405, "/beat takes POST, not GET"), ("PUT", "/run", 405, "/run takes POST, not PUT"),
-    ("GET", "/some/prefix/log", 405, "/log takes POST, not GET"),
-    ("DELETE", "/kill", 405, "/kill takes POST, not DELETE"),
-    ("POST", "/health", 405, "/health takes GET, not POST"), ("PATCH", "/status", 405, "/status takes GET, not PATCH")])
+@pytest.mark.parametrize(
+    "method, path, status, text",
+    [
+        ("GET", "/", 404, NO_PATH),
+        ("POST", "/nope", 404, NO_PATH),
+        ("POST", "/beat/x", 404, NO_PATH),
+        ("POST", "/some/prefixbeat", 404, NO_PATH),
+        ("POST", "/../beat", 404, NO_PATH),
+        ("GET", "/beat", 405, "/beat takes POST, not GET"),
+        ("PUT", "/run", 405, "/run takes POST, not PUT"),
+        ("GET", "/some/prefix/log", 405, "/log takes POST, not GET"),
+        ("DELETE", "/kill", 405, "/kill takes POST, not DELETE"),
+        ("POST", "/health", 405, "/health takes GET, not POST"),
+        ("PATCH", "/status", 405, "/status takes GET, not PATCH"),
+    ],
+)
 def test_unknown_paths_and_wrong_methods(client, method, path, status, text):
     """They are well-formed, so the connection stays; a body that came along is skipped."""
     client.send(f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nPOST ".encode())
@@ -218,6 +263,7 @@ def test_unknown_paths_and_wrong_methods(client, method, path, status, text):
 
 # -- framing
 
+
 def test_keep_alive(client):
     for _ in range(200):
         client.beat()
@@ -225,10 +271,20 @@ def test_keep_alive(client):
 
 def test_pipelined_requests_are_answered_in_order(client):
     post = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s"
-    five = (BEAT + b"GET /beat HTTP/1.1\r\n\r\n" + post % (b"/kill", 11, b'{"jobId":7}') + b"PUT /log HTTP/1.1\r\n\r\n"
-            + post % (b"/nope", 4, b"GET "))
-    expected = [ALIVE, failure("/beat takes POST, not GET"), {**ALIVE, "msg": "nothing was running"},
-                failure("/log takes POST, not PUT"), failure(NO_PATH)]
+    five = (
+        BEAT
+        + b"GET /beat HTTP/1.1\r\n\r\n"
+        + post % (b"/kill", 11, b'{"jobId":7}')
+        + b"PUT /log HTTP/1.1\r\n\r\n"
+        + post % (b"/nope", 4, b"GET ")
+    )
+    expected = [
+        ALIVE,
+        failure("/beat takes POST, not GET"),
+        {**ALIVE, "msg": "nothing was running"},
+        failure("/log takes POST, not PUT"),
+        failure(NO_PATH),
+    ]
     client.send(five * 40)
     assert [client.answer().json for _ in range(200)] == expected * 40
 
@@ -268,38 +324,68 @@ TOO_LONG_BODY = (413, "the body is longer than 5242880 bytes")
 TOO_LONG_HEAD = (431, "the request head is longer than 16384 bytes")
 
 
-@pytest.mark.parametrize("request_, expected", [
-    pytest.param(post(b"Content-Length: x"), BAD_LENGTH, id="length-no-number"),
-    pytest.param(post(b"Content-Length: -1"), BAD_LENGTH, id="length-negative"),
-    pytest.param(post(b"Content-Length: +1"), BAD_LENGTH, id="length-plus"),
-    pytest.param(post(b"Content-Length: 1_0"), BAD_LENGTH, id="length-underscore"),
-    pytest.param(post(b"Content-Length: 0x2"), BAD_LENGTH, id="length-hex"),
-    pytest.param(post(b"Content-Length: \xb2"), BAD_LENGTH, id="length-superscript"),
-    pytest.param(post(b"Content-Length:"), BAD_LENGTH, id="length-empty"),
-    pytest.param(post(b"Content-Length:", b" 2"), BAD_LENGTH, id="length-folded"),
-    pytest.param(post(b"Content-Length: " + b"9" * 5000), BAD_LENGTH, id="length-5000-digits"),
-    pytest.param(post(b"Content-Length: 2, 2"), BAD_LENGTH, id="length-list"),
-    pytest.param(post(b"Content-Length: 2", b"content-length: 3"), BAD_LENGTH, id="length-twice"),
-    pytest.param(post(b"Content-Length: 2", b"Transfer-Encoding: chunked"),
-                 (400, "Content-Length and Transfer-Encoding exclude each other"), id="length-and-encoding"),
-    pytest.param(post(b"Transfer-Encoding: chunked") + b"2\r\n{}\r\n0\r\n\r\n",
-                 NO_LENGTH, id="encoding"),
-    pytest.param(post(b"transfer-encoding : identity"), NO_LENGTH, id="encoding-spelled-otherwise"),
-    pytest.param(post(b"Content-Length: %d" % (BODY + 1)), TOO_LONG_BODY, id="body-too-long"),
-    pytest.param(post(b"Content-Length: %d" % (BODY + 1), b"Expect: 100-continue"), TOO_LONG_BODY,
-                 id="body-too-long-expecting"),
-    pytest.param(post(b"Content-Length: 2", b"Expect: 200-ok"),
-                 (417, "the only expectation that can be met is 100-continue"), id="other-expectation"),
-    pytest.param(b"POST /beat HTTP/1.1\r\nX: " + b"x" * HEAD, TOO_LONG_HEAD, id="head-too-long"),
-    pytest.param(post(b"X: ".ljust(HEAD + 1 - len(post(b"")), b"x")), TOO_LONG_HEAD, id="head-one-byte-too-long"),
-    pytest.param(b"x" * HEAD, TOO_LONG_HEAD, id="no-head-at-all"),
-    pytest.param(post(*[b"X: x"] * 150), (431, "Too many headers"), id="too-many-headers"),
-    pytest.param(b"GARBAGE\r\n\r\n", (400, "Bad request syntax ('GARBAGE')"), id="one-word"),
-    pytest.param(b"what on earth is it\r\n\r\n", (400, "Bad request version ('it')"), id="five-words"),
-    pytest.param(b"\x16\x03\x01\x02\xfc\x03\x03\r\n\r\n", (400, None), id="binary"),
-    pytest.param(b" \r\n\r\n", (400, None), id="blank"),
-    pytest.param(b"POST /beat HTTP/x\r\n\r\n", (400, "Bad request version ('HTTP/x')"), id="no-version"),
-    pytest.param(b"POST /beat\r\n\r\n", (400, "Bad HTTP/0.9 request type ('POST')"), id="http09-post")])
+@pytest.mark.parametrize(
+    "request_, expected",
+    [
+        pytest.param(post(b"Content-Length: x"), BAD_LENGTH, id="length-no-number"),
+        pytest.param(post(b"Content-Length: -1"), BAD_LENGTH, id="length-negative"),
+        pytest.param(post(b"Content-Length: +1"), BAD_LENGTH, id="length-plus"),
+        pytest.param(post(b"Content-Length: 1_0"), BAD_LENGTH, id="length-underscore"),
+        pytest.param(post(b"Content-Length: 0x2"), BAD_LENGTH, id="length-hex"),
+        pytest.param(post(b"Content-Length: \xb2"), BAD_LENGTH, id="length-superscript"),
+        pytest.param(post(b"Content-Length:"), BAD_LENGTH, id="length-empty"),
+        pytest.param(post(b"Content-Length:", b" 2"), BAD_LENGTH, id="length-folded"),
+        pytest.param(post(b"Content-Length: " + b"9" * 5000), BAD_LENGTH, id="length-5000-digits"),
+        pytest.param(post(b"Content-Length: 2, 2"), BAD_LENGTH, id="length-list"),
+        pytest.param(
+            post(b"Content-Length: 2", b"content-length: 3"), BAD_LENGTH, id="length-twice"
+        ),
+        pytest.param(
+            post(b"Content-Length: 2", b"Transfer-Encoding: chunked"),
+            (400, "Content-Length and Transfer-Encoding exclude each other"),
+            id="length-and-encoding",
+        ),
+        pytest.param(
+            post(b"Transfer-Encoding: chunked") + b"2\r\n{}\r\n0\r\n\r\n", NO_LENGTH, id="encoding"
+        ),
+        pytest.param(
+            post(b"transfer-encoding : identity"), NO_LENGTH, id="encoding-spelled-otherwise"
+        ),
+        pytest.param(post(b"Content-Length: %d" % (BODY + 1)), TOO_LONG_BODY, id="body-too-long"),
+        pytest.param(
+            post(b"Content-Length: %d" % (BODY + 1), b"Expect: 100-continue"),
+            TOO_LONG_BODY,
+            id="body-too-long-expecting",
+        ),
+        pytest.param(
+            post(b"Content-Length: 2", b"Expect: 200-ok"),
+            (417, "the only expectation that can be met is 100-continue"),
+            id="other-expectation",
+        ),
+        pytest.param(
+            b"POST /beat HTTP/1.1\r\nX: " + b"x" * HEAD, TOO_LONG_HEAD, id="head-too-long"
+        ),
+        pytest.param(
+            post(b"X: ".ljust(HEAD + 1 - len(post(b"")), b"x")),
+            TOO_LONG_HEAD,
+            id="head-one-byte-too-long",
+        ),
+        pytest.param(b"x" * HEAD, TOO_LONG_HEAD, id="no-head-at-all"),
+        pytest.param(post(*[b"X: x"] * 150), (431, "Too many headers"), id="too-many-headers"),
+        pytest.param(b"GARBAGE\r\n\r\n", (400, "Bad request syntax ('GARBAGE')"), id="one-word"),
+        pytest.param(
+            b"what on earth is it\r\n\r\n", (400, "Bad request version ('it')"), id="five-words"
+        ),
+        pytest.param(b"\x16\x03\x01\x02\xfc\x03\x03\r\n\r\n", (400, None), id="binary"),
+        pytest.param(b" \r\n\r\n", (400, None), id="blank"),
+        pytest.param(
+            b"POST /beat HTTP/x\r\n\r\n", (400, "Bad request version ('HTTP/x')"), id="no-version"
+        ),
+        pytest.param(
+            b"POST /beat\r\n\r\n", (400, "Bad HTTP/0.9 request type ('POST')"), id="http09-post"
+        ),
+    ],
+)
 def test_malformed_requests(client, request_, expected):
     """The client sees why, although it goes on sending: the connection is not reset under its feet."""
     status, text = expected
@@ -339,6 +425,7 @@ def test_what_came_before_a_malformed_request_is_answered(client):
 
 # -- time limits, with a server in this process so that they can be short
 
+
 def beat_only(method, target, headers, body, peer):
     return 200, "application/json", xxl_executor.envelope(200)
 
@@ -346,8 +433,11 @@ def beat_only(method, target, headers, body, peer):
 LATE = failure("the request did not arrive in time")
 
 
-@pytest.mark.parametrize("half", [b"PO", BEAT[:-2], post(b"Content-Length: 5") + b"{", BEAT + BEAT[:-1]],
-                         ids=["line", "head", "body", "second"])
+@pytest.mark.parametrize(
+    "half",
+    [b"PO", BEAT[:-2], post(b"Content-Length: 5") + b"{", BEAT + BEAT[:-1]],
+    ids=["line", "head", "body", "second"],
+)
 def test_a_half_sent_request_is_answered_408(serve, monkeypatch, half):
     monkeypatch.setattr(xxl_executor, "REQUEST_TIMEOUT", 0.3)
     with Client(serve(beat_only)[1]) as client:
@@ -388,7 +478,11 @@ def test_a_client_that_stays_after_its_last_answer_is_left_soon(serve, monkeypat
     with Client(port) as client:
         client.send(b"GARBAGE\r\n\r\n")
         assert client.answer().status == 400
-        wait_until(lambda: server.connections == 0, xxl_executor.REQUEST_TIMEOUT / 2, "the end of the connection")
+        wait_until(
+            lambda: server.connections == 0,
+            xxl_executor.REQUEST_TIMEOUT / 2,
+            "the end of the connection",
+        )
 
 
 def test_an_idle_connection_outlives_the_time_for_a_request(serve, monkeypatch):
@@ -410,6 +504,7 @@ def test_the_time_limits_suit_the_admin():
 
 
 # -- load
+
 
 def test_at_max_connections_the_listener_pauses(executor):
     """Nobody is evicted, who comes later waits, and gets in as soon as one leaves."""
@@ -436,9 +531,16 @@ def test_at_max_connections_the_listener_pauses(executor):
 
 def test_clients_that_do_not_read_hold_no_thread(executor):
     """More of them than http threads, each with megabytes to take; the answer is whole for who reads it at last."""
-    daemon = executor({"long": {"shell": "yes 'a line of some forty characters, no more' | head -c 3000000"}})
-    assert daemon.post("/run", {"jobId": 1, "logId": 5, "executorHandler": "long", "logDateTime": 0}) == ALIVE
-    wait_until(lambda: daemon.post("/idleBeat", {"jobId": 1})["code"] == 200, 30, "the end of the job")
+    daemon = executor(
+        {"long": {"shell": "yes 'a line of some forty characters, no more' | head -c 3000000"}}
+    )
+    assert (
+        daemon.post("/run", {"jobId": 1, "logId": 5, "executorHandler": "long", "logDateTime": 0})
+        == ALIVE
+    )
+    wait_until(
+        lambda: daemon.post("/idleBeat", {"jobId": 1})["code"] == 200, 30, "the end of the job"
+    )
     date = int(next((daemon.data / "logs").glob("*/5.log")).stat().st_mtime * 1000)
     body = json.dumps({"logId": 5, "logDateTim": date, "fromLineNum": 1}).encode()
     with contextlib.ExitStack() as stack:
@@ -471,8 +573,10 @@ def many_files():
 
 
 def test_every_heartbeat_is_answered_among_1100_connections_and_8_loud_jobs(many_files, executor):
-    daemon = executor({"loud": {"command": ["yes"], "timeout": "120s", "kill_grace": "0.2s"}},
-                      executor={"max_connections": 2000, "log_limit": "256KiB"})
+    daemon = executor(
+        {"loud": {"command": ["yes"], "timeout": "120s", "kill_grace": "0.2s"}},
+        executor={"max_connections": 2000, "log_limit": "256KiB"},
+    )
     port = daemon.port
     with contextlib.ExitStack() as stack:
         idle = [stack.enter_context(Client(port)) for _ in range(500)]
@@ -483,7 +587,9 @@ def test_every_heartbeat_is_answered_among_1100_connections_and_8_loud_jobs(many
             assert reply == ALIVE
         wait_until(lambda: len(daemon.status()["running"]) == 8, 20, "the start of the jobs")
         for number in range(300):
-            stack.enter_context(Client(port)).send(post(b"Content-Length: 5") + b"{" if number % 2 else BEAT[:-1])
+            stack.enter_context(Client(port)).send(
+                post(b"Content-Length: 5") + b"{" if number % 2 else BEAT[:-1]
+            )
             stack.enter_context(Client(port))
         for client in idle[::10]:
             client.beat()
@@ -491,15 +597,20 @@ def test_every_heartbeat_is_answered_among_1100_connections_and_8_loud_jobs(many
                 fresh.beat()
         assert len(daemon.status()["running"]) == 8
         for job in range(8):
-            assert daemon.post("/kill", {"jobId": job})["msg"] == "killed 1 running, dropped 0 waiting"
+            assert (
+                daemon.post("/kill", {"jobId": job})["msg"] == "killed 1 running, dropped 0 waiting"
+            )
         wait_until(lambda: not daemon.status()["running"], 20, "the end of the jobs")
 
 
 # -- the end
 
+
 def test_a_daemon_that_stops_answers_to_the_last(executor):
-    daemon = executor({"hold": {"shell": "touch ready; while [ ! -e go ]; do sleep 0.02; done"}},
-                      executor={"drain_timeout": "60s"})
+    daemon = executor(
+        {"hold": {"shell": "touch ready; while [ ! -e go ]; do sleep 0.02; done"}},
+        executor={"drain_timeout": "60s"},
+    )
     with contextlib.ExitStack() as stack:
         old, idle, half = (stack.enter_context(Client(daemon.port)) for _ in range(3))
         old.beat()
@@ -511,17 +622,24 @@ def test_a_daemon_that_stops_answers_to_the_last(executor):
         def health():
             old.send(b"GET /health HTTP/1.1\r\n\r\n")
             return old.answer()
-        found = wait_until(lambda: next((a for a in [health()] if a.status != 200), None), what="the stop")
+
+        found = wait_until(
+            lambda: next((a for a in [health()] if a.status != 200), None), what="the stop"
+        )
         assert (found.status, found.json) == (503, failure("stopping"))
         old.send(BEAT + post(b"Content-Length: 11", path=b"/idleBeat") + b'{"jobId":9}')
         answers = [old.answer() for _ in range(2)]
         assert [(a.status, a.json) for a in answers] == [(200, STOPPING)] * 2
         assert "connection" not in answers[0].headers
-        with Client(daemon.port) as fresh:  # new connections too: the admin needs the reason, not a refused connection
+        with Client(
+            daemon.port
+        ) as fresh:  # new connections too: the admin needs the reason, not a refused connection
             fresh.send(BEAT)
             assert fresh.answer().json == STOPPING
         assert daemon.post("/run", {"jobId": 2, "logId": 2, "executorHandler": "hold"}) == STOPPING
-        assert daemon.post("/run", {"jobId": 1, "logId": 1, "executorHandler": "hold"}) == ALIVE  # accepted before
+        assert (
+            daemon.post("/run", {"jobId": 1, "logId": 1, "executorHandler": "hold"}) == ALIVE
+        )  # accepted before
         half.send(BEAT[:-1])
         (daemon.directory / "go").touch()
         assert idle.ended()
@@ -543,6 +661,7 @@ def test_close_answers_what_was_sent(serve):
             entered.release()
             go.wait(20)
         return beat_only(method, target, headers, body, peer)
+
     server, port = serve(answer, threads=2)
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(Client(port)) for _ in range(20)]
@@ -635,14 +754,27 @@ def nginx(tmp_path):
         place.mkdir()
         (place / "nginx.conf").write_text(NGINX.format(place=place, port=port, upstream=upstream))
         with open(place / "stderr", "wb") as errors:
-            command = [program, "-e", f"{place}/error.log", "-p", str(place), "-c", f"{place}/nginx.conf"]
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors)
+            command = [
+                program,
+                "-e",
+                f"{place}/error.log",
+                "-p",
+                str(place),
+                "-c",
+                f"{place}/nginx.conf",
+            ]
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors
+            )
         started.append(process)
 
         def listening():
-            assert process.poll() is None, (place / "stderr").read_text() + (place / "error.log").read_text()
+            assert process.poll() is None, (place / "stderr").read_text() + (
+                place / "error.log"
+            ).read_text()
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 5):
                 return True
+
         wait_until(listening, 20, "the start of nginx")
         return f"http://127.0.0.1:{port}"
 
@@ -676,15 +808,23 @@ def test_behind_nginx_nothing_is_lost_over_idle_times(executor, admin, nginx):
         own = connections()
         for number in range(4):
             log_id = 1000 + number
-            trigger = json.dumps({"jobId": number % 2, "logId": log_id, "executorHandler": "hello",
-                                  "executorParams": str(number)}).encode()
+            trigger = json.dumps(
+                {
+                    "jobId": number % 2,
+                    "logId": log_id,
+                    "executorHandler": "hello",
+                    "executorParams": str(number),
+                }
+            ).encode()
             send(session, "/beat")
             assert connections(), "the proxy keeps its connection"
             upstream |= connections()
             wait_until(lambda: not connections(), 20, "the end of the proxy's idle connection")
             send(session, "/trigger", trigger)
             send(session, "/beat", b'""')
-            send(session, "/trigger", trigger)  # as a client does whose connection broke: it must not run again
+            send(
+                session, "/trigger", trigger
+            )  # as a client does whose connection broke: it must not run again
             runs.append(log_id)
         for log_id in runs:
             assert result_of(admin, log_id)["handleMsg"] == f"hello {log_id - 1000}"

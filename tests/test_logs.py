@@ -1,4 +1,5 @@
 """Job logs: what a file holds, how the admin reads it by page, caps, pruning, and that nothing else can be read."""
+
 import json
 import os
 import random
@@ -78,22 +79,45 @@ class Gate:
 
 # -- what a file holds
 
+
 def test_header_and_footer_tell_how_the_run_went(executor, admin):
-    daemon = executor({"good": {"shell": "echo work; echo done"},
-                       "bad": {"shell": "echo why; exit 3", "timeout": "5s"}}, admin=admin)
-    log_id, _ = run_job(daemon, admin, "good", jobId=4, executorParams='a "b" 你好', executorTimeout=60, broadcastIndex=1,
-                        broadcastTotal=3)
+    daemon = executor(
+        {
+            "good": {"shell": "echo work; echo done"},
+            "bad": {"shell": "echo why; exit 3", "timeout": "5s"},
+        },
+        admin=admin,
+    )
+    log_id, _ = run_job(
+        daemon,
+        admin,
+        "good",
+        jobId=4,
+        executorParams='a "b" 你好',
+        executorTimeout=60,
+        broadcastIndex=1,
+        broadcastTotal=3,
+    )
     lines = daemon.log_text(log_id).splitlines()
-    assert re.fullmatch(rf"----- {STAMP} good logId={log_id} jobId=4 shard=1/3 timeout=60 s pid=\d+ "
-                        r'param="a \\"b\\" 你好" -----', lines[0])
+    assert re.fullmatch(
+        rf"----- {STAMP} good logId={log_id} jobId=4 shard=1/3 timeout=60 s pid=\d+ "
+        r'param="a \\"b\\" 你好" -----',
+        lines[0],
+    )
     assert lines[1:-1] == ["work", "done"]
-    assert re.fullmatch(rf"----- {STAMP} succeeded after [\d.e-]+ s: code 200, done -----", lines[-1])
+    assert re.fullmatch(
+        rf"----- {STAMP} succeeded after [\d.e-]+ s: code 200, done -----", lines[-1]
+    )
     # The job's own limit is the smaller one here.
     log_id, _ = run_job(daemon, admin, "bad", jobId=5, executorTimeout=60)
     lines = daemon.log_text(log_id).splitlines()
-    assert re.fullmatch(rf"----- {STAMP} bad logId={log_id} jobId=5 shard=0/1 timeout=5 s pid=\d+ param=\"\" -----",
-                        lines[0])
-    assert re.fullmatch(rf"----- {STAMP} failed after [\d.e-]+ s: code 500, exit status 3: why -----", lines[-1])
+    assert re.fullmatch(
+        rf"----- {STAMP} bad logId={log_id} jobId=5 shard=0/1 timeout=5 s pid=\d+ param=\"\" -----",
+        lines[0],
+    )
+    assert re.fullmatch(
+        rf"----- {STAMP} failed after [\d.e-]+ s: code 500, exit status 3: why -----", lines[-1]
+    )
     log_id, _ = run_job(daemon, admin, "good", jobId=4)
     assert f"logId={log_id} jobId=4 shard=0/1 timeout=none pid=" in daemon.log_text(log_id)
 
@@ -116,18 +140,26 @@ def test_day_directory_is_local_time_of_the_trigger(executor, admin):
     daemon = executor({"hello": {"shell": "echo hello"}}, admin=admin, env={"TZ": zone})
     log_id, _ = run_job(daemon, admin, "hello", logDateTime=date)
     assert [file.relative_to(daemon.data) for file in (daemon.data / "logs").glob("*/*")] == [
-        Path(f"logs/2026-01-02/{log_id}.log")]
+        Path(f"logs/2026-01-02/{log_id}.log")
+    ]
     assert "\nhello\n" in daemon.page(log_id, date)["logContent"]
 
 
 # -- pages of a run in progress
 
+
 def test_polling_a_running_job(executor, admin, tmp_path):
     """The admin's page: from 1, then toLineNum + 1; whole lines only; no end before the end."""
     gates = [Gate(tmp_path / f"gate{i}") for i in range(4)]
     a, b, c, d = (gate.path for gate in gates)
-    daemon = executor({"slow": {
-        "shell": f"echo one; . {a}; printf 'par'; . {b}; printf 'tial\\n'; . {c}; echo last; . {d}"}}, admin=admin)
+    daemon = executor(
+        {
+            "slow": {
+                "shell": f"echo one; . {a}; printf 'par'; . {b}; printf 'tial\\n'; . {c}; echo last; . {d}"
+            }
+        },
+        admin=admin,
+    )
     date = int(time.time() * 1000)
     log_id, _ = admin.trigger(daemon.url, "slow", logDateTime=date)
     later, _ = admin.trigger(daemon.url, "slow", logDateTime=date)
@@ -137,7 +169,9 @@ def test_polling_a_running_job(executor, admin, tmp_path):
         nonlocal next_line, text
         page = daemon.page(log_id, date, next_line)
         assert page["fromLineNum"] == next_line
-        assert page["toLineNum"] == next_line + page["logContent"].count("\n") - 1  # nothing new: from - 1
+        assert (
+            page["toLineNum"] == next_line + page["logContent"].count("\n") - 1
+        )  # nothing new: from - 1
         assert page["logContent"] == "" or page["logContent"].endswith("\n")
         next_line, text = page["toLineNum"] + 1, text + page["logContent"]
         return page
@@ -146,7 +180,12 @@ def test_polling_a_running_job(executor, admin, tmp_path):
     for _ in range(3):
         assert poll() == {"fromLineNum": 3, "toLineNum": 2, "logContent": "", "isEnd": False}
     # One that waits behind it has no file yet, and that is not the end.
-    assert daemon.page(later, date) == {"fromLineNum": 1, "toLineNum": 0, "logContent": "", "isEnd": False}
+    assert daemon.page(later, date) == {
+        "fromLineNum": 1,
+        "toLineNum": 0,
+        "logContent": "",
+        "isEnd": False,
+    }
     gates[0].open()
     wait_until(lambda: daemon.log_text(log_id).endswith("\npar"))
     assert poll() == {"fromLineNum": 3, "toLineNum": 2, "logContent": "", "isEnd": False}
@@ -160,7 +199,9 @@ def test_polling_a_running_job(executor, admin, tmp_path):
     gates[3].open()
     result_of(admin, log_id)
     page = poll()
-    assert page["isEnd"] is True and page["logContent"].startswith("----- ") and page["toLineNum"] == 5
+    assert (
+        page["isEnd"] is True and page["logContent"].startswith("----- ") and page["toLineNum"] == 5
+    )
     assert text == daemon.log_text(log_id)
     assert poll() == {"fromLineNum": 6, "toLineNum": 5, "logContent": "", "isEnd": True}
     # From line 1, and under both spellings of the date.
@@ -175,15 +216,23 @@ def test_unknown_run_says_so_and_ends(executor, admin):
     daemon = executor(admin=admin)
     page = daemon.page(987654321, NOW)
     place = daemon.data / "logs" / day_of(NOW) / "987654321.log"
-    assert page["logContent"] == (f"no log: {place} on {socket.gethostname()}: No such file or directory; "
-                                  "it may have been pruned after log_retention")
+    assert page["logContent"] == (
+        f"no log: {place} on {socket.gethostname()}: No such file or directory; "
+        "it may have been pruned after log_retention"
+    )
     assert page["isEnd"] is True
     # The admin's page shows nothing of an answer whose toLineNum is smaller than its fromLineNum.
     assert page["fromLineNum"] == page["toLineNum"] == 1
-    assert daemon.page(987654321, NOW, 2) == {"fromLineNum": 2, "toLineNum": 1, "logContent": "", "isEnd": True}
+    assert daemon.page(987654321, NOW, 2) == {
+        "fromLineNum": 2,
+        "toLineNum": 1,
+        "logContent": "",
+        "isEnd": True,
+    }
 
 
 # -- pages in detail
+
 
 def test_joined_pages_are_the_file(logs):
     content = numbered(5000)
@@ -192,7 +241,9 @@ def test_joined_pages_are_the_file(logs):
         first = 4990 if most == 1 else 1
         pages = list(follow(lambda line: logs.page(1, NOW, line, ended=True, most=most), first))
         assert all(page["toLineNum"] - page["fromLineNum"] < most for page in pages)
-        assert "".join(page["logContent"] for page in pages).encode() == b"".join(content.splitlines(True)[first - 1:])
+        assert "".join(page["logContent"] for page in pages).encode() == b"".join(
+            content.splitlines(True)[first - 1 :]
+        )
         assert [page["isEnd"] for page in pages] == [False] * (len(pages) - 1) + [True]
     pages = list(follow(lambda line: logs.page(1, NOW, line, ended=False, limit=3000)))
     assert len(pages) > 30 and "".join(page["logContent"] for page in pages).encode() == content
@@ -207,15 +258,19 @@ def test_a_log_that_grows_between_pages(logs):
     while done < len(content):
         step = rng.choice((1, 100, 70_000))
         with open(file, "ab") as stream:
-            stream.write(content[done:done + step])
+            stream.write(content[done : done + step])
         done += step
         page = logs.page(1, NOW, first, ended=False)
         assert page["toLineNum"] == first + page["logContent"].count("\n") - 1 and not page["isEnd"]
         assert page["logContent"] == "" or page["logContent"].endswith("\n")
         text, first = text + page["logContent"], page["toLineNum"] + 1
     assert text.encode() == content
-    assert logs.page(1, NOW, first, ended=True) == {"fromLineNum": first, "toLineNum": first - 1, "logContent": "",
-                                                    "isEnd": True}
+    assert logs.page(1, NOW, first, ended=True) == {
+        "fromLineNum": first,
+        "toLineNum": first - 1,
+        "logContent": "",
+        "isEnd": True,
+    }
 
 
 @pytest.mark.parametrize("end", ["\n", ""], ids=["newline", "cut"])
@@ -229,10 +284,10 @@ def test_seek_equals_a_straight_split(logs, end):
             first = rng.choice((rng.randint(2, len(lines)), len(lines) - rng.randint(0, 20)))
             page = logs.page(1, NOW, first, ended=True, limit=limit)
             got = page["logContent"].encode()
-            expected = b"".join(lines[first - 1:page["toLineNum"]])
+            expected = b"".join(lines[first - 1 : page["toLineNum"]])
             assert got == expected and first <= page["toLineNum"] <= len(lines), first
             assert len(got) <= limit
-            following = lines[page["toLineNum"]:]
+            following = lines[page["toLineNum"] :]
             assert page["isEnd"] is (not following)
             assert not following or len(got) + len(following[0]) > limit, "the page could hold more"
 
@@ -240,7 +295,9 @@ def test_seek_equals_a_straight_split(logs, end):
 def test_seek_among_long_lines(logs):
     """Lines longer than what is read at once; the order of the questions must not matter."""
     rng = random.Random(5)
-    lines = [b"%d " % i + b"y" * rng.choice((0, 10, 65_530, 65_536, 200_000)) + b"\n" for i in range(60)]
+    lines = [
+        b"%d " % i + b"y" * rng.choice((0, 10, 65_530, 65_536, 200_000)) + b"\n" for i in range(60)
+    ]
     place(logs, b"".join(lines))
     for _ in range(200):
         first = rng.randint(2, len(lines))
@@ -249,7 +306,7 @@ def test_seek_among_long_lines(logs):
         assert page["toLineNum"] == first
 
 
-@pytest.mark.parametrize("first", [0, -1, -2**63])
+@pytest.mark.parametrize("first", [0, -1, -(2**63)])
 def test_lines_before_the_first(logs, first):
     place(logs, b"a\nb\n")
     page = logs.page(1, NOW, first, ended=True)
@@ -267,21 +324,48 @@ def test_lines_after_the_last(logs, first, ended):
 @pytest.mark.parametrize("ended", [True, False])
 def test_empty_file(logs, ended):
     place(logs, b"")
-    assert logs.page(1, NOW, 1, ended=ended) == {"fromLineNum": 1, "toLineNum": 0, "logContent": "", "isEnd": ended}
+    assert logs.page(1, NOW, 1, ended=ended) == {
+        "fromLineNum": 1,
+        "toLineNum": 0,
+        "logContent": "",
+        "isEnd": ended,
+    }
 
 
 def test_last_line_without_newline_is_sent_at_the_end_only(logs):
     place(logs, b"a\nb")
-    assert logs.page(1, NOW, 1, ended=False) == {"fromLineNum": 1, "toLineNum": 1, "logContent": "a\n", "isEnd": False}
-    assert logs.page(1, NOW, 2, ended=False) == {"fromLineNum": 2, "toLineNum": 1, "logContent": "", "isEnd": False}
-    assert logs.page(1, NOW, 1, ended=True) == {"fromLineNum": 1, "toLineNum": 2, "logContent": "a\nb", "isEnd": True}
+    assert logs.page(1, NOW, 1, ended=False) == {
+        "fromLineNum": 1,
+        "toLineNum": 1,
+        "logContent": "a\n",
+        "isEnd": False,
+    }
+    assert logs.page(1, NOW, 2, ended=False) == {
+        "fromLineNum": 2,
+        "toLineNum": 1,
+        "logContent": "",
+        "isEnd": False,
+    }
+    assert logs.page(1, NOW, 1, ended=True) == {
+        "fromLineNum": 1,
+        "toLineNum": 2,
+        "logContent": "a\nb",
+        "isEnd": True,
+    }
 
 
 # -- bytes that are no text
 
+
 def test_bytes_that_are_no_text(logs):
     out = logs.open(trigger())
-    for part in (b"cut \xe4\xb8", b"\xad here\n", b"bad \xff\xfe \xc3(\n", b"nul \0\n", b"half \xe4\xb8\n"):
+    for part in (
+        b"cut \xe4\xb8",
+        b"\xad here\n",
+        b"bad \xff\xfe \xc3(\n",
+        b"nul \0\n",
+        b"half \xe4\xb8\n",
+    ):
         out.write(part)
     page = logs.page(1, NOW, 1, ended=False)
     assert page["logContent"] == "cut 中 here\nbad \ufffd\ufffd \ufffd(\nnul \ufffd\nhalf \ufffd\n"
@@ -293,28 +377,39 @@ def test_bytes_that_are_no_text(logs):
 
 
 def test_bytes_that_are_no_text_through_http(executor, admin):
-    daemon = executor({"odd": {"shell": r"printf 'a\000b\377c\n\344\270'; printf '\255\n\377'"}}, admin=admin)
+    daemon = executor(
+        {"odd": {"shell": r"printf 'a\000b\377c\n\344\270'; printf '\255\n\377'"}}, admin=admin
+    )
     date = int(time.time() * 1000)
     log_id, result = run_job(daemon, admin, "odd", logDateTime=date)
-    assert daemon.page(log_id, date)["logContent"].splitlines()[1:-1] == ["a\ufffdb\ufffdc", "中", "\ufffd"]
+    assert daemon.page(log_id, date)["logContent"].splitlines()[1:-1] == [
+        "a\ufffdb\ufffdc",
+        "中",
+        "\ufffd",
+    ]
     assert result["handleMsg"] == "\ufffd"
 
 
 # -- the budget of a page
 
+
 def test_long_finished_log_has_head_notice_and_tail(logs):
     content = numbered(300_000)
     assert len(content) > 10 << 20
-    content = content[:10 << 20]
-    content = content[:content.rfind(b"\n") + 1]
+    content = content[: 10 << 20]
+    content = content[: content.rfind(b"\n") + 1]
     file = place(logs, content)
     page = logs.page(1, NOW, 1, ended=True)
     total = content.count(b"\n")
     assert (page["fromLineNum"], page["toLineNum"], page["isEnd"]) == (1, total, True)
     text = page["logContent"].encode()
     assert len(text) < (4 << 20) + 1000
-    notices = re.findall(rb"----- (\d+) bytes are left out here; the whole log is (\S+) on (\S+) -----\n", text)
-    assert [(where, host) for _, where, host in notices] == [(str(file).encode(), socket.gethostname().encode())]
+    notices = re.findall(
+        rb"----- (\d+) bytes are left out here; the whole log is (\S+) on (\S+) -----\n", text
+    )
+    assert [(where, host) for _, where, host in notices] == [
+        (str(file).encode(), socket.gethostname().encode())
+    ]
     head, _, tail = text.partition(b"\n----- %s bytes" % notices[0][0])
     tail = tail.partition(b"-----\n")[2].lstrip(b"\n")
     assert content.startswith(head) and head.endswith(b"\n") and len(head) > 1 << 20
@@ -331,8 +426,11 @@ def test_long_running_log_gives_complete_lines_up_to_the_budget(logs):
     assert "".join(page["logContent"] for page in pages).encode() == content
     # A finished one that is not read from its beginning likewise.
     pages = list(follow(lambda first: logs.page(1, NOW, first, ended=True), 2))
-    assert "".join(page["logContent"] for page in pages).encode() == content[content.index(b"\n") + 1:] and pages[-1][
-        "isEnd"]
+    assert (
+        "".join(page["logContent"] for page in pages).encode()
+        == content[content.index(b"\n") + 1 :]
+        and pages[-1]["isEnd"]
+    )
 
 
 @pytest.mark.parametrize("ended", [True, False])
@@ -342,8 +440,12 @@ def test_one_line_beyond_the_budget(logs, ended):
     page = logs.page(1, NOW, 2, ended=ended)
     shown = b"z" * (4 << 20) + b" ... [line of %d bytes, cut]\n" % len(long)
     assert page == {"fromLineNum": 2, "toLineNum": 2, "logContent": shown.decode(), "isEnd": False}
-    assert logs.page(1, NOW, 3, ended=ended) == {"fromLineNum": 3, "toLineNum": 3, "logContent": "after\n",
-                                                 "isEnd": ended}
+    assert logs.page(1, NOW, 3, ended=ended) == {
+        "fromLineNum": 3,
+        "toLineNum": 3,
+        "logContent": "after\n",
+        "isEnd": ended,
+    }
     # Read again, from before it: what was learned about the file is still right.
     page = logs.page(1, NOW, 2, ended=ended, most=1)
     assert page["logContent"] == shown.decode()
@@ -356,11 +458,16 @@ def test_one_line_beyond_the_budget_that_has_not_ended(logs):
     with open(file, "ab") as stream:
         stream.write(b"z\nafter\n")
     page = logs.page(1, NOW, 2, ended=False)
-    assert page["logContent"].endswith(f" ... [line of {(5 << 20) + 2} bytes, cut]\n") and page["toLineNum"] == 2
+    assert (
+        page["logContent"].endswith(f" ... [line of {(5 << 20) + 2} bytes, cut]\n")
+        and page["toLineNum"] == 2
+    )
     assert logs.page(1, NOW, 3, ended=False)["logContent"] == "after\n"
 
 
-@pytest.mark.parametrize("content", [b"z" * (5 << 20), b"z" * (5 << 20) + b"\n"], ids=["cut", "newline"])
+@pytest.mark.parametrize(
+    "content", [b"z" * (5 << 20), b"z" * (5 << 20) + b"\n"], ids=["cut", "newline"]
+)
 def test_a_finished_log_of_one_long_line(logs, content):
     file = place(logs, content)
     page = logs.page(1, NOW, 1, ended=True)
@@ -371,24 +478,35 @@ def test_a_finished_log_of_one_long_line(logs, content):
 
 # -- the limit of a log
 
+
 def test_output_beyond_the_limit_is_dropped_and_the_run_goes_on(executor, admin):
-    jobs = {"chatty": {"shell": "seq 1 200000; echo the end"},
-            "thread": {"python": "chatty:main", "isolation": "thread"}}
+    jobs = {
+        "chatty": {"shell": "seq 1 200000; echo the end"},
+        "thread": {"python": "chatty:main", "isolation": "thread"},
+    }
     daemon = executor(jobs, admin=admin, executor={"log_limit": "20KiB"}, start=False)
     (daemon.directory / "chatty.py").write_text(
-        "def main():\n    for i in range(20_000):\n        print('line', i)\n    return 'the end'\n")
+        "def main():\n    for i in range(20_000):\n        print('line', i)\n    return 'the end'\n"
+    )
     daemon.start()
-    produced = {"chatty": len("".join(f"{i}\n" for i in range(1, 200_001)) + "the end\n"),
-                "thread": len("".join(f"line {i}\n" for i in range(20_000)))}
+    produced = {
+        "chatty": len("".join(f"{i}\n" for i in range(1, 200_001)) + "the end\n"),
+        "thread": len("".join(f"line {i}\n" for i in range(20_000))),
+    }
     for job_id, name in enumerate(jobs, 1):
         log_id, result = run_job(daemon, admin, name, jobId=job_id)
         assert (result["handleCode"], result["handleMsg"]) == (200, "the end")
         text = daemon.log_text(log_id)
-        assert text.count("\n----- output beyond executor.log_limit (20480 bytes) is dropped -----\n") == 1
+        assert (
+            text.count("\n----- output beyond executor.log_limit (20480 bytes) is dropped -----\n")
+            == 1
+        )
         assert 20_480 <= len(text) <= 20_480 + 1024
         first_line, last_line = text.splitlines()[1], text.splitlines()[-1]
         assert first_line == ("1" if name == "chatty" else "line 0")
-        assert re.fullmatch(rf"----- {STAMP} succeeded after [\d.e-]+ s: code 200, the end -----", last_line)
+        assert re.fullmatch(
+            rf"----- {STAMP} succeeded after [\d.e-]+ s: code 200, the end -----", last_line
+        )
         metrics = daemon.session.get(daemon.url + "/metrics", timeout=10).text
         dropped = sum(produced[done] - 20_480 for done in list(jobs)[:job_id])
         assert f"\nxxl_executor_log_dropped_bytes_total {dropped}\n" in metrics
@@ -400,9 +518,12 @@ def test_limit_counts_bytes_whatever_the_pieces(tmp_path, pieces):
     out = logs.open(trigger())
     data = b"0123456789abcdefghij"
     for at in range(0, 20, pieces):
-        out.write(data[at:at + pieces])
+        out.write(data[at : at + pieces])
     assert out.dropped == 10
-    assert place_text(logs) == "0123456789\n----- output beyond executor.log_limit (10 bytes) is dropped -----\n"
+    assert (
+        place_text(logs)
+        == "0123456789\n----- output beyond executor.log_limit (10 bytes) is dropped -----\n"
+    )
     assert out.last_line() == data.decode()  # the result message is not dropped
     out.end("x")
 
@@ -418,7 +539,8 @@ def test_a_log_that_cannot_be_written_drops_and_counts(tmp_path, caplog):
     out.write(b"late")  # a thread of the job that is still there
     assert file.read_bytes() == b"old"
     assert [record.getMessage() for record in caplog.records] == [
-        "cannot write a job log, output is dropped: Bad file descriptor"]
+        "cannot write a job log, output is dropped: Bad file descriptor"
+    ]
 
 
 def test_a_log_that_cannot_be_opened_drops_and_counts(logs, caplog):
@@ -429,15 +551,42 @@ def test_a_log_that_cannot_be_opened_drops_and_counts(logs, caplog):
     out.end("done")
     assert [record.getMessage() for record in caplog.records] == [
         "cannot open the log of hello logId=5 jobId=7, its output is dropped: [Errno 20] Not a directory: "
-        f"'{logs.directory}/{day_of(NOW)}'"]
+        f"'{logs.directory}/{day_of(NOW)}'"
+    ]
     assert out.last_line() == "two"
     assert out.dropped >= 8
 
 
 # -- nothing else can be read or written
 
-ODD = [-1, 0, 2**31, 2**63 - 1, -2**63, 2**63, 10**30, 1.5, 1e300, "1_0", " 7 ", "٣", "", "x", "../7", "7/../../7",
-       "/etc/passwd", "../../7", "..", "7\0", True, [], {}, [7], float("nan"), float("inf")]
+ODD = [
+    -1,
+    0,
+    2**31,
+    2**63 - 1,
+    -(2**63),
+    2**63,
+    10**30,
+    1.5,
+    1e300,
+    "1_0",
+    " 7 ",
+    "٣",
+    "",
+    "x",
+    "../7",
+    "7/../../7",
+    "/etc/passwd",
+    "../../7",
+    "..",
+    "7\0",
+    True,
+    [],
+    {},
+    [7],
+    float("nan"),
+    float("inf"),
+]
 
 
 def test_odd_numbers_never_reach_another_file(executor, admin):
@@ -445,15 +594,29 @@ def test_odd_numbers_never_reach_another_file(executor, admin):
     logs = daemon.data / "logs"
     inside = logs / "1970-01-01"
     inside.mkdir()
-    places = [daemon.data / "7.log", logs / "7.log", logs / "7", inside / "7", inside / "x.log", inside / ".log",
-              inside / "..log",
-              inside / "1_0.log", inside / " 7 .log", inside / "True.log", inside / "٣.log", inside / "None.log"]
+    places = [
+        daemon.data / "7.log",
+        logs / "7.log",
+        logs / "7",
+        inside / "7",
+        inside / "x.log",
+        inside / ".log",
+        inside / "..log",
+        inside / "1_0.log",
+        inside / " 7 .log",
+        inside / "True.log",
+        inside / "٣.log",
+        inside / "None.log",
+    ]
     for file in places:
         file.write_text("SECRET\n")
     bodies = [{"logId": value, "logDateTim": 3_600_000, "fromLineNum": 1} for value in ODD]
     bodies += [{"logId": 7, "logDateTim": value, "fromLineNum": 1} for value in ODD]
-    bodies += [{"logId": 7, "logDateTim": 3_600_000, "fromLineNum": value} for value in ODD] + [{}, {"logId": 7},
-                                                                                                {"logId": None}]
+    bodies += [{"logId": 7, "logDateTim": 3_600_000, "fromLineNum": value} for value in ODD] + [
+        {},
+        {"logId": 7},
+        {"logId": None},
+    ]
     answered = 0
     for body in bodies:
         reply = daemon.post("/log", json.dumps(body).encode())
@@ -464,9 +627,12 @@ def test_odd_numbers_never_reach_another_file(executor, admin):
             assert re.match("(logId|logDateTime?|fromLineNum): ", reply["msg"]), (body, reply)
     assert answered >= 10
     assert daemon.post("/log", {"logId": "../7", "logDateTim": NOW, "fromLineNum": 1})["msg"] == (
-        'logId: expected a whole number of 64 bits, got "../7"')
-    assert daemon.post("/log", {"logId": 7, "logDateTim": 2**63 - 1})[
-        "msg"] == f"logDateTime: {2**63 - 1} is no time in ms since 1970"
+        'logId: expected a whole number of 64 bits, got "../7"'
+    )
+    assert (
+        daemon.post("/log", {"logId": 7, "logDateTim": 2**63 - 1})["msg"]
+        == f"logDateTime: {2**63 - 1} is no time in ms since 1970"
+    )
 
 
 def test_symlinked_log_is_refused(executor, admin, tmp_path):
@@ -480,8 +646,10 @@ def test_symlinked_log_is_refused(executor, admin, tmp_path):
     file.unlink()
     file.symlink_to(secret)
     page = daemon.page(log_id, date)
-    assert page["logContent"] == (f"no log: {file} on {socket.gethostname()}: Too many levels of symbolic links; "
-                                  "it may have been pruned after log_retention")
+    assert page["logContent"] == (
+        f"no log: {file} on {socket.gethostname()}: Too many levels of symbolic links; "
+        "it may have been pruned after log_retention"
+    )
     # Nor is it written through.
     new = log_id + 1
     file.with_name(f"{new}.log").symlink_to(secret)
@@ -493,12 +661,15 @@ def test_symlinked_log_is_refused(executor, admin, tmp_path):
     (tmp_path / "moved" / f"{log_id + 2}.log").write_text("SECRET\n")
     page = daemon.page(log_id + 2, date)
     assert "SECRET" not in page["logContent"] and page["logContent"].startswith("no log: ")
-    assert run_job(daemon, admin, "hello", logId=log_id + 3, logDateTime=date)[1]["handleCode"] == 200
+    assert (
+        run_job(daemon, admin, "hello", logId=log_id + 3, logDateTime=date)[1]["handleCode"] == 200
+    )
     assert not (tmp_path / "moved" / f"{log_id + 3}.log").exists()
     assert len(re.findall("cannot open the log of hello logId=", daemon.log)) == 2
 
 
 # -- pruning
+
 
 def test_prune_removes_old_logs_only(logs, tmp_path):
     root, now = Path(logs.directory), time.time()
@@ -511,10 +682,20 @@ def test_prune_removes_old_logs_only(logs, tmp_path):
         file.write_text("x")
         os.utime(file, (age, age))
         return file
-    gone = [make(f"{long_ago}/1.log", old), make(f"{long_ago}/2.log", old), make(f"{day_of(old * 1000)}/3.log", old)]
-    kept = [make(f"{long_ago}-more/1.log", old), make("other/1.log", old), make("1.log", old), make("2020-01-01", old),
-            make(f"{day_of(old * 1000)}/4.log", young),  # a run that began long ago and wrote lately
-            make(f"{day_of(now * 1000)}/5.log", now)]
+
+    gone = [
+        make(f"{long_ago}/1.log", old),
+        make(f"{long_ago}/2.log", old),
+        make(f"{day_of(old * 1000)}/3.log", old),
+    ]
+    kept = [
+        make(f"{long_ago}-more/1.log", old),
+        make("other/1.log", old),
+        make("1.log", old),
+        make("2020-01-01", old),
+        make(f"{day_of(old * 1000)}/4.log", young),  # a run that began long ago and wrote lately
+        make(f"{day_of(now * 1000)}/5.log", now),
+    ]
     outside = tmp_path / "outside"
     outside.mkdir()
     for link in ("2020-05-05", "2020-05-06"):
@@ -554,6 +735,7 @@ def test_the_daemon_prunes_at_start(executor, admin):
 
 # -- threads
 
+
 def test_writers_and_readers_at_once(logs):
     """Lines of several threads stay whole, and every page seen meanwhile is a prefix of the file."""
     out, errors = logs.open(trigger()), []
@@ -569,6 +751,7 @@ def test_writers_and_readers_at_once(logs):
             text += page["logContent"]
         if not place_text(logs).startswith(text):
             errors.append(text)
+
     done = threading.Event()
     writers = [threading.Thread(target=write, args=(b"w%d" % i,)) for i in range(4)]
     readers = [threading.Thread(target=read) for _ in range(2)]

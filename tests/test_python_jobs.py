@@ -1,4 +1,5 @@
 """Python entry points: in a process forked from a warm interpreter, and in a thread of the daemon."""
+
 import contextlib
 import json
 import os
@@ -23,8 +24,15 @@ def entry_points(directory, source, names, *, module="example_job", **options):
     """Write a module; returns `jobs`: a python job for each of its functions."""
     directory.mkdir(exist_ok=True)
     (directory / f"{module}.py").write_text(source, encoding="utf-8")
-    return {name: {"python": f"{module}:{name}", "pythonpath": [str(directory)], "kill_grace": "0.3s", **options}
-            for name in names.split()}
+    return {
+        name: {
+            "python": f"{module}:{name}",
+            "pythonpath": [str(directory)],
+            "kill_grace": "0.3s",
+            **options,
+        }
+        for name in names.split()
+    }
 
 
 def ending(daemon, admin, handler, **fields):
@@ -37,8 +45,13 @@ def server_of(daemon):
     """The pid of the daemon's Python server."""
     found = []
     for pid in daemon.family():
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")  # what it forked has the same
-        if b"--serve-python" in words and xxl_executor._process_stat(pid)[1:3] == (daemon.process.pid, pid):
+        words = (
+            Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        )  # what it forked has the same
+        if b"--serve-python" in words and xxl_executor._process_stat(pid)[1:3] == (
+            daemon.process.pid,
+            pid,
+        ):
             found.append(pid)
     assert len(found) == 1
     return found[0]
@@ -46,7 +59,7 @@ def server_of(daemon):
 
 # -- alike in a process and in a thread
 
-ALIKE = '''
+ALIKE = """
 import asyncio
 import json
 import sys
@@ -103,27 +116,44 @@ def long():
 
 def parameters(context):
     return json.dumps(context.params(), sort_keys=True)
-'''
+"""
 
 
 @BOTH
 def test_alike(executor, admin, tmp_path, isolation):
-    names = ("fields no_argument optional number nothing silent logs coroutine fails fails_own exits_well long "
-             "parameters nosuch")
+    names = (
+        "fields no_argument optional number nothing silent logs coroutine fails fails_own exits_well long "
+        "parameters nosuch"
+    )
     jobs = entry_points(tmp_path / "source", ALIKE, names, isolation=isolation, timeout="90s")
     jobs["no_module"] = {"python": "no_such_module:main", "isolation": isolation}
     # `xxl_executor` must be importable without a PYTHONPATH of this kind.
     daemon = executor(jobs, admin=admin, env={"PYTHONPATH": ""})
-    log_id, result = run_job(daemon, admin, "fields", jobId=9, executorParams="é \ud83d\ude00", broadcastIndex=2,
-                             broadcastTotal=5,
-                             executorTimeout=60, logDateTime=1_700_000_000_123)
+    log_id, result = run_job(
+        daemon,
+        admin,
+        "fields",
+        jobId=9,
+        executorParams="é \ud83d\ude00",
+        broadcastIndex=2,
+        broadcastTotal=5,
+        executorTimeout=60,
+        logDateTime=1_700_000_000_123,
+    )
     assert (result["code"], json.loads(result["handleMsg"])) == (
-        200, [9, log_id, "fields", "é 😀", 2, 5, 1_700_000_000_123, 60, False])
+        200,
+        [9, log_id, "fields", "é 😀", 2, 5, 1_700_000_000_123, 60, False],
+    )
     for handler, expected in {
-        "no_argument": (200, "took nothing"), "optional": (200, "optional"), "number": (200, "0"),
+        "no_argument": (200, "took nothing"),
+        "optional": (200, "optional"),
+        "number": (200, "0"),
         "nothing": (200, "the last line"),
-        "silent": (200, ""), "coroutine": (200, "awaited p"), "fails": (500, "ValueError: boom"),
-        "exits_well": (200, "before the exit"), "long": (200, "..." + "漢" * 14_994 + "end"),
+        "silent": (200, ""),
+        "coroutine": (200, "awaited p"),
+        "fails": (500, "ValueError: boom"),
+        "exits_well": (200, "before the exit"),
+        "long": (200, "..." + "漢" * 14_994 + "end"),
         "no_module": (500, "ModuleNotFoundError: No module named 'no_such_module'"),
         "nosuch": (500, "AttributeError: module 'example_job' has no attribute 'nosuch'"),
     }.items():
@@ -132,20 +162,28 @@ def test_alike(executor, admin, tmp_path, isolation):
     assert (code, message.startswith("example_job.Own: of two")) == (500, True)
     assert ending(daemon, admin, "parameters", executorParams='{"a": [1]}') == (200, '{"a": [1]}')
     assert ending(daemon, admin, "parameters", executorParams="no") == (
-        500, 'ValueError: expected a JSON object, "id=1&active=true" or key=value words as parameter, got \'no\'')
+        500,
+        "ValueError: expected a JSON object, \"id=1&active=true\" or key=value words as parameter, got 'no'",
+    )
 
     log_id, _ = run_job(daemon, admin, "fails")
     line = ALIKE.splitlines().index("    deeper()") + 1
-    found = re.search(r'Traceback \(most recent call last\):\n  File "(.*)", line (\d+), in (\w+)\n',
-                      daemon.log_text(log_id))
+    found = re.search(
+        r'Traceback \(most recent call last\):\n  File "(.*)", line (\d+), in (\w+)\n',
+        daemon.log_text(log_id),
+    )
     # It begins in the job.
     assert found.groups() == (str(tmp_path / "source" / "example_job.py"), str(line), "fails")
     assert "\nValueError: boom\n" in daemon.log_text(log_id)
     log_id, _ = run_job(daemon, admin, "logs")
-    assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d two words\nprinted$", daemon.log_text(log_id), re.MULTILINE)
+    assert re.search(
+        r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d two words\nprinted$",
+        daemon.log_text(log_id),
+        re.MULTILINE,
+    )
 
 
-PARALLEL = '''
+PARALLEL = """
 import json
 import logging
 import sys
@@ -164,19 +202,26 @@ def main(context):
             while not (Path(directory) / other).exists():
                 threading.Event().wait(0.01)
     return own
-'''
+"""
 
 
 @BOTH
 def test_output_goes_to_the_log_of_its_run(executor, admin, tmp_path, isolation):
-    daemon = executor(entry_points(tmp_path / "source", PARALLEL, "main", isolation=isolation), admin=admin)
+    daemon = executor(
+        entry_points(tmp_path / "source", PARALLEL, "main", isolation=isolation), admin=admin
+    )
     pairs = {"one": "two", "two": "one"}
-    ids = {own: admin.trigger(daemon.url, "main", jobId=number,
-                              executorParams=json.dumps([str(tmp_path), own, other]))[0]
-           for number, (own, other) in enumerate(pairs.items())}
+    ids = {
+        own: admin.trigger(
+            daemon.url, "main", jobId=number, executorParams=json.dumps([str(tmp_path), own, other])
+        )[0]
+        for number, (own, other) in enumerate(pairs.items())
+    }
     for own, log_id in ids.items():
         assert result_of(admin, log_id)["handleMsg"] == own
-        lines = [line for line in daemon.log_text(log_id).splitlines() if not line.startswith("-----")]
+        lines = [
+            line for line in daemon.log_text(log_id).splitlines() if not line.startswith("-----")
+        ]
         assert lines.count(f"printed {own}") == 200
         assert sum(line.endswith(f" logged {own}") for line in lines) == 200
         assert sum(line.endswith(f"warned {own}") for line in lines) == 1, "logging"
@@ -186,24 +231,49 @@ def test_output_goes_to_the_log_of_its_run(executor, admin, tmp_path, isolation)
 
 # -- params(), without a daemon
 
+
 def context(param):
-    fields = {"job_id": 1, "log_id": 2, "handler": "h", "param": param, "shard_index": 0, "shard_total": 1,
-              "log_date_time": 0, "timeout": 0}
+    fields = {
+        "job_id": 1,
+        "log_id": 2,
+        "handler": "h",
+        "param": param,
+        "shard_index": 0,
+        "shard_total": 1,
+        "log_date_time": 0,
+        "timeout": 0,
+    }
     return xxl_executor.Context(fields, lambda text: None)
 
 
-@pytest.mark.parametrize("param, expected", [
-    ("", {}), (" \n", {}), ("{}", {}),
-    ('{"id": 1, "active": true, "deep": {"a": [null]}}', {"id": 1, "active": True, "deep": {"a": [None]}}),
-    ("id=1&active=true", {"id": "1", "active": "true"}), ("name=a%20b+c", {"name": "a b c"}), ("empty=", {"empty": ""}),
-    ("\tid=1\n", {"id": "1"}), ("a=b=c", {"a": "b=c"}), ("id=1 active=true", {"id": "1", "active": "true"}),
-    ("name='a b' other=\"c & d\"", {"name": "a b", "other": "c & d"}), ("a=1\nb=2", {"a": "1", "b": "2"}),
-    ("a=1 a=2", {"a": "2"})])
+@pytest.mark.parametrize(
+    "param, expected",
+    [
+        ("", {}),
+        (" \n", {}),
+        ("{}", {}),
+        (
+            '{"id": 1, "active": true, "deep": {"a": [null]}}',
+            {"id": 1, "active": True, "deep": {"a": [None]}},
+        ),
+        ("id=1&active=true", {"id": "1", "active": "true"}),
+        ("name=a%20b+c", {"name": "a b c"}),
+        ("empty=", {"empty": ""}),
+        ("\tid=1\n", {"id": "1"}),
+        ("a=b=c", {"a": "b=c"}),
+        ("id=1 active=true", {"id": "1", "active": "true"}),
+        ("name='a b' other=\"c & d\"", {"name": "a b", "other": "c & d"}),
+        ("a=1\nb=2", {"a": "1", "b": "2"}),
+        ("a=1 a=2", {"a": "2"}),
+    ],
+)
 def test_params(param, expected):
     assert context(param).params() == expected
 
 
-@pytest.mark.parametrize("param", ["word", "[1, 2]", "5", "null", "a=1 word", "=1 a=2", 'a="open b=1', "{broken"])
+@pytest.mark.parametrize(
+    "param", ["word", "[1, 2]", "5", "null", "a=1 word", "=1 a=2", 'a="open b=1', "{broken"]
+)
 def test_params_that_are_none(param):
     with pytest.raises(ValueError) as error:
         context(param).params()
@@ -214,14 +284,16 @@ def test_params_that_are_none(param):
 def test_context_log():
     written = []
     fields = vars(context("p"))
-    job = xxl_executor.Context({**{name: fields.get(name, 0) for name in fields}, "log_date_time": 0}, written.append)
+    job = xxl_executor.Context(
+        {**{name: fields.get(name, 0) for name in fields}, "log_date_time": 0}, written.append
+    )
     job.log(5)
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d 5\n", "".join(written))
 
 
 # -- in a process
 
-ENDS = '''
+ENDS = """
 import json
 import os
 import signal
@@ -248,35 +320,52 @@ def state(context):
 def result_file():
     with open(os.environ["XXL_JOB_RESULT_FILE"], "w") as file:
         file.write("from the file")
-'''
+"""
 
 
 def test_ends_of_a_process(executor, admin, tmp_path):
     inside = tmp_path / "inside"
     inside.mkdir()
-    jobs = entry_points(tmp_path / "source", ENDS, "ends where size state result_file", cwd=str(inside),
-                        env={"OWN": "yes"})
+    jobs = entry_points(
+        tmp_path / "source",
+        ENDS,
+        "ends where size state result_file",
+        cwd=str(inside),
+        env={"OWN": "yes"},
+    )
     jobs["nowhere"] = {**jobs["where"], "cwd": str(tmp_path / "nowhere")}
     daemon = executor(jobs, admin=admin)
     for code, expected in {
-        "sys.exit()": (200, "the last line"), "sys.exit(3)": (500, "exit status 3: the last line"),
+        "sys.exit()": (200, "the last line"),
+        "sys.exit(3)": (500, "exit status 3: the last line"),
         "sys.exit('some text')": (500, "exit status 1: some text"),
         "os._exit(7)": (500, "exit status 7: the last line"),
-        "os._exit(0)": (200, "the last line"), "raise KeyboardInterrupt": (500, "KeyboardInterrupt"),
-        "raise KeyError('k')": (500, "KeyError: 'k'"), "raise ValueError": (500, "ValueError"),
+        "os._exit(0)": (200, "the last line"),
+        "raise KeyboardInterrupt": (500, "KeyboardInterrupt"),
+        "raise KeyError('k')": (500, "KeyError: 'k'"),
+        "raise ValueError": (500, "ValueError"),
         "os.kill(os.getpid(), signal.SIGSEGV)": (500, "killed by signal 11"),
         "os.kill(os.getpid(), signal.SIGKILL)": (500, "killed by signal 9"),
         "os.kill(os.getpid(), signal.SIGINT)": (500, "KeyboardInterrupt"),
-        "import threading; threading.Thread(target=print, args=('from a thread',)).start()": (200, "from a thread"),
+        "import threading; threading.Thread(target=print, args=('from a thread',)).start()": (
+            200,
+            "from a thread",
+        ),
     }.items():
         assert ending(daemon, admin, "ends", executorParams=code) == expected, code
     code, message = ending(daemon, admin, "where")
-    assert (code, json.loads(message)) == (200, [str(inside), "yes", "where", ["example_job:where"], True])
+    assert (code, json.loads(message)) == (
+        200,
+        [str(inside), "yes", "where", ["example_job:where"], True],
+    )
     assert ending(daemon, admin, "result_file") == (200, "from the file")
     for _ in range(2):  # runs do not see each other's globals and environment
         assert ending(daemon, admin, "state") == (200, "None x")
     # A parameter that no command line could carry.
-    assert ending(daemon, admin, "size", executorParams="é" + "x" * 1_000_000 + "ü") == (200, "1000002 éx xü")
+    assert ending(daemon, admin, "size", executorParams="é" + "x" * 1_000_000 + "ü") == (
+        200,
+        "1000002 éx xü",
+    )
     code, message = ending(daemon, admin, "nowhere")
     assert (code, str(tmp_path / "nowhere") in message) == (500, True)
 
@@ -284,9 +373,14 @@ def test_ends_of_a_process(executor, admin, tmp_path):
 def test_edited_modules_take_effect(executor, admin, tmp_path):
     source = tmp_path / "source"
     daemon = executor(entry_points(source, "import no_such_module_yet\n", "main"), admin=admin)
-    assert ending(daemon, admin, "main") == (500, "ModuleNotFoundError: No module named 'no_such_module_yet'")
+    assert ending(daemon, admin, "main") == (
+        500,
+        "ModuleNotFoundError: No module named 'no_such_module_yet'",
+    )
     (source / "no_such_module_yet.py").write_text("value = 'helper'\n")
-    (source / "example_job.py").write_text("import no_such_module_yet\ndef main(): return no_such_module_yet.value\n")
+    (source / "example_job.py").write_text(
+        "import no_such_module_yet\ndef main(): return no_such_module_yet.value\n"
+    )
     assert ending(daemon, admin, "main") == (200, "helper")
     (source / "no_such_module_yet.py").write_text("value = 'another helper'\n")
     assert ending(daemon, admin, "main") == (200, "another helper")
@@ -299,18 +393,22 @@ def test_edited_modules_take_effect(executor, admin, tmp_path):
 def test_modules_of_one_name(executor, admin, tmp_path):
     jobs = {}
     for place in ("one", "two"):
-        jobs[place] = entry_points(tmp_path / place, f"def main(): return '{place}'\n", "main")["main"]
+        jobs[place] = entry_points(tmp_path / place, f"def main(): return '{place}'\n", "main")[
+            "main"
+        ]
     # The directory of the configuration is searched too, after pythonpath.
     jobs["default"] = {"python": "beside:main"}
     (tmp_path / "executor").mkdir()
-    (tmp_path / "executor" / "beside.py").write_text("def main(): return 'beside the configuration'\n")
+    (tmp_path / "executor" / "beside.py").write_text(
+        "def main(): return 'beside the configuration'\n"
+    )
     daemon = executor(jobs, admin=admin)
     for place in ("one", "two", "one"):
         assert ending(daemon, admin, place) == (200, place)
     assert ending(daemon, admin, "default") == (200, "beside the configuration")
 
 
-MULTI = '''
+MULTI = """
 import concurrent.futures
 import multiprocessing
 import threading
@@ -334,13 +432,18 @@ def threads(context):
     for thread in work:
         thread.join()
     return len(found)
-'''
+"""
 
 
 def test_multiprocessing_and_threads(executor, admin, tmp_path):
-    daemon = executor(entry_points(tmp_path / "source", MULTI, "start executors threads", timeout="30s"), admin=admin)
-    ids = [admin.trigger(daemon.url, "start", jobId=number, executorParams=method)[0]
-           for number, method in enumerate(("fork", "spawn"))]
+    daemon = executor(
+        entry_points(tmp_path / "source", MULTI, "start executors threads", timeout="30s"),
+        admin=admin,
+    )
+    ids = [
+        admin.trigger(daemon.url, "start", jobId=number, executorParams=method)[0]
+        for number, method in enumerate(("fork", "spawn"))
+    ]
     for log_id in ids:
         result = result_of(admin, log_id, 40)
         assert (result["code"], result["handleMsg"]) == (200, "285"), daemon.log_text(log_id)
@@ -405,8 +508,13 @@ def noted(tmp_path):
 
 @pytest.mark.parametrize("how", ["timeout", "kill", "shutdown", "end"])
 def test_nothing_of_a_process_survives(executor, admin, tmp_path, how):
-    jobs = entry_points(tmp_path / "source", FAMILY, "stay leave", env={"NOTES": str(tmp_path / "notes")},
-                        timeout="2s" if how == "timeout" else 0)
+    jobs = entry_points(
+        tmp_path / "source",
+        FAMILY,
+        "stay leave",
+        env={"NOTES": str(tmp_path / "notes")},
+        timeout="2s" if how == "timeout" else 0,
+    )
     daemon = executor(jobs, admin=admin, executor={"drain_timeout": "0.2s"})
     log_id, _ = admin.trigger(daemon.url, "leave" if how == "end" else "stay")
     pids = noted(tmp_path)
@@ -417,14 +525,22 @@ def test_nothing_of_a_process_survives(executor, admin, tmp_path, how):
     result = result_of(admin, log_id)
     assert [pid for pid in pids if alive(pid)] == []
     assert (len(pids), result["code"], result["handleMsg"]) == {
-        "timeout": (4, 502, "timed out after 2 s"), "kill": (4, 500, "killed by the admin"),
-        "shutdown": (4, 500, "killed: the executor stopped"), "end": (1, 200, "left")}[how]
+        "timeout": (4, 502, "timed out after 2 s"),
+        "kill": (4, 500, "killed by the admin"),
+        "shutdown": (4, 500, "killed: the executor stopped"),
+        "end": (1, 200, "left"),
+    }[how]
 
 
 @pytest.mark.parametrize("background", ["kill", "keep"])
 def test_the_python_server_is_killed_while_a_job_runs(executor, admin, tmp_path, background):
-    jobs = entry_points(tmp_path / "source", FAMILY, "stay works", env={"NOTES": str(tmp_path / "notes")},
-                        background=background)
+    jobs = entry_points(
+        tmp_path / "source",
+        FAMILY,
+        "stay works",
+        env={"NOTES": str(tmp_path / "notes")},
+        background=background,
+    )
     daemon = executor(jobs, admin=admin)
     log_id, _ = admin.trigger(daemon.url, "stay", jobId=1)
     pids = noted(tmp_path)
@@ -432,7 +548,10 @@ def test_the_python_server_is_killed_while_a_job_runs(executor, admin, tmp_path,
     os.kill(server, signal.SIGKILL)
     try:
         result = result_of(admin, log_id)
-        assert (result["code"], result["handleMsg"]) == (500, "the Python server of this job ended unexpectedly")
+        assert (result["code"], result["handleMsg"]) == (
+            500,
+            "the Python server of this job ended unexpectedly",
+        )
         assert [pid for pid in pids if alive(pid)] == []
         assert ending(daemon, admin, "works", jobId=2) == (200, "works")
         assert server_of(daemon) != server
@@ -443,26 +562,36 @@ def test_the_python_server_is_killed_while_a_job_runs(executor, admin, tmp_path,
 
 def test_the_python_server_dies_before_it_forks(executor, admin, tmp_path):
     """A request that the server took with it to its grave: the run fails or starts anew, it does not hang."""
-    daemon = executor(entry_points(tmp_path / "source", FAMILY, "works", timeout="10s"), admin=admin)
+    daemon = executor(
+        entry_points(tmp_path / "source", FAMILY, "works", timeout="10s"), admin=admin
+    )
     server = server_of(daemon)
     assert ending(daemon, admin, "works", jobId=1) == (200, "works")
     os.kill(server, signal.SIGSTOP)
     try:
         log_id, _ = admin.trigger(daemon.url, "works", jobId=2)
         wait_until(lambda: daemon.status()["running"])
-        since = time.monotonic()  # most likely the request is sent by then; the result is right in any case
+        since = (
+            time.monotonic()
+        )  # most likely the request is sent by then; the result is right in any case
         wait_until(lambda: time.monotonic() > since + 0.3)
     finally:
         os.kill(server, signal.SIGKILL)
     result = result_of(admin, log_id)
-    assert (result["code"], result["handleMsg"]) in [(200, "works"),
-                                                     (500, "the Python server of this job ended unexpectedly")]
+    assert (result["code"], result["handleMsg"]) in [
+        (200, "works"),
+        (500, "the Python server of this job ended unexpectedly"),
+    ]
     assert ending(daemon, admin, "works", jobId=3) == (200, "works")
 
 
-def test_a_python_server_that_hangs_holds_back_neither_others_nor_the_stop(executor, admin, tmp_path):
+def test_a_python_server_that_hangs_holds_back_neither_others_nor_the_stop(
+    executor, admin, tmp_path
+):
     jobs = entry_points(tmp_path / "source", FAMILY, "works")
-    daemon = executor({**jobs, "other": {"shell": "echo fine"}}, admin=admin, executor={"drain_timeout": "0.2s"})
+    daemon = executor(
+        {**jobs, "other": {"shell": "echo fine"}}, admin=admin, executor={"drain_timeout": "0.2s"}
+    )
     server = server_of(daemon)
     os.kill(server, signal.SIGSTOP)
     try:
@@ -481,30 +610,37 @@ def test_a_python_server_that_hangs_holds_back_neither_others_nor_the_stop(execu
 def another_interpreter(tmp_path_factory):
     """The python of a virtual environment that has neither requests nor yaml."""
     place = tmp_path_factory.mktemp("venv") / "venv"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(place)], check=True, timeout=60)
+    subprocess.run(
+        [sys.executable, "-m", "venv", "--without-pip", str(place)], check=True, timeout=60
+    )
     return place / "bin" / "python"
 
 
 def test_interpreter(executor, admin, tmp_path, another_interpreter):
-    source = ("import importlib.util, json, sys\nfrom xxl_executor import Context\n"
-              "def main(context):\n"
-              "    assert isinstance(context, Context)\n"
-              "    found = [importlib.util.find_spec(name) is not None for name in ('requests', 'yaml')]\n"
-              "    return json.dumps([sys.prefix, found])\n")
+    source = (
+        "import importlib.util, json, sys\nfrom xxl_executor import Context\n"
+        "def main(context):\n"
+        "    assert isinstance(context, Context)\n"
+        "    found = [importlib.util.find_spec(name) is not None for name in ('requests', 'yaml')]\n"
+        "    return json.dumps([sys.prefix, found])\n"
+    )
     jobs = entry_points(tmp_path / "source", source, "main", interpreter=str(another_interpreter))
     jobs["own"] = {**jobs["main"]}
     del jobs["own"]["interpreter"]
     daemon = executor(jobs, admin=admin, env={"PYTHONPATH": ""})
     _, result = run_job(daemon, admin, "main")
     assert result["code"] == 200, result
-    assert json.loads(result["handleMsg"]) == [str(another_interpreter.parent.parent), [False, False]]
+    assert json.loads(result["handleMsg"]) == [
+        str(another_interpreter.parent.parent),
+        [False, False],
+    ]
     _, result = run_job(daemon, admin, "own")
     assert json.loads(result["handleMsg"]) == [sys.prefix, [True, True]]
 
 
 # -- in a thread
 
-THREAD = '''
+THREAD = """
 import os
 import sys
 import threading
@@ -525,7 +661,7 @@ def ends(context):
 
 def stays():
     return threading.current_thread() is threading.main_thread()
-'''
+"""
 
 
 def test_cancelled_threads(executor, admin, tmp_path):
@@ -536,18 +672,28 @@ def test_cancelled_threads(executor, admin, tmp_path):
     daemon = executor(jobs, admin=admin, executor={"drain_timeout": "0.2s"})
 
     def begin(handler, number):
-        log_id, _ = admin.trigger(daemon.url, handler, jobId=number, executorParams=str(tmp_path / f"mark{number}"))
+        log_id, _ = admin.trigger(
+            daemon.url, handler, jobId=number, executorParams=str(tmp_path / f"mark{number}")
+        )
         wait_until((tmp_path / f"mark{number}").exists)
         return log_id
-    expected = {begin("waits", 1): (500, "killed by the admin"), begin("limited", 2): (502, "timed out after 1 s"),
-                begin("waits", 3): (502, "timed out after 1 s"),
-                begin("waits", 4): (500, "killed: the executor stopped")}
+
+    expected = {
+        begin("waits", 1): (500, "killed by the admin"),
+        begin("limited", 2): (502, "timed out after 1 s"),
+        begin("waits", 3): (502, "timed out after 1 s"),
+        begin("waits", 4): (500, "killed: the executor stopped"),
+    }
     killed, _, limited_by_admin, stopped = expected
     del expected[limited_by_admin]
     assert admin.call(daemon.url, "/kill", {"jobId": 1})["code"] == 200
     assert admin.call(daemon.url, "/kill", {"jobId": 3})["code"] == 200
-    log_id, result = run_job(daemon, admin, "waits", jobId=5, executorTimeout=1, executorParams=str(tmp_path / "mark5"))
-    assert (result["code"], result["handleMsg"]) == (502, "timed out after 1 s"), "the admin's timeout"
+    log_id, result = run_job(
+        daemon, admin, "waits", jobId=5, executorTimeout=1, executorParams=str(tmp_path / "mark5")
+    )
+    assert (result["code"], result["handleMsg"]) == (502, "timed out after 1 s"), (
+        "the admin's timeout"
+    )
     assert "\ncleaned up\n" in daemon.log_text(log_id)
     result_of(admin, killed)
     assert stopped not in admin.results
@@ -559,12 +705,16 @@ def test_cancelled_threads(executor, admin, tmp_path):
 
 
 def test_ends_of_a_thread(executor, admin, tmp_path):
-    daemon = executor(entry_points(tmp_path / "source", THREAD, "pid ends stays", isolation="thread"), admin=admin)
+    daemon = executor(
+        entry_points(tmp_path / "source", THREAD, "pid ends stays", isolation="thread"), admin=admin
+    )
     assert ending(daemon, admin, "pid") == (200, str(daemon.process.pid))
     for code, expected in {
-        "sys.exit()": (200, "the last line"), "sys.exit(0)": (200, "the last line"),
+        "sys.exit()": (200, "the last line"),
+        "sys.exit(0)": (200, "the last line"),
         "sys.exit(3)": (500, "SystemExit: 3"),
-        "sys.exit('some text')": (500, "SystemExit: some text"), "raise KeyboardInterrupt": (500, "KeyboardInterrupt"),
+        "sys.exit('some text')": (500, "SystemExit: some text"),
+        "raise KeyboardInterrupt": (500, "KeyboardInterrupt"),
         "raise GeneratorExit": (500, "GeneratorExit"),
     }.items():
         assert ending(daemon, admin, "ends", executorParams=code) == expected, code
@@ -574,26 +724,40 @@ def test_ends_of_a_thread(executor, admin, tmp_path):
 
 # -- as another user
 
+
 @ROOT_ONLY
 def test_a_python_job_as_another_user(executor, admin):
-    directory = Path(tempfile.mkdtemp(prefix="xxl-executor-test-"))  # pytest's own is closed to others
+    directory = Path(
+        tempfile.mkdtemp(prefix="xxl-executor-test-")
+    )  # pytest's own is closed to others
     try:
         directory.chmod(0o755)
         # It imports nothing that is not loaded: the interpreter itself may lie where nobody may look.
-        source = ("import os, signal\n"
-                  "def main():\n"
-                  "    return f'{os.getresuid()} {os.getresgid()} {os.getgroups()} {os.environ[\"HOME\"]}'\n"
-                  "def waits():\n    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n    signal.pause()\n")
-        jobs = entry_points(directory / "source", source, "main waits", user="nobody", cwd=str(directory))
+        source = (
+            "import os, signal\n"
+            "def main():\n"
+            "    return f'{os.getresuid()} {os.getresgid()} {os.getgroups()} {os.environ[\"HOME\"]}'\n"
+            "def waits():\n    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n    signal.pause()\n"
+        )
+        jobs = entry_points(
+            directory / "source", source, "main waits", user="nobody", cwd=str(directory)
+        )
         jobs["waits"]["timeout"] = "1s"
         jobs["nobody"] = {**jobs["main"], "user": "no-such-user"}
         daemon = executor(jobs, admin=admin, directory=directory)
-        user, group = (int(subprocess.run(["id", option, "nobody"], capture_output=True, check=True).stdout)
-                       for option in ("-u", "-g"))
-        assert ending(daemon, admin, "main") == (200, f"{(user,) * 3} {(group,) * 3} {[group]} /nonexistent")
+        user, group = (
+            int(subprocess.run(["id", option, "nobody"], capture_output=True, check=True).stdout)
+            for option in ("-u", "-g")
+        )
+        assert ending(daemon, admin, "main") == (
+            200,
+            f"{(user,) * 3} {(group,) * 3} {[group]} /nonexistent",
+        )
         assert ending(daemon, admin, "waits") == (502, "timed out after 1 s")
         assert ending(daemon, admin, "nobody") == (
-            500, "cannot start: there is no user no-such-user on this host (jobs.nobody.user)")
+            500,
+            "cannot start: there is no user no-such-user on this host (jobs.nobody.user)",
+        )
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 
@@ -601,8 +765,14 @@ def test_a_python_job_as_another_user(executor, admin):
 def test_a_server_that_falls_silent_is_replaced(monkeypatch, tmp_path):
     (tmp_path / "quick.py").write_text("def main():\n    return 'fine'\n")
     marker = "0" * 16 + "-" + "0" * 20
-    request = {"entry_point": "quick:main", "pythonpath": [], "cwd": str(tmp_path), "user": None, "env": {xxl_executor.MARKER: marker},
-               "context": {**vars(xxl_executor.Trigger(1, 2, "quick")), "timeout": 0}}
+    request = {
+        "entry_point": "quick:main",
+        "pythonpath": [],
+        "cwd": str(tmp_path),
+        "user": None,
+        "env": {xxl_executor.MARKER: marker},
+        "context": {**vars(xxl_executor.Trigger(1, 2, "quick")), "timeout": 0},
+    }
     server = xxl_executor.PythonServer(sys.executable, {**os.environ, xxl_executor.MARKER: marker})
     with open(tmp_path / "output", "wb") as output:
         try:

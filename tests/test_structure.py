@@ -1,4 +1,5 @@
 """The shape of xxl_executor.py: sections in order, one direction between them, few imports, an old syntax."""
+
 import ast
 import re
 import subprocess
@@ -11,16 +12,33 @@ from conftest import PROGRAM
 SOURCE = PROGRAM.read_text(encoding="utf-8")
 TREE = ast.parse(SOURCE)
 BANNER = re.compile(r"^# -{20,}\n# (\d+) (.+)\n# -{20,}\n", re.MULTILINE)
-NAMES = ["vocabulary", "config", "metrics", "HTTP server", "executor API", "scheduling", "job process", "job logs",
-    "journal", "callbacks",
-         "admin client", "registration", "systemd", "daemon", "CLI"]
+NAMES = [
+    "vocabulary",
+    "config",
+    "metrics",
+    "HTTP server",
+    "executor API",
+    "scheduling",
+    "job process",
+    "job logs",
+    "journal",
+    "callbacks",
+    "admin client",
+    "registration",
+    "systemd",
+    "daemon",
+    "CLI",
+]
 LAYERS = range(4, 13)
 MODULES = {alias.name for node in TREE.body if isinstance(node, ast.Import) for alias in node.names}
 
 
 def sections():
     """[(number, name, first line of its body, line after its body)]"""
-    found = [(int(banner[1]), banner[2], SOURCE.count("\n", 0, banner.end()) + 1) for banner in BANNER.finditer(SOURCE)]
+    found = [
+        (int(banner[1]), banner[2], SOURCE.count("\n", 0, banner.end()) + 1)
+        for banner in BANNER.finditer(SOURCE)
+    ]
     ends = [line - 3 for _, _, line in found[1:]] + [SOURCE.count("\n") + 1]
     return [(*section, end) for section, end in zip(found, ends)]
 
@@ -32,7 +50,12 @@ def body(number):
 
 
 def classes(statements):
-    return {node.name for statement in statements for node in ast.walk(statement) if isinstance(node, ast.ClassDef)}
+    return {
+        node.name
+        for statement in statements
+        for node in ast.walk(statement)
+        if isinstance(node, ast.ClassDef)
+    }
 
 
 def annotations(node):
@@ -51,8 +74,9 @@ def names(statements):
             left += annotations(node)
             if isinstance(node, ast.Name):
                 found.add(node.id)
-            elif isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name)
-                and node.value.id in MODULES):
+            elif isinstance(node, ast.Attribute) and not (
+                isinstance(node.value, ast.Name) and node.value.id in MODULES
+            ):
                 found.add(node.attr)
             elif isinstance(node, ast.alias):
                 found.add(node.name)
@@ -79,20 +103,32 @@ def test_no_section_is_empty_and_nothing_stands_before_the_first():
     for node in TREE.body:
         if node.lineno < first:
             docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-            assert docstring or isinstance(node, (ast.Import, ast.ImportFrom,
-                ast.Assign)), f"line {node.lineno} belongs into a section"
+            assert docstring or isinstance(node, (ast.Import, ast.ImportFrom, ast.Assign)), (
+                f"line {node.lineno} belongs into a section"
+            )
 
 
 def test_no_layer_names_a_class_of_an_earlier_layer():
     assert upward({number: body(number) for number in LAYERS}) == []
 
 
-@pytest.mark.parametrize("use", [
-    "def f(): return HttpServer()", "x = module.HttpServer", "from xxl_executor import HttpServer",
-        "def f(x: HttpServer): pass", "def f(x: 'HttpServer'): pass",
-    "def f() -> 'typing.List[HttpServer]': pass", "x: 'HttpServer' = None", "class Own(HttpServer): pass",
+@pytest.mark.parametrize(
+    "use",
+    [
+        "def f(): return HttpServer()",
+        "x = module.HttpServer",
+        "from xxl_executor import HttpServer",
+        "def f(x: HttpServer): pass",
+        "def f(x: 'HttpServer'): pass",
+        "def f() -> 'typing.List[HttpServer]': pass",
+        "x: 'HttpServer' = None",
+        "class Own(HttpServer): pass",
         "def f(*x: 'HttpServer'): pass",
-    "async def f() -> HttpServer: pass", "f = lambda: HttpServer", "def f():\n    class Own:\n        x: 'HttpServer'"])
+        "async def f() -> HttpServer: pass",
+        "f = lambda: HttpServer",
+        "def f():\n    class Own:\n        x: 'HttpServer'",
+    ],
+)
 def test_the_test_above_sees(use):
     """Each way to name a class counts; the same within one layer, or downward, is fine."""
     server, user = ast.parse("class HttpServer: pass").body, ast.parse(use).body
@@ -111,8 +147,13 @@ def imports():
     """{top-level module: lines} of every import, also of those inside functions."""
     found = {}
     for node in ast.walk(TREE):
-        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else (
-            ["." * node.level + (node.module or "")] if isinstance(node, ast.ImportFrom) else [])
+        modules = (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else (
+                ["." * node.level + (node.module or "")] if isinstance(node, ast.ImportFrom) else []
+            )
+        )
         for module in modules:
             found.setdefault(module.partition(".")[0], []).append(node.lineno)
     return found
@@ -121,21 +162,31 @@ def imports():
 @pytest.mark.skipif(sys.version_info < (3, 10), reason="sys.stdlib_module_names came with 3.10")
 def test_imports_are_the_standard_library_and_two_packages():
     """urllib3 comes with requests."""
-    foreign = {module: lines for module, lines in imports().items() if module not in sys.stdlib_module_names}
+    foreign = {
+        module: lines
+        for module, lines in imports().items()
+        if module not in sys.stdlib_module_names
+    }
     assert foreign.keys() <= {"requests", "urllib3", "yaml"}, foreign
 
 
 def test_nothing_sleeps_and_nothing_reaps_what_is_not_its_own():
     # Assembled, not written out: a search through the tests finds no use either.
-    for pattern in (r"\bwaitpid\(\s*-" + "1", r"\btime\." + r"sleep\(", r"\bfrom time import\b.*" + "sleep"):
+    for pattern in (
+        r"\bwaitpid\(\s*-" + "1",
+        r"\btime\." + r"sleep\(",
+        r"\bfrom time import\b.*" + "sleep",
+    ):
         assert not re.search(pattern, SOURCE), pattern
     for node in ast.walk(TREE):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             assert node.func.attr != "sleep", f"line {node.lineno}"
             if node.func.attr in ("waitpid", "wait3", "wait4", "waitid") and node.args:
                 assert not isinstance(node.args[0], ast.UnaryOp), f"line {node.lineno}"
-            assert (node.func.attr, ast.dump(node.func.value)) != ("wait",
-                ast.dump(ast.parse("os", mode="eval").body)), f"line {node.lineno}"
+            assert (node.func.attr, ast.dump(node.func.value)) != (
+                "wait",
+                ast.dump(ast.parse("os", mode="eval").body),
+            ), f"line {node.lineno}"
 
 
 def test_importing_needs_no_package():
@@ -154,16 +205,25 @@ try:
 except ModuleNotFoundError as error:
     print(xxl_executor.__version__, error)
 """
-    ran = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=60)
+    ran = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=60
+    )
     version = re.search(r'^__version__ = "(.+)"$', SOURCE, re.MULTILINE)[1]
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, f"{version} blocked: requests\n", "")
 
 
 def test_importing_starts_nothing_and_prints_nothing():
-    program = ("import threading, logging, xxl_executor\n"
-               "print(threading.active_count(), logging.getLogger().handlers)")
-    ran = subprocess.run([sys.executable, "-W", "error", "-c", program], cwd=PROGRAM.parent, capture_output=True,
-        text=True, timeout=60)
+    program = (
+        "import threading, logging, xxl_executor\n"
+        "print(threading.active_count(), logging.getLogger().handlers)"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        cwd=PROGRAM.parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "1 []\n", "")
 
 
@@ -173,12 +233,20 @@ def interpreters():
     return sorted(str(path) for path in found if int(path.parts[-3].split(".")[1]) >= 9)
 
 
-@pytest.mark.parametrize("interpreter", interpreters() or [pytest.param("", marks=pytest.mark.skip(
-    "no other interpreter here"))])
+@pytest.mark.parametrize(
+    "interpreter",
+    interpreters() or [pytest.param("", marks=pytest.mark.skip("no other interpreter here"))],
+)
 def test_it_starts_under_every_interpreter(interpreter):
-    ran = subprocess.run([interpreter, "-I", "-W", "error", str(PROGRAM), "--version"], capture_output=True, text=True,
-        timeout=60)
-    assert (ran.returncode, ran.stderr) == (0, "") and re.fullmatch(r"xxl-executor \d+\.\d+\.\d+\n", ran.stdout)
+    ran = subprocess.run(
+        [interpreter, "-I", "-W", "error", str(PROGRAM), "--version"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (ran.returncode, ran.stderr) == (0, "") and re.fullmatch(
+        r"xxl-executor \d+\.\d+\.\d+\n", ran.stdout
+    )
 
 
 def test_the_syntax_is_that_of_python_3_9():
@@ -190,4 +258,7 @@ def test_the_syntax_is_that_of_python_3_9():
 
 def test_the_map_in_the_docstring_lists_the_sections():
     words = " ".join(ast.get_docstring(TREE).split())
-    assert "sections: " + ", ".join(f"{number} {name}" for number, name in enumerate(NAMES, 1)) + "." in words
+    assert (
+        "sections: " + ", ".join(f"{number} {name}" for number, name in enumerate(NAMES, 1)) + "."
+        in words
+    )

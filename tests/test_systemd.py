@@ -1,4 +1,5 @@
 """What systemd and the daemon tell each other: the notify socket, the watchdog, inherited sockets."""
+
 import contextlib
 import signal
 import socket
@@ -53,14 +54,21 @@ def manager(tmp_path):
 def test_the_status_line_tells_what_runs(executor, admin, tmp_path, manager):
     """systemctl status shows how many runs are in progress, waiting and undelivered."""
     go = tmp_path / "go"
-    daemon = executor({"job": {"shell": f"while [ ! -e {go} ]; do sleep 0.05; done"}}, admin=admin,
-                      env={"NOTIFY_SOCKET": manager.path, "WATCHDOG_USEC": "200000"})
+    daemon = executor(
+        {"job": {"shell": f"while [ ! -e {go} ]; do sleep 0.05; done"}},
+        admin=admin,
+        env={"NOTIFY_SOCKET": manager.path, "WATCHDOG_USEC": "200000"},
+    )
     for _ in range(3):
         admin.trigger(daemon.url, "job")
     wait_until(lambda: "STATUS=1 running, 2 queued, 0 undelivered" in manager.read())
     go.touch()
-    wait_until(lambda: [line for line in manager.read() if line.startswith("STATUS=")][-1] ==
-               "STATUS=0 running, 0 queued, 0 undelivered")
+    wait_until(
+        lambda: (
+            [line for line in manager.read() if line.startswith("STATUS=")][-1]
+            == "STATUS=0 running, 0 queued, 0 undelivered"
+        )
+    )
     assert daemon.stop() == 0
     assert manager.read().count("READY=1") == 1 and manager.read().count("STOPPING=1") == 1
 
@@ -71,16 +79,29 @@ def test_the_watchdog_is_fed_whatever_the_admin_does(executor, admin, manager, k
         down.bind(("127.0.0.1", 0))
         ports = {"down": down.getsockname()[1], "hanging": hanging.getsockname()[1]}
         addresses = [f"http://127.0.0.1:{ports[kind]}"] if kind != "none" else []
-        daemon = executor({"job": {"shell": "true"}}, env={"NOTIFY_SOCKET": manager.path, "WATCHDOG_USEC": "200000"},
-                          admin_options={"addresses": addresses, "timeout": "1s", "connect_timeout": "1s"})
-        assert daemon.post("/run", {"jobId": 1, "logId": 1, "executorHandler": "job"})["code"] == 200
+        daemon = executor(
+            {"job": {"shell": "true"}},
+            env={"NOTIFY_SOCKET": manager.path, "WATCHDOG_USEC": "200000"},
+            admin_options={"addresses": addresses, "timeout": "1s", "connect_timeout": "1s"},
+        )
+        assert (
+            daemon.post("/run", {"jobId": 1, "logId": 1, "executorHandler": "job"})["code"] == 200
+        )
         wait_until(lambda: manager.read().count("WATCHDOG=1") >= 12)
         assert "makes no progress" not in daemon.log
         daemon.stop()
 
 
-@pytest.mark.parametrize("env", [{}, {"WATCHDOG_USEC": "0"}, {"WATCHDOG_USEC": "nonsense"},
-                                 {"WATCHDOG_USEC": "200000", "WATCHDOG_PID": "1"}], ids=str)
+@pytest.mark.parametrize(
+    "env",
+    [
+        {},
+        {"WATCHDOG_USEC": "0"},
+        {"WATCHDOG_USEC": "nonsense"},
+        {"WATCHDOG_USEC": "200000", "WATCHDOG_PID": "1"},
+    ],
+    ids=str,
+)
 def test_no_watchdog_is_fed_that_nobody_asked_for(manager, monkeypatch, env):
     for name in ("WATCHDOG_USEC", "WATCHDOG_PID"):
         monkeypatch.delenv(name, raising=False)
@@ -101,6 +122,7 @@ def test_http_threads_that_are_stuck_are_noticed():
     def answer(*_):
         go.wait(30)
         return 200, "text/plain", b""
+
     listener = xxl_executor.listen(("127.0.0.1", 0))
     server = xxl_executor.HttpServer(listener, answer, 100, threads=2)
     server.start()
@@ -142,8 +164,11 @@ def test_a_callback_that_never_ends_is_noticed(tmp_path):
     def callback(rows):
         called.set()
         go.wait(30)
+
     journal = xxl_executor.Journal(str(tmp_path / "journal.db"))
-    callbacks = xxl_executor.Callbacks(journal, SimpleNamespace(addresses=[], callback=callback), xxl_executor.Metrics())
+    callbacks = xxl_executor.Callbacks(
+        journal, SimpleNamespace(addresses=[], callback=callback), xxl_executor.Metrics()
+    )
     assert not callbacks.alive(1000), "it was not started"
     callbacks.start()
     try:
@@ -165,24 +190,38 @@ def test_a_callback_that_never_ends_is_noticed(tmp_path):
 
 # -- inherited sockets
 
+
 @pytest.fixture
 def activated(executor, admin):
     """A factory of daemons that get `listener` as systemd would pass it."""
+
     def make(listener, jobs, **options):
-        daemon = executor(jobs, admin=admin, start=False, prefix=[sys.executable, "-c", ACTIVATE, str(listener.fileno())], **options)
+        daemon = executor(
+            jobs,
+            admin=admin,
+            start=False,
+            prefix=[sys.executable, "-c", ACTIVATE, str(listener.fileno())],
+            **options,
+        )
         daemon.pass_fds = (listener.fileno(),)
         return daemon
+
     return make
 
 
 def test_an_inherited_socket_takes_the_place_of_bind(activated, admin):
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        daemon = activated(listener, {"job": {"shell": "echo LISTEN=$LISTEN_FDS$LISTEN_PID; ls /proc/$$/fd"}},
-                           executor={"bind": "127.0.0.1:1"}).start()
+        daemon = activated(
+            listener,
+            {"job": {"shell": "echo LISTEN=$LISTEN_FDS$LISTEN_PID; ls /proc/$$/fd"}},
+            executor={"bind": "127.0.0.1:1"},
+        ).start()
         assert daemon.port == listener.getsockname()[1]
         _, result = run_job(daemon, admin, "job")
         assert result["handleCode"] == 200
-        assert "LISTEN=\n0\n1\n2\n" in daemon.log_text(result["logId"]), "jobs get neither the variables nor the socket"
+        assert "LISTEN=\n0\n1\n2\n" in daemon.log_text(result["logId"]), (
+            "jobs get neither the variables nor the socket"
+        )
         assert admin.registry == [f"{daemon.url}/"]
         assert daemon.stop() == 0
 
@@ -203,7 +242,10 @@ def test_an_inherited_socket_that_is_open_to_the_network_needs_a_token(activated
     with socket.create_server(("0.0.0.0", 0)) as listener:
         daemon = activated(listener, {}).start(wait=False)
         assert daemon.wait() == 2
-        assert "admin.access_token: is empty, and executor.bind 0.0.0.0 is open to the network" in daemon.log
+        assert (
+            "admin.access_token: is empty, and executor.bind 0.0.0.0 is open to the network"
+            in daemon.log
+        )
 
 
 @pytest.mark.parametrize("kind", ["unix", "udp", "connected"])
@@ -219,8 +261,10 @@ def test_an_inherited_socket_of_another_kind_is_refused(activated, tmp_path, kin
             other, _ = (stack.enter_context(end) for end in socket.socketpair())
         daemon = activated(other, {}).start(wait=False)
         assert daemon.wait() == 1
-        assert daemon.log.endswith("xxl-executor: the first socket that systemd passed does not listen for TCP: its unit needs "
-                                   "ListenStream=<port>\n")
+        assert daemon.log.endswith(
+            "xxl-executor: the first socket that systemd passed does not listen for TCP: its unit needs "
+            "ListenStream=<port>\n"
+        )
 
 
 def test_a_restart_refuses_no_trigger(activated, admin):
@@ -239,6 +283,7 @@ def test_a_restart_refuses_no_trigger(activated, admin):
                     failures.append(error)
                 else:
                     (accepted if reply["code"] == 200 else failures).append((log_id, reply))
+
         callers = [threading.Thread(target=caller, args=(number,)) for number in (1, 2)]
         for thread in callers:
             thread.start()
@@ -262,8 +307,11 @@ def test_a_restart_with_a_long_run_refuses_with_the_reason(activated, admin, tmp
     """When the next executor is not near, a caller is told so within a second or two, and running jobs end as always."""
     go = tmp_path / "go"
     with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
-        daemon = activated(listener, {"job": {"shell": f"while [ ! -e {go} ]; do sleep 0.05; done; echo done"}},
-                           executor={"drain_timeout": "30s"}).start()
+        daemon = activated(
+            listener,
+            {"job": {"shell": f"while [ ! -e {go} ]; do sleep 0.05; done; echo done"}},
+            executor={"drain_timeout": "30s"},
+        ).start()
         log_id, _ = admin.trigger(daemon.url, "job")
         wait_until(lambda: daemon.status()["running"])
         url = daemon.url

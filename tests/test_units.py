@@ -1,4 +1,5 @@
 """The units in systemd/: what the daemon relies on in them, and what systemd's own tools say about them."""
+
 import configparser
 import os
 import re
@@ -13,7 +14,10 @@ import xxl_executor
 from conftest import PROGRAM, ROOT
 
 UNITS = ROOT / "systemd"
-SYSUSERS, TMPFILES = UNITS / "sysusers.d" / "xxl-executor.conf", UNITS / "tmpfiles.d" / "xxl-executor.conf"
+SYSUSERS, TMPFILES = (
+    UNITS / "sysusers.d" / "xxl-executor.conf",
+    UNITS / "tmpfiles.d" / "xxl-executor.conf",
+)
 DROP_IN = UNITS / "xxl-executor.service.d" / "jobs-need-more.conf.example"
 USER = "xxl-executor"
 NAMES = ["xxl-executor.service", "xxl-executor.socket"]
@@ -38,8 +42,19 @@ def service(unit):
 
 
 def run(*command, **environment):
-    return subprocess.run(command, capture_output=True, text=True, timeout=60,
-                          env={**os.environ, "LC_ALL": "C", "SYSTEMD_PAGER": "", "SYSTEMD_COLORS": "0", **environment})
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={
+            **os.environ,
+            "LC_ALL": "C",
+            "SYSTEMD_PAGER": "",
+            "SYSTEMD_COLORS": "0",
+            **environment,
+        },
+    )
 
 
 def tool(name, *options):
@@ -56,18 +71,38 @@ def tool(name, *options):
 
 # -- what the daemon relies on
 
-@pytest.mark.parametrize("key, value", [
-    ("Type", "notify"), ("ExecReload", "/bin/kill -HUP $MAINPID"), ("KillMode", "mixed"), ("WatchdogSec", "60"),
-    ("OOMPolicy", "continue"), ("Restart", "always"), ("RestartPreventExitStatus", "2"), ("User", USER),
-    ("StateDirectory", USER), ("LoadCredential", "token:/etc/xxl-executor/token"), ("CapabilityBoundingSet", ""),
-    ("NoNewPrivileges", "yes"), ("ProtectSystem", "strict"), ("SystemCallErrorNumber", "EPERM")])
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("Type", "notify"),
+        ("ExecReload", "/bin/kill -HUP $MAINPID"),
+        ("KillMode", "mixed"),
+        ("WatchdogSec", "60"),
+        ("OOMPolicy", "continue"),
+        ("Restart", "always"),
+        ("RestartPreventExitStatus", "2"),
+        ("User", USER),
+        ("StateDirectory", USER),
+        ("LoadCredential", "token:/etc/xxl-executor/token"),
+        ("CapabilityBoundingSet", ""),
+        ("NoNewPrivileges", "yes"),
+        ("ProtectSystem", "strict"),
+        ("SystemCallErrorNumber", "EPERM"),
+    ],
+)
 def test_the_service_says(service, key, value):
     assert service[key] == value
 
 
 def test_the_service_starts_the_daemon_with_the_usual_configuration(service):
     words = service["ExecStart"].split()
-    assert words[1:] == ["/opt/xxl-executor/xxl_executor.py", "-c", xxl_executor.CONFIG_PLACES[1], "run"]
+    assert words[1:] == [
+        "/opt/xxl-executor/xxl_executor.py",
+        "-c",
+        xxl_executor.CONFIG_PLACES[1],
+        "run",
+    ]
 
 
 def test_systemd_waits_longer_than_the_daemon_takes_to_stop(service, tmp_path):
@@ -83,7 +118,9 @@ def test_systemd_waits_longer_than_the_daemon_takes_to_stop(service, tmp_path):
 def test_restarts_alone_never_reach_the_start_limit(unit):
     """Else an executor whose port is taken for a while would stay down."""
     limits = unit["Unit"]
-    assert int(limits["StartLimitIntervalSec"]) / int(unit["Service"]["RestartSec"]) < int(limits["StartLimitBurst"])
+    assert int(limits["StartLimitIntervalSec"]) / int(unit["Service"]["RestartSec"]) < int(
+        limits["StartLimitBurst"]
+    )
 
 
 def test_the_limit_of_open_files_is_enough_for_the_defaults(service, tmp_path):
@@ -95,30 +132,71 @@ def test_the_limit_of_open_files_is_enough_for_the_defaults(service, tmp_path):
 
 def test_the_daemon_may_use_the_sockets_and_calls_it_needs(service):
     assert {"AF_UNIX", "AF_INET", "AF_INET6"} <= set(service["RestrictAddressFamilies"].split())
-    assert service["SystemCallFilter"] == "@system-service"  # and nothing taken out, such as ~@resources
+    assert (
+        service["SystemCallFilter"] == "@system-service"
+    )  # and nothing taken out, such as ~@resources
     # Each hides from the executor what it must end, or breaks common jobs; the unit says which.
-    left_out = {"ProtectProc", "ProcSubset", "MemoryDenyWriteExecute", "PrivateUsers", "PrivateNetwork"}
+    left_out = {
+        "ProtectProc",
+        "ProcSubset",
+        "MemoryDenyWriteExecute",
+        "PrivateUsers",
+        "PrivateNetwork",
+    }
     assert not left_out & service.keys()
 
 
 def test_the_filter_has_the_calls_of_the_daemon():
     """Names in the groups of the installed systemd; another group than @system-service would need them too."""
     text = run(tool("systemd-analyze", "syscall-filter"), "syscall-filter").stdout
-    groups = {block.split("\n")[0]: re.findall(r"^ +([@\w-]+)$", block, re.M) for block in re.split(r"\n(?=@)", text)}
+    groups = {
+        block.split("\n")[0]: re.findall(r"^ +([@\w-]+)$", block, re.M)
+        for block in re.split(r"\n(?=@)", text)
+    }
     allowed, left = set(), ["@system-service", "@default"]
     while left:
         names = groups.get(left.pop(), [])
         allowed.update(names)
         left += [name for name in names if name.startswith("@")]
-    needed = {"pidfd_open", "pidfd_send_signal", "prctl", "setsid", "sched_setaffinity", "setpriority", "flock", "mmap",
-              "prlimit64", "vfork", "clone3", "ppoll", "epoll_wait", "recvmsg", "kill"}
+    needed = {
+        "pidfd_open",
+        "pidfd_send_signal",
+        "prctl",
+        "setsid",
+        "sched_setaffinity",
+        "setpriority",
+        "flock",
+        "mmap",
+        "prlimit64",
+        "vfork",
+        "clone3",
+        "ppoll",
+        "epoll_wait",
+        "recvmsg",
+        "kill",
+    }
     assert sorted(needed - allowed) == []
 
 
-@pytest.mark.parametrize("key", [
-    "ProtectSystem", "ProtectHome", "PrivateTmp", "PrivateDevices", "UMask", "NoNewPrivileges", "CapabilityBoundingSet",
-    "RestrictSUIDSGID", "RestrictNamespaces", "RestrictAddressFamilies", "SystemCallFilter", "SystemCallArchitectures",
-    "LockPersonality", "RestrictRealtime"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "ProtectSystem",
+        "ProtectHome",
+        "PrivateTmp",
+        "PrivateDevices",
+        "UMask",
+        "NoNewPrivileges",
+        "CapabilityBoundingSet",
+        "RestrictSUIDSGID",
+        "RestrictNamespaces",
+        "RestrictAddressFamilies",
+        "SystemCallFilter",
+        "SystemCallArchitectures",
+        "LockPersonality",
+        "RestrictRealtime",
+    ],
+)
 def test_what_a_job_may_trip_over_says_how_to_relax_it(key):
     text = (UNITS / "xxl-executor.service").read_text(encoding="utf-8")
     [comment] = re.findall(rf"((?:^#.*\n)+)^{key}=", text, re.M)
@@ -134,8 +212,13 @@ def test_the_socket_listens_where_the_daemon_does_by_default(tmp_path):
     socket = parse(UNITS / "xxl-executor.socket")
     file = tmp_path / "config.yaml"
     file.write_text("jobs: {}")
-    assert socket["Socket"]["ListenStream"] == str(xxl_executor.load_config(str(file)).executor.bind[1])
-    assert socket["Socket"].get("Accept", "no") == "no" and socket["Install"]["WantedBy"] == "sockets.target"
+    assert socket["Socket"]["ListenStream"] == str(
+        xxl_executor.load_config(str(file)).executor.bind[1]
+    )
+    assert (
+        socket["Socket"].get("Accept", "no") == "no"
+        and socket["Install"]["WantedBy"] == "sockets.target"
+    )
 
 
 def test_the_token_is_found_with_and_without_systemd(tmp_path, monkeypatch):
@@ -162,12 +245,16 @@ def test_jobs_do_not_inherit_where_the_token_is():
 
 # -- what systemd says
 
+
 def install(directory, drop_in):
     """Copies of the units that start this file with this Python, and the drop-in with every option switched on."""
     for name in NAMES:
         text = (UNITS / name).read_text(encoding="utf-8")
-        for old, new in (("/usr/bin/python3", sys.executable), ("/opt/xxl-executor/xxl_executor.py", str(PROGRAM)),
-                         ("/bin/kill", shutil.which("kill") or sys.executable)):
+        for old, new in (
+            ("/usr/bin/python3", sys.executable),
+            ("/opt/xxl-executor/xxl_executor.py", str(PROGRAM)),
+            ("/bin/kill", shutil.which("kill") or sys.executable),
+        ):
             text = text.replace(old, new)
         (directory / name).write_text(text)
     if drop_in:
@@ -177,8 +264,12 @@ def install(directory, drop_in):
 
 def complaints(directory):
     """What systemd says about the units in `directory`; about others of this host it may say what it likes."""
-    ran = run(tool("systemd-analyze", "verify"), "verify", *(str(directory / name) for name in NAMES),
-              SYSTEMD_UNIT_PATH=f"{directory}:")
+    ran = run(
+        tool("systemd-analyze", "verify"),
+        "verify",
+        *(str(directory / name) for name in NAMES),
+        SYSTEMD_UNIT_PATH=f"{directory}:",
+    )
     return [line for line in (ran.stdout + ran.stderr).splitlines() if USER in line]
 
 
@@ -199,7 +290,9 @@ def test_the_test_above_sees(tmp_path):
 
 def test_the_exposure_is_at_most_3():
     analyze = tool("systemd-analyze", "--offline", "--threshold")
-    ran = run(analyze, "security", "--offline=true", "--threshold=30", str(UNITS / "xxl-executor.service"))
+    ran = run(
+        analyze, "security", "--offline=true", "--threshold=30", str(UNITS / "xxl-executor.service")
+    )
     assert ran.returncode == 0, ran.stdout[-300:] + ran.stderr
 
 
@@ -208,13 +301,26 @@ def test_the_drop_in_gives_root_what_other_users_jobs_take():
     options = dict(re.findall(r"^([A-Z]\w+)=(.*)$", text, re.M))
     assert sorted(options) == ["CapabilityBoundingSet", "User"] and options["User"] == "root"
     assert {"CAP_SETUID", "CAP_SETGID", "CAP_CHOWN", "CAP_SYS_PTRACE", "CAP_KILL"} <= set(
-        options["CapabilityBoundingSet"].split())
+        options["CapabilityBoundingSet"].split()
+    )
     offered = set(re.findall(r"^#([A-Z]\w+)=", text, re.M))
-    assert {"ProtectHome", "ReadWritePaths", "DeviceAllow", "MemoryMax", "CPUQuota", "TasksMax"} <= offered
+    assert {
+        "ProtectHome",
+        "ReadWritePaths",
+        "DeviceAllow",
+        "MemoryMax",
+        "CPUQuota",
+        "TasksMax",
+    } <= offered
 
 
 def test_sysusers_would_create_the_user():
-    ran = run(tool("systemd-sysusers", "--dry-run", "--root"), "--dry-run", "--root=/nonexistent", str(SYSUSERS))
+    ran = run(
+        tool("systemd-sysusers", "--dry-run", "--root"),
+        "--dry-run",
+        "--root=/nonexistent",
+        str(SYSUSERS),
+    )
     assert ran.returncode == 0 and f"Creating user '{USER}'" in ran.stdout + ran.stderr, ran.stderr
 
 
@@ -224,8 +330,10 @@ def test_user_and_rights_in_an_empty_root(tmp_path):
     (tmp_path / "etc" / "xxl-executor" / "jobs.d").mkdir(parents=True)
     for name in ("config.yaml", "token", "environment", "jobs.d/more.yaml"):
         (tmp_path / "etc" / "xxl-executor" / name).touch(0o666)
-    for command in ([sysusers, f"--root={tmp_path}", str(SYSUSERS)],
-                    [tmpfiles, "--create", f"--root={tmp_path}", str(TMPFILES)]):
+    for command in (
+        [sysusers, f"--root={tmp_path}", str(SYSUSERS)],
+        [tmpfiles, "--create", f"--root={tmp_path}", str(TMPFILES)],
+    ):
         ran = run(*command)
         assert ran.returncode == 0, ran.stderr
     lines = (tmp_path / "etc" / "passwd").read_text().splitlines()
@@ -236,6 +344,13 @@ def test_user_and_rights_in_an_empty_root(tmp_path):
     def rights(name):
         found = (tmp_path / "etc" / "xxl-executor" / name).stat()
         return oct(stat.S_IMODE(found.st_mode)), found.st_uid, found.st_gid
-    expected = {"": ("0o750", 0, group), "config.yaml": ("0o640", 0, group), "jobs.d": ("0o750", 0, group),
-                "jobs.d/more.yaml": ("0o640", 0, group), "token": ("0o600", 0, 0), "environment": ("0o600", 0, 0)}
+
+    expected = {
+        "": ("0o750", 0, group),
+        "config.yaml": ("0o640", 0, group),
+        "jobs.d": ("0o750", 0, group),
+        "jobs.d/more.yaml": ("0o640", 0, group),
+        "token": ("0o600", 0, 0),
+        "environment": ("0o600", 0, 0),
+    }
     assert {name: rights(name) for name in expected} == expected

@@ -1,4 +1,5 @@
 """Example jobs for config.example.yaml: plain functions, called with the executor's Context when they take an argument."""
+
 import collections
 import csv
 import os
@@ -21,7 +22,9 @@ def main(context):
         revenue[row["region"]] += int(row["pieces"]) * float(row["price"])
     for region, amount in revenue.most_common():
         print(f"{region:<8} {amount:10.2f}")
-    context.log(f"shard {context.shard_index} of {context.shard_total}, parameter {context.param!r}")
+    context.log(
+        f"shard {context.shard_index} of {context.shard_total}, parameter {context.param!r}"
+    )
     if not revenue:
         raise ValueError(f"no sales in {month or SALES}")
     best, amount = revenue.most_common(1)[0]

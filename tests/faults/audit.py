@@ -2,6 +2,7 @@
 
 A line is a JSON list [path, flags, whether it was the main thread].
 """
+
 import json
 import os
 import sys
@@ -12,7 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import xxl_executor  # noqa: E402
 
-NOTES = os.open(os.environ.pop("AUDIT_FILE"), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+NOTES = os.open(
+    os.environ.pop("AUDIT_FILE"), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600
+)
 
 
 def note(event, arguments):

@@ -6,6 +6,7 @@ server's epoll. Its patience with a client and the time to kill a tree are stret
 time. The file $FAST_CLOCK_ATTEMPTS gets a line "time thread port", in the daemon's own time, for each connection it
 tries to open, and one of thread "real" when the speed changed. Constants come as in ../launch.py.
 """
+
 import json
 import os
 import select
@@ -20,11 +21,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 real_time, real_wait, real_poll = time.monotonic, threading.Event.wait, select.poll
 since_epoch = time.time() - real_time()
 speed = float(os.environ.pop("FAST_CLOCK"))
-pace = (real_time(), real_time(), speed)  # from which real moment on, the fast clock at that moment, its speed
+pace = (
+    real_time(),
+    real_time(),
+    speed,
+)  # from which real moment on, the fast clock at that moment, its speed
 
 
 def clock():
-    now = real_time()  # first: if the pace changes before the next line, the clock stands rather than jumps
+    now = (
+        real_time()
+    )  # first: if the pace changes before the next line, the clock stands rather than jumps
     began, shown, factor = pace
     return shown + (now - began) * factor
 
@@ -44,7 +51,11 @@ class Poll:
 
     def __init__(self):
         self._poll = real_poll()
-        self.register, self.unregister, self.modify = self._poll.register, self._poll.unregister, self._poll.modify
+        self.register, self.unregister, self.modify = (
+            self._poll.register,
+            self._poll.unregister,
+            self._poll.modify,
+        )
 
     def poll(self, milliseconds=None):
         if milliseconds is None or milliseconds < 0:
@@ -62,12 +73,17 @@ threading.Event.wait, select.poll = fast_wait, Poll
 
 import xxl_executor  # noqa: E402
 
-attempts = os.open(os.environ.pop("FAST_CLOCK_ATTEMPTS", os.devnull), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+attempts = os.open(
+    os.environ.pop("FAST_CLOCK_ATTEMPTS", os.devnull), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666
+)
 
 
 def note(event, arguments):
     if event == "socket.connect" and isinstance(arguments[1], tuple):
-        os.write(attempts, f"{clock():.6f} {threading.current_thread().name} {arguments[1][1]}\n".encode())
+        os.write(
+            attempts,
+            f"{clock():.6f} {threading.current_thread().name} {arguments[1][1]}\n".encode(),
+        )
 
 
 def back_to_real(*_):

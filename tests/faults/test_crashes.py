@@ -1,4 +1,5 @@
 """The daemon dies by SIGKILL at each moment of a run and starts again on the same data directory."""
+
 import collections
 import contextlib
 import itertools
@@ -39,9 +40,11 @@ def start(daemon):
 
 def family_of(daemon, count):
     """The pids of all processes of runs, when there are `count`."""
+
     def found():
         pids = set(run_processes(daemon))
         return len(pids) == count and pids
+
     return wait_until(found, 20, f"{count} processes of runs")
 
 
@@ -59,9 +62,11 @@ def edit(daemon, statement, *values):
 
 def open_gate(gate):
     """Let go the one job that waits for a writer of the FIFO `gate`, when it waits."""
+
     def opened():
         with contextlib.suppress(OSError):
             return open(os.open(gate, os.O_WRONLY | os.O_NONBLOCK), "w")
+
     wait_until(opened, 10, "a job at the gate").close()
 
 
@@ -73,11 +78,14 @@ def shell_first(ledger, first, then="echo done"):
 def python_first(ledger, first):
     """The same as the body of a Python job: the lines of `first`, then "done"."""
     lines = "".join(f"        {line}\n" for line in first.splitlines())
-    return (f"with open({str(ledger.starts)!r}) as stream:\n"
-            f"    if stream.read().split().count(str(context.log_id)) == 1:\n{lines}return 'done'")
+    return (
+        f"with open({str(ledger.starts)!r}) as stream:\n"
+        f"    if stream.read().split().count(str(context.log_id)) == 1:\n{lines}return 'done'"
+    )
 
 
 # -- 7 to 12: one moment after the other. Each daemon recovers from one round and crashes in the next.
+
 
 def test_after_the_accept_before_the_answer(executor, admin, tmp_path):
     """The same trigger comes again: it is answered, and the run starts once."""
@@ -89,7 +97,9 @@ def test_after_the_accept_before_the_answer(executor, admin, tmp_path):
         died(daemon)
         assert log_id in ledger.unanswered
         crash_at(daemon, "accepted:1")
-        if i % 2:  # the trigger comes again when the run has ended; otherwise while it waits or runs
+        if (
+            i % 2
+        ):  # the trigger comes again when the run has ended; otherwise while it waits or runs
             ledger.result(log_id)
         assert ledger.trigger(daemon, logId=log_id) in ledger.accepted
         assert ledger.result(log_id) == (200, "done")
@@ -116,7 +126,9 @@ def test_after_the_answer_before_the_start(executor, admin, tmp_path):
         assert ledger.result(young) == (200, "done")
         code, message = ledger.result(old)
         assert code == 500
-        assert re.fullmatch(r"accepted 6m [45]\ds before the executor restarted, too long ago to start now", message)
+        assert re.fullmatch(
+            r"accepted 6m [45]\ds before the executor restarted, too long ago to start now", message
+        )
         # Its end may have been stored just before the crash, or not.
         assert ledger.result(first) in [(200, ""), (500, UNKNOWN)]
         ledger.settle(daemon)
@@ -126,10 +138,16 @@ def test_after_the_answer_before_the_start(executor, admin, tmp_path):
 def test_after_the_fork_before_anything_is_stored(executor, admin, tmp_path):
     """A child that nothing is known of is found and killed; its run is failed, or run again when the job wants that."""
     ledger = Ledger(admin, tmp_path)
-    shell, wait = shell_first(ledger, "sleep 600"), python_first(ledger, "subprocess.run(['sleep', '600'])")
-    jobs = {"shell": ledger.job(shell), "shell again": ledger.job(shell, on_crash="rerun"),
-            "python": ledger.python_job(tmp_path, "waits", wait),
-            "python again": ledger.python_job(tmp_path, "again", wait, on_crash="rerun")}
+    shell, wait = (
+        shell_first(ledger, "sleep 600"),
+        python_first(ledger, "subprocess.run(['sleep', '600'])"),
+    )
+    jobs = {
+        "shell": ledger.job(shell),
+        "shell again": ledger.job(shell, on_crash="rerun"),
+        "python": ledger.python_job(tmp_path, "waits", wait),
+        "python again": ledger.python_job(tmp_path, "again", wait, on_crash="rerun"),
+    }
     daemon, again = executor(jobs, admin=admin, start=False), set()
     crash_at(daemon, "forked:1")
     for _, name in zip(range(rounds(10)), itertools.cycle(jobs)):
@@ -160,22 +178,42 @@ TREE = 'sleep 600 & setsid sleep 600 & (setsid sleep 600 &); (trap "" TERM; exec
 def test_in_the_middle_of_a_run(executor, admin, tmp_path):
     """The whole tree is dead within 5 s of the restart, the run is failed or run again, its log says what happened."""
     ledger = Ledger(admin, tmp_path)
-    shell = shell_first(ledger, TREE + 'trap "" TERM; echo "one"; printf "two\\nha"; wait; sleep 600')
-    wait = (f"signal.signal(signal.SIGTERM, signal.SIG_IGN)\nsubprocess.run({TREE!r}, shell=True)\n"
-            "print('one\\ntwo\\nha', end='', flush=True)\nwhile True:\n    signal.pause()")
-    jobs = {"shell": ledger.job(shell), "shell again": ledger.job(shell, on_crash="rerun"),
-            "python": ledger.python_job(tmp_path, "waits", python_first(ledger, wait)),
-            "python again": ledger.python_job(tmp_path, "again", python_first(ledger, wait), on_crash="rerun"),
-            "thread": ledger.python_job(tmp_path, "thread", "print('one\\ntwo\\nha', end='')\nthreading.Event().wait()",
-                                        isolation="thread")}
+    shell = shell_first(
+        ledger, TREE + 'trap "" TERM; echo "one"; printf "two\\nha"; wait; sleep 600'
+    )
+    wait = (
+        f"signal.signal(signal.SIGTERM, signal.SIG_IGN)\nsubprocess.run({TREE!r}, shell=True)\n"
+        "print('one\\ntwo\\nha', end='', flush=True)\nwhile True:\n    signal.pause()"
+    )
+    jobs = {
+        "shell": ledger.job(shell),
+        "shell again": ledger.job(shell, on_crash="rerun"),
+        "python": ledger.python_job(tmp_path, "waits", python_first(ledger, wait)),
+        "python again": ledger.python_job(
+            tmp_path, "again", python_first(ledger, wait), on_crash="rerun"
+        ),
+        "thread": ledger.python_job(
+            tmp_path,
+            "thread",
+            "print('one\\ntwo\\nha', end='')\nthreading.Event().wait()",
+            isolation="thread",
+        ),
+    }
     daemon, again, date = executor(jobs, admin=admin), set(), int(time.time() * 1000)
     for _ in range(rounds(10)):
-        runs = {name: ledger.trigger(daemon, name, jobId=i, logDateTime=date) for i, name in enumerate(jobs)}
+        runs = {
+            name: ledger.trigger(daemon, name, jobId=i, logDateTime=date)
+            for i, name in enumerate(jobs)
+        }
         assert set(runs.values()) <= ledger.accepted
 
         def printed():
-            return all(daemon.page(log_id, date)["toLineNum"] >= 3
-                       and daemon.log_text(log_id).endswith("\none\ntwo\nha") for log_id in runs.values())
+            return all(
+                daemon.page(log_id, date)["toLineNum"] >= 3
+                and daemon.log_text(log_id).endswith("\none\ntwo\nha")
+                for log_id in runs.values()
+            )
+
         wait_until(printed, 20, "the output of every run")
         pids = family_of(daemon, 4 * 5)
         daemon.kill()
@@ -195,19 +233,28 @@ def test_in_the_middle_of_a_run(executor, admin, tmp_path):
             wait_until(lambda: daemon.page(log_id, date)["isEnd"])
             text = daemon.log_text(log_id)
             # On a line of its own, although the last one before it is not complete.
-            found = re.match(rf"{re.escape(before[log_id])}\n----- [-\d]+ [:\d]+ {note} -----\n", text)
+            found = re.match(
+                rf"{re.escape(before[log_id])}\n----- [-\d]+ [:\d]+ {note} -----\n", text
+            )
             assert found and (log_id in again) == (found.end() < len(text)), text
             page = daemon.page(log_id, date)
-            assert (page["logContent"], page["toLineNum"], page["isEnd"]) == (text, text.count("\n"), True)
+            assert (page["logContent"], page["toLineNum"], page["isEnd"]) == (
+                text,
+                text.count("\n"),
+                True,
+            )
         ledger.settle(daemon, again=again)
 
 
 def test_after_the_exit_before_the_result_is_stored(executor, admin, tmp_path):
     """Nobody knows any more how the run ended: it is reported as a failure with unknown outcome, never as a success."""
     ledger = Ledger(admin, tmp_path)
-    jobs = {"shell": ledger.job("echo done"), "python": ledger.python_job(tmp_path, "process", "return 'done'"),
-            "thread": ledger.python_job(tmp_path, "thread", "return 'done'", isolation="thread"),
-            "again": ledger.job("echo done", on_crash="rerun")}
+    jobs = {
+        "shell": ledger.job("echo done"),
+        "python": ledger.python_job(tmp_path, "process", "return 'done'"),
+        "thread": ledger.python_job(tmp_path, "thread", "return 'done'", isolation="thread"),
+        "again": ledger.job("echo done", on_crash="rerun"),
+    }
     daemon, again = executor(jobs, admin=admin, start=False), set()
     crash_at(daemon, "exited:1")
     for _, name in zip(range(rounds(10)), itertools.cycle(jobs)):
@@ -238,7 +285,9 @@ def start_again_quietly(daemon, ledger, again=()):
 def test_after_a_callback_before_its_acknowledgement_is_stored(executor, admin, tmp_path):
     """The same result is sent once more, which the admin ignores, and not again."""
     ledger, twice = Ledger(admin, tmp_path), []
-    daemon = executor({"job": ledger.job("echo done; exit $(( $$ % 2 ))")}, admin=admin, start=False)
+    daemon = executor(
+        {"job": ledger.job("echo done; exit $(( $$ % 2 ))")}, admin=admin, start=False
+    )
     crash_at(daemon, "sent:1")
     for _ in range(rounds(10)):
         log_id = ledger.trigger(daemon)
@@ -251,10 +300,11 @@ def test_after_a_callback_before_its_acknowledgement_is_stored(executor, admin, 
         twice.append(log_id)
     start_again_quietly(daemon, ledger)
     assert [len(admin.results[log_id]) for log_id in twice] == [2] * len(twice)
-    assert sorted(ledger.started()[:len(twice)]) == sorted(twice)
+    assert sorted(ledger.started()[: len(twice)]) == sorted(twice)
 
 
 # -- 13: broken files
+
 
 def replace(file, offset, data):
     with open(file, "r+b") as stream:
@@ -274,8 +324,10 @@ def break_first_page(db, wal, offset, data):
     """SQLite takes a page from the log if it is there, as the first one is when the file has grown, and sees no damage."""
     replace(db, offset, data)
     log = wal.read_bytes()
-    for frame in range(32, len(log), 24 + 4096):  # each: the number of the page, five more numbers, the page
-        if log[frame:frame + 4] == b"\0\0\0\1":
+    for frame in range(
+        32, len(log), 24 + 4096
+    ):  # each: the number of the page, five more numbers, the page
+        if log[frame : frame + 4] == b"\0\0\0\1":
             os.truncate(wal, frame)
             return
 
@@ -338,14 +390,25 @@ def both_truncated(db, wal):
     wal_truncated(db, wal)
 
 
-@pytest.mark.parametrize("damage, broken", [
-    (database_empty, "journal"), (database_half, "journal"), (database_little_more_than_a_header, "journal"),
-    (database_first_page, "journal"), (database_middle_page, "journal"), (database_format, "journal"),
-    (database_version, "journal"), (database_schema, "journal"), (database_schema_text, "journal"),
-    (wal_garbage, "write-ahead log"),
-    (wal_truncated, ""),  # it looks as after a power cut
-    (both_overwritten, "write-ahead log|journal"), (both_truncated, "journal")],
-    ids=lambda value: getattr(value, "__name__", "") or value.replace("|", ", ") or "unnoticed")
+@pytest.mark.parametrize(
+    "damage, broken",
+    [
+        (database_empty, "journal"),
+        (database_half, "journal"),
+        (database_little_more_than_a_header, "journal"),
+        (database_first_page, "journal"),
+        (database_middle_page, "journal"),
+        (database_format, "journal"),
+        (database_version, "journal"),
+        (database_schema, "journal"),
+        (database_schema_text, "journal"),
+        (wal_garbage, "write-ahead log"),
+        (wal_truncated, ""),  # it looks as after a power cut
+        (both_overwritten, "write-ahead log|journal"),
+        (both_truncated, "journal"),
+    ],
+    ids=lambda value: getattr(value, "__name__", "") or value.replace("|", ", ") or "unnoticed",
+)
 def test_a_broken_journal(executor, admin, tmp_path, damage, broken):
     """The daemon is up within 5 s, sets the broken file aside and says so once, and serves; the next start is quiet."""
     ledger = Ledger(admin, tmp_path)
@@ -359,7 +422,11 @@ def test_a_broken_journal(executor, admin, tmp_path, damage, broken):
             journal._db.executemany(
                 "INSERT INTO runs (log_id, log_date_time, state, accepted, code, message, finished) "
                 "VALUES (?, 1, 'delivered', ?, 200, ?, ?)",
-                ((i, time.time(), f"result of {i} {'x' * 300}", time.time()) for i in range(1, 4001)))
+                (
+                    (i, time.time(), f"result of {i} {'x' * 300}", time.time())
+                    for i in range(1, 4001)
+                ),
+            )
     daemon.start()
     for i in range(3):
         assert ledger.trigger(daemon, executorParams=f"fresh-{i}") in ledger.accepted
@@ -377,11 +444,17 @@ def test_a_broken_journal(executor, admin, tmp_path, damage, broken):
     daemon.start()
     took = time.monotonic() - began
     assert took <= 5
-    errors = [line for line in daemon.log.splitlines()[said:] if " ERROR " in line or " WARNING " in line]
+    errors = [
+        line for line in daemon.log.splitlines()[said:] if " ERROR " in line or " WARNING " in line
+    ]
     aside = sorted(daemon.data.glob("journal.db*broken-*"))
     assert bool(aside) == bool(broken)
     if broken:
-        said_so = [line for line in errors if re.search(rf" ERROR .*the ({broken}) \S+ is broken.*: moved to ", line)]
+        said_so = [
+            line
+            for line in errors
+            if re.search(rf" ERROR .*the ({broken}) \S+ is broken.*: moved to ", line)
+        ]
         assert errors == said_so and len(errors) == 1 + broken.count("|"), errors
         # Nothing of it is lost: it is in the files set aside, or still in use. SQLite itself may move what a log holds.
         assert kept <= set(stored.findall(b"".join(file.read_bytes() for file in [*aside, db])))
@@ -398,7 +471,9 @@ def test_a_broken_journal(executor, admin, tmp_path, damage, broken):
     daemon.start()
     assert ledger.trigger(daemon, executorParams="now") in ledger.accepted
     ledger.settle(daemon)
-    assert not [line for line in daemon.log.splitlines()[said:] if " ERROR " in line or " WARNING " in line]
+    assert not [
+        line for line in daemon.log.splitlines()[said:] if " ERROR " in line or " WARNING " in line
+    ]
     assert sorted(daemon.data.glob("journal.db*broken-*")) == aside
     if "journal" not in broken:
         assert edit(daemon, "SELECT count(*) FROM runs WHERE log_id <= 4000") == [(4000,)]
@@ -426,6 +501,7 @@ def test_a_broken_row(executor, admin, tmp_path, garbage):
 
 # -- 14: at any moment
 
+
 def free_port():
     """One that no outgoing connection takes while the daemon is down, least of all one to this very port."""
     ports = list(range(20000, 32000))
@@ -440,9 +516,15 @@ def test_at_random_moments_under_load(executor, admin, tmp_path):
     seed, seconds = int(os.environ.get("XXL_FAULT_SEED", "14")), rounds(20, "XXL_FAULT_SECONDS")
     ledger, plan, port = Ledger(admin, tmp_path), random.Random(seed), free_port()
     tree = "sleep 0.3 & (setsid sleep 0.3 &); wait; echo done"
-    jobs = {"quick": ledger.job("echo done"), "slow": ledger.job(tree), "again": ledger.job(tree, on_crash="rerun"),
-            "python": ledger.python_job(tmp_path, "process", "return 'done'"),
-            "sleeps": ledger.python_job(tmp_path, "sleeps", "subprocess.run(['sleep', '0.2'])\nreturn 'done'")}
+    jobs = {
+        "quick": ledger.job("echo done"),
+        "slow": ledger.job(tree),
+        "again": ledger.job(tree, on_crash="rerun"),
+        "python": ledger.python_job(tmp_path, "process", "return 'done'"),
+        "sleeps": ledger.python_job(
+            tmp_path, "sleeps", "subprocess.run(['sleep', '0.2'])\nreturn 'done'"
+        ),
+    }
     daemon = executor(jobs, admin=admin, executor={"bind": f"127.0.0.1:{port}"})
     names, asked, failures = list(jobs) + ["quick", "python"] * 3, {}, []
     over, repeated = threading.Event(), itertools.count()
@@ -456,7 +538,10 @@ def test_at_random_moments_under_load(executor, admin, tmp_path):
         while not over.is_set():
             kind = choice.randrange(len(names))
             # Two jobIds of each kind, two callers of each jobId: some runs wait for others, some do not.
-            fields = {"jobId": 10 * list(jobs).index(names[kind]) + number % 2, "logDateTime": int(time.time() * 1000)}
+            fields = {
+                "jobId": 10 * list(jobs).index(names[kind]) + number % 2,
+                "logDateTime": int(time.time() * 1000),
+            }
             log_id = ledger.trigger(At, names[kind], **fields)
             while log_id not in ledger.accepted and log_id not in ledger.refused:
                 next(repeated)
@@ -465,15 +550,23 @@ def test_at_random_moments_under_load(executor, admin, tmp_path):
             asked[log_id] = names[kind]
             own.append(log_id)
             # Not without end, so that triggers come also while the daemon is down.
-            admin.wait(lambda: over.is_set() or sum(log_id not in admin.results for log_id in own[-20:]) < 5,
-                       choice.uniform(0, 1))
+            admin.wait(
+                lambda: (
+                    over.is_set() or sum(log_id not in admin.results for log_id in own[-20:]) < 5
+                ),
+                choice.uniform(0, 1),
+            )
 
     def caller(number):
         try:
             call(number)
         except BaseException as error:
             failures.append(error)
-    callers = [threading.Thread(target=caller, args=(number,), name=f"caller-{number}") for number in range(4)]
+
+    callers = [
+        threading.Thread(target=caller, args=(number,), name=f"caller-{number}")
+        for number in range(4)
+    ]
     for thread in callers:
         thread.start()
     kills, deadline, pause = 0, time.monotonic() + seconds, threading.Event()
@@ -500,15 +593,24 @@ def test_at_random_moments_under_load(executor, admin, tmp_path):
     results = {log_id: ledger.result(log_id) for log_id in ledger.accepted}
     assert set(results.values()) <= {(200, "done"), (500, UNKNOWN)}
     assert max(starts.values()) <= MAX_STARTS
-    assert not [log_id for log_id, (code, _) in results.items() if code == 200 and not starts[log_id]], "never started"
+    assert not [
+        log_id for log_id, (code, _) in results.items() if code == 200 and not starts[log_id]
+    ], "never started"
     assert admin.results.keys() == ledger.accepted == asked.keys() >= starts.keys()
     assert daemon.stop() == 0
     assert edit(daemon, "PRAGMA integrity_check") == [("ok",)]
-    assert edit(daemon, "SELECT count(*), state FROM runs GROUP BY state") == [(len(asked), "delivered")]
+    assert edit(daemon, "SELECT count(*), state FROM runs GROUP BY state") == [
+        (len(asked), "delivered")
+    ]
     assert not stderr_lines(daemon, " ERROR ") and not list(daemon.data.glob("journal.db*broken-*"))
     codes = collections.Counter(code for code, _ in results.values())
-    rerun, twice = sum(starts[log_id] > 1 for log_id in again), sum(len(items) > 1 for items in admin.results.values())
-    print(f"{seconds} s, seed {seed}: {kills} kills, {next(repeated)} triggers repeated, {len(results)} accepted, "
-          f"{codes[200]} succeeded, {codes[500]} failed as unknown, {rerun} of {len(again)} run again, "
-          f"{twice} results sent twice")
+    rerun, twice = (
+        sum(starts[log_id] > 1 for log_id in again),
+        sum(len(items) > 1 for items in admin.results.values()),
+    )
+    print(
+        f"{seconds} s, seed {seed}: {kills} kills, {next(repeated)} triggers repeated, {len(results)} accepted, "
+        f"{codes[200]} succeeded, {codes[500]} failed as unknown, {rerun} of {len(again)} run again, "
+        f"{twice} results sent twice"
+    )
     assert kills > 3 and codes[200] > kills

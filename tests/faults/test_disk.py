@@ -1,4 +1,5 @@
 """The disk of the data directory is full, or becomes read-only, while runs are accepted, run and finish."""
+
 import contextlib
 import os
 import signal
@@ -30,28 +31,39 @@ def disk(tmp_path):
             image = tmp_path / "image"
             with open(image, "wb") as stream:
                 stream.truncate(mib * MIB)
-            subprocess.run(["mkfs.ext4", "-q", "-F", "-m", "0", str(image)], check=True, capture_output=True)
+            subprocess.run(
+                ["mkfs.ext4", "-q", "-F", "-m", "0", str(image)], check=True, capture_output=True
+            )
             command = ["mount", "-o", "loop,errors=remount-ro", str(image), str(place)]
         ran = subprocess.run(command, capture_output=True, text=True)
         if ran.returncode:
             pytest.skip(f"cannot mount {kind}: {ran.stderr.strip()}")
         mounted.append(place)
         return place
+
     yield mount
     for place in mounted:
-        wait_until(lambda: subprocess.run(["umount", str(place)], capture_output=True).returncode == 0, 10, "the unmounting")
+        wait_until(
+            lambda: subprocess.run(["umount", str(place)], capture_output=True).returncode == 0,
+            10,
+            "the unmounting",
+        )
 
 
 @pytest.fixture
 def gates():
     """A factory of FIFOs that jobs read a line from: gates(path).open(count) lets `count` of them through."""
+
     class Gate:
         def __init__(self, path):
             os.mkfifo(path)
-            self.fd = os.open(path, os.O_RDWR)  # so that neither side ever waits for the other to open it
+            self.fd = os.open(
+                path, os.O_RDWR
+            )  # so that neither side ever waits for the other to open it
 
         def open(self, count):
             os.write(self.fd, b"\n" * count)
+
     made = []
     yield lambda path: made.append(Gate(path)) or made[-1]
     for gate in made:
@@ -69,10 +81,12 @@ def fill(place):
 
 def use_up(daemon, ledger, handler):
     """Trigger until the reserve is given up: SQLite needs no new block for a while."""
+
     def given_up():
         fill(daemon.data.parent)
         ledger.trigger(daemon, handler, jobId=99, executorParams="x" * 100_000)
         return "is given up for results" in daemon.log
+
     wait_until(given_up, 20, "the shortage")
 
 
@@ -88,8 +102,17 @@ def test_full_disk(disk, executor, admin, tmp_path, gates, kind):
     place, ledger = disk(kind, 24), Ledger(admin, tmp_path)
     go = tmp_path / "go"
     gate = gates(go)
-    daemon = executor({"job": ledger.job(f"echo before; read line < {go}; yes output | head -c 300000; echo; echo done"),
-                       "quick": ledger.job("echo quick")}, admin=admin, executor={"data_dir": str(place / "data")}, start=False)
+    daemon = executor(
+        {
+            "job": ledger.job(
+                f"echo before; read line < {go}; yes output | head -c 300000; echo; echo done"
+            ),
+            "quick": ledger.job("echo quick"),
+        },
+        admin=admin,
+        executor={"data_dir": str(place / "data")},
+        start=False,
+    )
     daemon.data = place / "data"
     daemon.start()
     running = [ledger.trigger(daemon, jobId=number) for number in range(1, 5)]
@@ -102,11 +125,18 @@ def test_full_disk(disk, executor, admin, tmp_path, gates, kind):
     log_id = ledger.trigger(daemon, "quick")
     assert ledger.refused[log_id] == FULL.format(daemon.data)
     assert not (daemon.data / "reserve").exists()
-    assert daemon.log.count("is given up for results; triggers are refused and output of jobs is dropped until there is space") == 1
+    assert (
+        daemon.log.count(
+            "is given up for results; triggers are refused and output of jobs is dropped until there is space"
+        )
+        == 1
+    )
 
     # At log write and at result store: all that was accepted runs and its result arrives while there is no space.
     gate.open(4)
-    wait_until(lambda: all(log_id in admin.results for log_id in running), 20, "the results on a full disk")
+    wait_until(
+        lambda: all(log_id in admin.results for log_id in running), 20, "the results on a full disk"
+    )
     assert {ledger.result(log_id) for log_id in running} == {(200, "done")}
     assert {ledger.result(log_id) for log_id in waiting} == {(200, "quick")}
     ledger.settle(daemon)
@@ -117,7 +147,11 @@ def test_full_disk(disk, executor, admin, tmp_path, gates, kind):
 
     os.unlink(place / "ballast")
     began = time.monotonic()
-    wait_until(lambda: "there is space on the disk again, triggers are accepted" in daemon.log, 5, "the end of the shortage")
+    wait_until(
+        lambda: "there is space on the disk again, triggers are accepted" in daemon.log,
+        5,
+        "the end of the shortage",
+    )
     print(f"space was noticed after {time.monotonic() - began:.2f} s")
     log_id = ledger.trigger(daemon, "quick")
     assert ledger.result(log_id) == (200, "quick")
@@ -134,8 +168,12 @@ def test_results_beyond_the_reserve_are_held(disk, executor, admin, tmp_path, ga
     go = tmp_path / "go"
     gate = gates(go)
     message = "m" * 4000
-    daemon = executor({"job": ledger.job(f'read line < {go}; echo {message}')}, admin=admin, start=False,
-                      executor={"data_dir": str(place / "data"), "max_running": 16})
+    daemon = executor(
+        {"job": ledger.job(f"read line < {go}; echo {message}")},
+        admin=admin,
+        start=False,
+        executor={"data_dir": str(place / "data"), "max_running": 16},
+    )
     daemon.data = place / "data"
     daemon.start()
     admin.behave = lambda path, body: (503, b"") if "callback" in path else None
@@ -166,7 +204,12 @@ def test_start_on_a_full_disk(disk, executor, admin, tmp_path, gates):
     place, ledger = disk("ext4"), Ledger(admin, tmp_path)
     go = tmp_path / "go"
     gate = gates(go)
-    daemon = executor({"job": ledger.job(f"read line < {go}")}, admin=admin, executor={"data_dir": str(place / "data")}, start=False)
+    daemon = executor(
+        {"job": ledger.job(f"read line < {go}")},
+        admin=admin,
+        executor={"data_dir": str(place / "data")},
+        start=False,
+    )
     daemon.data = place / "data"
     daemon.start()
     log_id = ledger.trigger(daemon)
@@ -174,7 +217,10 @@ def test_start_on_a_full_disk(disk, executor, admin, tmp_path, gates):
     daemon.kill()
     fill(place)
     daemon.start()
-    assert ledger.result(log_id) == (500, "executor restarted while the job ran, its outcome is unknown")
+    assert ledger.result(log_id) == (
+        500,
+        "executor restarted while the job ran, its outcome is unknown",
+    )
     ledger.settle(daemon)
     fill(place)
     daemon.kill()
@@ -197,14 +243,18 @@ def test_a_disk_without_room_for_the_reserve(disk, executor, admin, tmp_path):
     place, ledger = disk("tmpfs", 16), Ledger(admin, tmp_path)
     with open(place / "ballast", "wb") as stream:
         os.posix_fallocate(stream.fileno(), 0, 13 * MIB)
-    daemon = executor({"job": ledger.job()}, admin=admin, executor={"data_dir": str(place / "data")}, start=False)
+    daemon = executor(
+        {"job": ledger.job()}, admin=admin, executor={"data_dir": str(place / "data")}, start=False
+    )
     daemon.data = place / "data"
     daemon.start()
     assert daemon.post("/beat")["code"] == 200
     log_id = ledger.trigger(daemon)
     assert ledger.refused[log_id] == FULL.format(daemon.data)
-    assert (f"the disk is full: the reserve {daemon.data}/reserve cannot be made; triggers are refused and output of jobs is dropped "
-            "until there is space") in daemon.log
+    assert (
+        f"the disk is full: the reserve {daemon.data}/reserve cannot be made; triggers are refused and output of jobs is dropped "
+        "until there is space"
+    ) in daemon.log
     os.unlink(place / "ballast")
     wait_until(lambda: ledger.trigger(daemon) in ledger.accepted, 5, "an accepted trigger")
     ledger.settle(daemon)
@@ -216,14 +266,26 @@ def test_a_disk_that_becomes_read_only(disk, executor, admin, tmp_path, gates):
     place, ledger = disk("ext4", 24), Ledger(admin, tmp_path)
     go = tmp_path / "go"
     gate = gates(go)
-    daemon = executor({"job": ledger.job(f"read line < {go}; echo done")}, admin=admin, executor={"data_dir": str(place / "data")},
-                      start=False)
+    daemon = executor(
+        {"job": ledger.job(f"read line < {go}; echo done")},
+        admin=admin,
+        executor={"data_dir": str(place / "data")},
+        start=False,
+    )
     daemon.data = place / "data"
     daemon.start()
     running = [ledger.trigger(daemon, jobId=number) for number in range(1, 4)]
     wait_until(lambda: len(ledger.started()) == 3)
-    device = Path(os.path.realpath(subprocess.run(["findmnt", "-n", "-o", "SOURCE", str(place)], check=True, capture_output=True,
-                                                  text=True).stdout.strip())).name
+    device = Path(
+        os.path.realpath(
+            subprocess.run(
+                ["findmnt", "-n", "-o", "SOURCE", str(place)],
+                check=True,
+                capture_output=True,
+                text=True,
+            ).stdout.strip()
+        )
+    ).name
     trigger = Path(f"/sys/fs/ext4/{device}/trigger_fs_error")
     if not trigger.exists():
         pytest.skip("this kernel cannot be told to fail a file system")
@@ -231,20 +293,27 @@ def test_a_disk_that_becomes_read_only(disk, executor, admin, tmp_path, gates):
     log_id = ledger.trigger(daemon)
     assert log_id in ledger.refused
     print(ledger.refused[log_id])
-    assert ledger.refused[log_id].startswith(f"the executor cannot store the trigger: {daemon.data}/journal.db: ")
+    assert ledger.refused[log_id].startswith(
+        f"the executor cannot store the trigger: {daemon.data}/journal.db: "
+    )
     gate.open(3)
     wait_until(lambda: daemon.status()["undelivered"] == 3, 10, "the end of the runs")
     assert daemon.log.count("holding them until it works again") == 1
     assert daemon.post("/beat")["code"] == 200 and not run_processes(daemon)
     daemon.signal(signal.SIGTERM)
     daemon.wait()
-    assert daemon.log.endswith("stopped, 3 results could not be stored: the next start reports their outcome as unknown\n")
+    assert daemon.log.endswith(
+        "stopped, 3 results could not be stored: the next start reports their outcome as unknown\n"
+    )
     subprocess.run(["umount", str(place)], check=True)
     subprocess.run(["e2fsck", "-p", "-f", str(tmp_path / "image")], capture_output=True)
     subprocess.run(["mount", "-o", "loop", str(tmp_path / "image"), str(place)], check=True)
     daemon.start()
     for log_id in running:
-        assert ledger.result(log_id) == (500, "executor restarted while the job ran, its outcome is unknown")
+        assert ledger.result(log_id) == (
+            500,
+            "executor restarted while the job ran, its outcome is unknown",
+        )
     ledger.settle(daemon)
     daemon.stop()
     check_journal(daemon.data)
@@ -254,13 +323,22 @@ def test_space_returns_while_no_run_ends(disk, executor, admin, tmp_path, gates)
     """Triggers are accepted again within 5 s of space returning, also when nothing else stirs."""
     place, ledger, go = disk("tmpfs", 24), Ledger(admin, tmp_path), tmp_path / "go"
     gate = gates(go)
-    daemon = executor({"job": ledger.job(f"read line < {go}")}, admin=admin, executor={"data_dir": str(place / "data")}, start=False)
+    daemon = executor(
+        {"job": ledger.job(f"read line < {go}")},
+        admin=admin,
+        executor={"data_dir": str(place / "data")},
+        start=False,
+    )
     daemon.data = place / "data"
     daemon.start()
     wait_until(lambda: daemon.status()["registered"])
     use_up(daemon, ledger, "job")
     os.unlink(place / "ballast")
-    wait_until(lambda: "there is space on the disk again, triggers are accepted" in daemon.log, 5, "the end of the shortage")
+    wait_until(
+        lambda: "there is space on the disk again, triggers are accepted" in daemon.log,
+        5,
+        "the end of the shortage",
+    )
     log_id = ledger.trigger(daemon, jobId=2)
     assert log_id in ledger.accepted
     gate.open(len(ledger.accepted))

@@ -1,4 +1,5 @@
 """The host fails: its clock jumps, it is short of processes and descriptors, its PIDs come again, it has no init."""
+
 import contextlib
 import glob
 import json
@@ -43,14 +44,24 @@ class Clock:
     """The wall clock of the processes that got `env`: `jump` moves it, the monotonic one goes on; see faketime(1)."""
 
     def __init__(self, file):
-        libraries = [path for name in ("libfaketimeMT.so.1", "libfaketime.so.1")
-                     for path in glob.glob(f"/usr/lib/*/faketime/{name}") + glob.glob(f"/usr/lib*/faketime/{name}")]
+        libraries = [
+            path
+            for name in ("libfaketimeMT.so.1", "libfaketime.so.1")
+            for path in glob.glob(f"/usr/lib/*/faketime/{name}")
+            + glob.glob(f"/usr/lib*/faketime/{name}")
+        ]
         if not libraries:
             pytest.skip("needs libfaketime (Debian: faketime)")
         self.file = file
         self.jump(0)
-        self.env = {"LD_PRELOAD": libraries[0], "FAKETIME_TIMESTAMP_FILE": str(file), "FAKETIME_NO_CACHE": "1",
-                    "DONT_FAKE_MONOTONIC": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1", "FAKETIME_DISABLE_SHM": "1"}
+        self.env = {
+            "LD_PRELOAD": libraries[0],
+            "FAKETIME_TIMESTAMP_FILE": str(file),
+            "FAKETIME_NO_CACHE": "1",
+            "DONT_FAKE_MONOTONIC": "1",
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+            "FAKETIME_DISABLE_SHM": "1",
+        }
 
     def jump(self, seconds):
         """Set the clock to the true time and `seconds`."""
@@ -61,8 +72,12 @@ class Clock:
 
 def stamps(daemon):
     """The times of the lines in the daemon's log, in seconds since the epoch."""
-    return [time.mktime(time.strptime(found, "%Y-%m-%d %H:%M:%S"))
-            for found in re.findall(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\.\d{3} ", daemon.log, re.MULTILINE)]
+    return [
+        time.mktime(time.strptime(found, "%Y-%m-%d %H:%M:%S"))
+        for found in re.findall(
+            r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\.\d{3} ", daemon.log, re.MULTILINE
+        )
+    ]
 
 
 def heartbeats(admin):
@@ -73,22 +88,37 @@ def heartbeats(admin):
 def test_the_wall_clock_jumps(executor, admin, tmp_path, jump):
     """Timeouts, heartbeats, backoff and draining take as long as always when the clock jumps a day while they wait."""
     if not sysconfig.get_config_var("HAVE_SEM_CLOCKWAIT"):
-        pytest.skip("waits for locks by the wall clock: needs CPython 3.9.8, 3.10.1 or later, built with glibc 2.30")
+        pytest.skip(
+            "waits for locks by the wall clock: needs CPython 3.9.8, 3.10.1 or later, built with glibc 2.30"
+        )
     ledger, clock, down = Ledger(admin, tmp_path), Clock(tmp_path / "clock"), False
     with Proxy(admin, lambda number: "reset" if down else "pass") as proxy:
-        daemon = executor({
-            "process": ledger.job("exec sleep 60", timeout="3s", kill_grace="0.3s"),
-            "thread": ledger.python_job(tmp_path, "waits", "context.cancelled.wait(60)", isolation="thread",
-                                        timeout="3s"),
-            "job": ledger.job("echo done"),
-            "long": ledger.job("exec sleep 600", kill_grace="0.3s")},
-            program=LAUNCH, env={**clock.env, **launch(REGISTRY_INTERVAL=1.0)}, executor={"drain_timeout": "2s"},
-            admin_options={"addresses": [proxy.url]})
+        daemon = executor(
+            {
+                "process": ledger.job("exec sleep 60", timeout="3s", kill_grace="0.3s"),
+                "thread": ledger.python_job(
+                    tmp_path,
+                    "waits",
+                    "context.cancelled.wait(60)",
+                    isolation="thread",
+                    timeout="3s",
+                ),
+                "job": ledger.job("echo done"),
+                "long": ledger.job("exec sleep 600", kill_grace="0.3s"),
+            },
+            program=LAUNCH,
+            env={**clock.env, **launch(REGISTRY_INTERVAL=1.0)},
+            executor={"drain_timeout": "2s"},
+            admin_options={"addresses": [proxy.url]},
+        )
         assert ledger.result(ledger.trigger(daemon)) == (200, "done")
         wait_until(lambda: heartbeats(admin) >= 2, 10, "the second heartbeat")
 
         began, wall = time.monotonic(), time.time()
-        timed = [ledger.trigger(daemon, name, jobId=number) for number, name in enumerate(("process", "thread"), 2)]
+        timed = [
+            ledger.trigger(daemon, name, jobId=number)
+            for number, name in enumerate(("process", "thread"), 2)
+        ]
         wait_until(lambda: set(timed) <= set(ledger.started()), 10, "the start of both")
         beats, jumped = heartbeats(admin), time.monotonic()
         clock.jump(jump)
@@ -97,7 +127,9 @@ def test_the_wall_clock_jumps(executor, admin, tmp_path, jump):
             assert time.monotonic() - began >= 2.9 and time.monotonic() - jumped <= 8
         wait_until(lambda: abs(stamps(daemon)[-1] - wall - jump) < 60, 10, "the jump in the daemon")
         wait_until(lambda: heartbeats(admin) >= beats + 2, 8, "two more heartbeats")
-        assert heartbeats(admin) - beats <= time.monotonic() - jumped + 2, "no more of them than always"
+        assert heartbeats(admin) - beats <= time.monotonic() - jumped + 2, (
+            "no more of them than always"
+        )
 
         down = True
         log_id = ledger.trigger(daemon)
@@ -121,6 +153,7 @@ def test_the_wall_clock_jumps(executor, admin, tmp_path, jump):
 
 # -- no more processes and threads
 
+
 class Unprivileged:
     """A user of its own, whom RLIMIT_NPROC binds; it may read what root may, to run the interpreter of the tests."""
 
@@ -130,11 +163,24 @@ class Unprivileged:
         need("setpriv", "prlimit")
         self.uid, self.directory = 1_000_000 + os.getpid(), directory
         read = ["--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search"]
-        self.prefix = ["setpriv", "--reuid", str(self.uid), "--regid", str(self.uid), "--clear-groups", *read]
-        tried = subprocess.run([*self.prefix, sys.executable, "-c", "import requests, sqlite3, yaml"],
-                               capture_output=True, text=True)
+        self.prefix = [
+            "setpriv",
+            "--reuid",
+            str(self.uid),
+            "--regid",
+            str(self.uid),
+            "--clear-groups",
+            *read,
+        ]
+        tried = subprocess.run(
+            [*self.prefix, sys.executable, "-c", "import requests, sqlite3, yaml"],
+            capture_output=True,
+            text=True,
+        )
         if tried.returncode:
-            pytest.skip(f"needs an interpreter that every user can run: {tried.stderr.strip()[-200:]}")
+            pytest.skip(
+                f"needs an interpreter that every user can run: {tried.stderr.strip()[-200:]}"
+            )
         self.hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
         self.hard = "unlimited" if self.hard == resource.RLIM_INFINITY else self.hard
         directory.mkdir()
@@ -154,7 +200,9 @@ class Unprivileged:
         found = self.processes()
         most = self.hard if more is None else sum(found.values()) + more if more else 1
         for pid in found:  # as this user: root in a container may not change the limits of others
-            subprocess.run([*self.prefix, "prlimit", "--pid", str(pid), f"--nproc={most}:"], check=True)
+            subprocess.run(
+                [*self.prefix, "prlimit", "--pid", str(pid), f"--nproc={most}:"], check=True
+            )
 
 
 @pytest.fixture
@@ -162,21 +210,38 @@ def poor(executor, admin, tmp_path):
     """(user, ledger, daemon) with room for a few runs, all of which were warmed up once."""
     user = Unprivileged(tmp_path / "executor")
     ledger = Ledger(admin, user.directory)
-    fork = ("import os, signal, sys\n"
-            "for _ in range(100):\n"
-            "    try:\n        pid = os.fork()\n"
-            "    except OSError as error:\n        sys.exit(error.strerror)\n"
-            "    if pid == 0:\n        signal.pause()\n")
-    daemon = executor({
-        "job": ledger.job("echo done"),
-        "gate": ledger.job("until [ -e gate ]; do sleep 0.05; done; echo done"),
-        "forks": {"command": [sys.executable, "-c", fork], "kill_grace": "0.3s"},
-        "python": ledger.python_job(user.directory, "quick", "return 'done'"),
-        "thread": ledger.python_job(user.directory, "cooperative", "return 'done'", isolation="thread"),
-        "holds": ledger.python_job(user.directory, "holds", "while not os.path.exists('free'):\n"
-                                   "    context.cancelled.wait(0.02)\nreturn 'done'", isolation="thread"),
-        "watched": ledger.python_job(user.directory, "watched", "return 'done'", isolation="thread", timeout="1m")},
-        admin=admin, directory=user.directory, prefix=user.prefix, executor={"max_running": 3})
+    fork = (
+        "import os, signal, sys\n"
+        "for _ in range(100):\n"
+        "    try:\n        pid = os.fork()\n"
+        "    except OSError as error:\n        sys.exit(error.strerror)\n"
+        "    if pid == 0:\n        signal.pause()\n"
+    )
+    daemon = executor(
+        {
+            "job": ledger.job("echo done"),
+            "gate": ledger.job("until [ -e gate ]; do sleep 0.05; done; echo done"),
+            "forks": {"command": [sys.executable, "-c", fork], "kill_grace": "0.3s"},
+            "python": ledger.python_job(user.directory, "quick", "return 'done'"),
+            "thread": ledger.python_job(
+                user.directory, "cooperative", "return 'done'", isolation="thread"
+            ),
+            "holds": ledger.python_job(
+                user.directory,
+                "holds",
+                "while not os.path.exists('free'):\n"
+                "    context.cancelled.wait(0.02)\nreturn 'done'",
+                isolation="thread",
+            ),
+            "watched": ledger.python_job(
+                user.directory, "watched", "return 'done'", isolation="thread", timeout="1m"
+            ),
+        },
+        admin=admin,
+        directory=user.directory,
+        prefix=user.prefix,
+        executor={"max_running": 3},
+    )
     assert Path(f"/proc/{daemon.process.pid}").stat().st_uid == user.uid
     for name in ("job", "python", "thread"):
         assert ledger.result(ledger.trigger(daemon, name)) == (200, "done")
@@ -187,8 +252,10 @@ def test_no_more_processes(poor):
     """A run that finds no process fails and says so, its slot is free again, and the next runs succeed."""
     user, ledger, daemon = poor
     user.limit(0)
-    expected = {"job": "cannot start /bin/sh: Resource temporarily unavailable",
-                "python": "cannot fork: Resource temporarily unavailable"}
+    expected = {
+        "job": "cannot start /bin/sh: Resource temporarily unavailable",
+        "python": "cannot fork: Resource temporarily unavailable",
+    }
     failed = {}
     for number in range(rounds(4)):
         for name in expected:
@@ -220,7 +287,9 @@ def test_no_more_threads(poor):
     user, ledger, daemon = poor
     user.limit(0)
     ids = [ledger.trigger(daemon, "holds", jobId=200)]
-    wait_until(lambda: ids[0] in ledger.started(), 10, "the start of the one that holds the only slot")
+    wait_until(
+        lambda: ids[0] in ledger.started(), 10, "the start of the one that holds the only slot"
+    )
     ids += [ledger.trigger(daemon, "thread", jobId=number) for number in range(rounds(20))]
     assert "cannot start another thread, 1 slots instead of 3" in daemon.log and not ledger.refused
     watched = ledger.trigger(daemon, "watched", jobId=100)
@@ -229,7 +298,9 @@ def test_no_more_threads(poor):
     user.limit(None)
     assert [ledger.result(log_id) for log_id in ids] == [(200, "done")] * len(ids)
     code, message = ledger.result(watched)
-    assert (code, message[:13]) == (500, "cannot start "), "without the thread that watches over its timeout"
+    assert (code, message[:13]) == (500, "cannot start "), (
+        "without the thread that watches over its timeout"
+    )
     ids = [ledger.trigger(daemon, "gate", jobId=number) for number in range(3)]
     wait_until(lambda: len(daemon.status()["running"]) == 3, 10, "the third slot")
     (user.directory / "gate").touch()
@@ -265,7 +336,9 @@ def beat_within(port, seconds):
 def run_within(ledger, daemon, seconds):
     """A run succeeds in time; whether its result has arrived is another matter."""
     deadline, log_id = time.monotonic() + seconds, ledger.trigger(daemon)
-    wait_until(lambda: re.search(rf"finished job logId={log_id} .*code=200", daemon.log), 10, "the run")
+    wait_until(
+        lambda: re.search(rf"finished job logId={log_id} .*code=200", daemon.log), 10, "the run"
+    )
     assert time.monotonic() <= deadline
 
 
@@ -280,7 +353,9 @@ def trigger_over_open_connection(ledger, daemon, count=5):
     accepted = []
     for _ in range(count):
         log_id = len(ledger.accepted) + 1
-        reply = daemon.post("/trigger", {"jobId": log_id, "logId": log_id, "executorHandler": "job"})
+        reply = daemon.post(
+            "/trigger", {"jobId": log_id, "logId": log_id, "executorHandler": "job"}
+        )
         assert reply["code"] == 200, reply
         ledger.accepted.add(log_id)
         accepted.append(log_id)
@@ -290,7 +365,11 @@ def trigger_over_open_connection(ledger, daemon, count=5):
 def assert_done_or_short_of_files(ledger, log_ids):
     for log_id in log_ids:
         code, message = ledger.result(log_id, 70)
-        assert (code, message) == (200, "done") or code == 500 and message.endswith("Too many open files"), message
+        assert (
+            (code, message) == (200, "done")
+            or code == 500
+            and message.endswith("Too many open files")
+        ), message
 
 
 @pytest.fixture
@@ -298,8 +377,12 @@ def short(executor, admin, tmp_path):
     """(ledger, daemon, how many descriptors it has at rest) with at most FILES of them."""
     need("prlimit")
     ledger = Ledger(admin, tmp_path)
-    daemon = executor({"job": ledger.job("echo done")}, admin=admin, executor={"max_running": 2},
-                      prefix=["prlimit", f"--nofile={FILES}:{FILES}"])  # prlimit becomes the daemon
+    daemon = executor(
+        {"job": ledger.job("echo done")},
+        admin=admin,
+        executor={"max_running": 2},
+        prefix=["prlimit", f"--nofile={FILES}:{FILES}"],
+    )  # prlimit becomes the daemon
     wait_until(lambda: daemon.status()["registered"], 10, "the registration")
     for _ in range(2):  # so that whatever stays open is open
         assert ledger.result(ledger.trigger(daemon)) == (200, "done")
@@ -310,9 +393,14 @@ def short(executor, admin, tmp_path):
 def test_the_limit_of_descriptors_that_would_do_is_told(executor, short):
     """The number in the warning is enough: with it there is none."""
     _, daemon, _ = short
-    told = re.search(rf"at most {FILES} files may be open; .* may need (\d+): raise .*LimitNOFILE=(\d+)", daemon.log)
+    told = re.search(
+        rf"at most {FILES} files may be open; .* may need (\d+): raise .*LimitNOFILE=(\d+)",
+        daemon.log,
+    )
     assert told[1] == told[2]
-    other = executor({}, executor={"max_running": 2}, prefix=["prlimit", f"--nofile={told[1]}:{told[1]}"])
+    other = executor(
+        {}, executor={"max_running": 2}, prefix=["prlimit", f"--nofile={told[1]}:{told[1]}"]
+    )
     assert "files may be open" not in other.log
 
 
@@ -359,7 +447,13 @@ def test_no_descriptor_at_all(short):
 
 # -- PID namespaces: PIDs that are given out again, and the daemon as process 1
 
-NAMESPACE = ["unshare", "--fork", "--pid", "--mount-proc", "--kill-child"]  # all in it end with unshare
+NAMESPACE = [
+    "unshare",
+    "--fork",
+    "--pid",
+    "--mount-proc",
+    "--kill-child",
+]  # all in it end with unshare
 
 
 @pytest.fixture
@@ -376,6 +470,7 @@ def namespace():
         children = Path(f"/proc/{daemon.process.pid}/task/{daemon.process.pid}/children")
         made.append((daemon, int(wait_until(children.read_text, 10, "process 1").split()[0])))
         return made[-1][1]
+
     yield find
     for daemon, first in made:
         if daemon.process.poll() is None:
@@ -444,44 +539,84 @@ def test_pids_that_are_given_out_again(executor, admin, tmp_path, namespace):
     for name in ("commands", "answers"):
         os.mkfifo(tmp_path / name)
     script = 'echo $$ > "$XXL_JOB_PARAM"; setsid sleep 600 & echo $! > "$XXL_JOB_PARAM.child"; exec sleep 600'
-    daemon = executor({"waits": ledger.job(script, cwd=str(tmp_path))}, admin=admin, start=False, prefix=[
-        *NAMESPACE, sys.executable, str(tmp_path / "init.py"), str(tmp_path / "commands"), str(tmp_path / "answers")])
+    daemon = executor(
+        {"waits": ledger.job(script, cwd=str(tmp_path))},
+        admin=admin,
+        start=False,
+        prefix=[
+            *NAMESPACE,
+            sys.executable,
+            str(tmp_path / "init.py"),
+            str(tmp_path / "commands"),
+            str(tmp_path / "answers"),
+        ],
+    )
     daemon.start(wait=False)
     first = namespace(daemon)
-    with open(tmp_path / "commands", "w", buffering=1) as commands, open(tmp_path / "answers") as answers:
+    with (
+        open(tmp_path / "commands", "w", buffering=1) as commands,
+        open(tmp_path / "answers") as answers,
+    ):
+
         def tell(*command):
             commands.write(json.dumps(command) + "\n")
             return json.loads(answers.readline())
 
         def pid_in(file):
-            return int(wait_until(lambda: (tmp_path / file).exists() and (tmp_path / file).read_text(), 10, file))
+            return int(
+                wait_until(
+                    lambda: (tmp_path / file).exists() and (tmp_path / file).read_text(), 10, file
+                )
+            )
 
         def outside(pid):
             """The PID that we see of a process in the namespace, 0 when there is none."""
             for found in members(inode):
                 with contextlib.suppress(OSError):
-                    if int(re.search(r"NSpid:.*\s(\d+)\n", Path(f"/proc/{found}/status").read_text())[1]) == pid:
+                    if (
+                        int(
+                            re.search(
+                                r"NSpid:.*\s(\d+)\n", Path(f"/proc/{found}/status").read_text()
+                            )[1]
+                        )
+                        == pid
+                    ):
                         return found
             return 0
+
         inode = os.stat(f"/proc/{first}/ns/pid").st_ino
         wait_until(lambda: daemon.url, 20, "the start of the daemon")
         for turn in range(1, rounds(1) + 1):
-            log_ids = [ledger.trigger(daemon, "waits", jobId=number, executorParams=f"{number}-{turn}")
-                       for number in (1, 2)]
+            log_ids = [
+                ledger.trigger(daemon, "waits", jobId=number, executorParams=f"{number}-{turn}")
+                for number in (1, 2)
+            ]
             jobs = [pid_in(f"{number}-{turn}") for number in (1, 2)]
-            left = [outside(pid) for pid in (jobs[1], *(pid_in(f"{number}-{turn}.child") for number in (1, 2)))]
+            left = [
+                outside(pid)
+                for pid in (jobs[1], *(pid_in(f"{number}-{turn}.child") for number in (1, 2)))
+            ]
             old = tell("pid")
             assert all(left) and tell("kill") == -signal.SIGKILL
             assert [tell("occupy", pid) for pid in (old, jobs[0])] == [old, jobs[0]]
             assert all(map(alive, left)), "nobody has ended them yet"
             listening = daemon.log.count("listening on")
             assert tell("start") not in (old, *jobs)
-            wait_until(lambda: daemon.log.count("listening on") > listening, 20, "the start of the next daemon")
+            wait_until(
+                lambda: daemon.log.count("listening on") > listening,
+                20,
+                "the start of the next daemon",
+            )
             assert not any(map(alive, left)), "leftovers of the old daemon"
             for log_id in log_ids:
-                assert ledger.result(log_id) == (500, "executor restarted while the job ran, its outcome is unknown")
+                assert ledger.result(log_id) == (
+                    500,
+                    "executor restarted while the job ran, its outcome is unknown",
+                )
             ledger.settle(daemon)
-            assert all(tell("alive").values()), "strangers with the PIDs of the old daemon and its job"
+            assert all(tell("alive").values()), (
+                "strangers with the PIDs of the old daemon and its job"
+            )
         assert tell("stop") == 0
         assert len(tell("alive")) == 2 * turn and all(tell("alive").values())
     assert daemon.wait(10) == 0
@@ -491,13 +626,21 @@ def test_pids_that_are_given_out_again(executor, admin, tmp_path, namespace):
 def test_as_process_1_of_a_container(executor, admin, tmp_path, namespace):
     """With no init above it the daemon reaps orphans of jobs, tells exit statuses exactly, and drains at SIGTERM."""
     ledger = Ledger(admin, tmp_path)
-    daemon = executor({
-        "exit": ledger.job("exit $1"),
-        # two that end at once, two that end later, in the session of the job and in their own
-        "orphans": ledger.job("(true &); (setsid sh -c 'exit 3' &); (sleep 0.3 &);"
-                              " (setsid sh -c 'sleep 0.5; exit 4' &); echo done", background="keep"),
-        "gate": ledger.job(f"until [ -e {tmp_path}/gate ]; do sleep 0.05; done; echo drained")},
-        admin=admin, prefix=NAMESPACE, executor={"max_running": 4})
+    daemon = executor(
+        {
+            "exit": ledger.job("exit $1"),
+            # two that end at once, two that end later, in the session of the job and in their own
+            "orphans": ledger.job(
+                "(true &); (setsid sh -c 'exit 3' &); (sleep 0.3 &);"
+                " (setsid sh -c 'sleep 0.5; exit 4' &); echo done",
+                background="keep",
+            ),
+            "gate": ledger.job(f"until [ -e {tmp_path}/gate ]; do sleep 0.05; done; echo drained"),
+        },
+        admin=admin,
+        prefix=NAMESPACE,
+        executor={"max_running": 4},
+    )
     first = namespace(daemon)
     inode = os.stat(f"/proc/{first}/ns/pid").st_ino
     assert daemon.status()["pid"] == 1

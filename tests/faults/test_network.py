@@ -1,4 +1,5 @@
 """The network to the admin fails: refused, hanging, reset, nonsense for an answer, unknown names, one of two dead."""
+
 import concurrent.futures
 import contextlib
 import itertools
@@ -21,7 +22,7 @@ import xxl_executor
 FAST_CLOCK = Path(__file__).with_name("fast_clock.py")
 HOURS = 6 * 3600
 TIMEOUT = 1.5  # admin.timeout where it is what is tested
-LATE = 1.0     # how much later than that a timer may act on a busy machine
+LATE = 1.0  # how much later than that a timer may act on a busy machine
 
 
 def at(url):
@@ -31,20 +32,27 @@ def at(url):
 
 def fast(speed, **more):
     """Arguments of `executor` for a clock that runs `speed` times as fast; exchanges may take as long as ever."""
-    return {"program": FAST_CLOCK, "env": {"FAST_CLOCK": str(speed), **more},
-            "admin_options": dict.fromkeys(("timeout", "connect_timeout"), f"{int(20 * speed)}s")}
+    return {
+        "program": FAST_CLOCK,
+        "env": {"FAST_CLOCK": str(speed), **more},
+        "admin_options": dict.fromkeys(("timeout", "connect_timeout"), f"{int(20 * speed)}s"),
+    }
 
 
 def prefill(daemon, ledger, count):
     """Have `count` finished runs wait in the journal of a daemon that was not started yet; returns their logIds."""
     daemon.data.mkdir()
     now = int(time.time() * 1000)
-    triggers = [xxl_executor.Trigger(1, log_id, "job", log_date_time=now) for log_id in range(1, count + 1)]
+    triggers = [
+        xxl_executor.Trigger(1, log_id, "job", log_date_time=now) for log_id in range(1, count + 1)
+    ]
     with contextlib.closing(xxl_executor.Journal(str(daemon.data / "journal.db"))) as journal:
         with concurrent.futures.ThreadPoolExecutor(32) as threads:  # they share their commits
             assert all(threads.map(journal.accept, triggers))
         for start in range(0, count, 100):
-            journal.finish(triggers[start:start + 100], xxl_executor.Result(200, f"result {start}"))
+            journal.finish(
+                triggers[start : start + 100], xxl_executor.Result(200, f"result {start}")
+            )
         journal.flush()
         assert journal.counts()["undelivered"] == count
     ledger.accepted |= {trigger.log_id for trigger in triggers}
@@ -65,7 +73,11 @@ def metric(daemon, name):
 
 
 def answer(status, body):
-    return b"HTTP/1.1 %d -\r\nContent-Type: text/html\r\nContent-Length: %d\r\n\r\n%s" % (status, len(body), body)
+    return b"HTTP/1.1 %d -\r\nContent-Type: text/html\r\nContent-Length: %d\r\n\r\n%s" % (
+        status,
+        len(body),
+        body,
+    )
 
 
 class Line(Proxy):
@@ -97,7 +109,9 @@ class Line(Proxy):
         began = time.monotonic()
         if act in ("silent", "dripping"):
             self._stall(act == "dripping")
-        self.seen.append((call, items_of(body) if call == "callback" else [], act, time.monotonic() - began))
+        self.seen.append(
+            (call, items_of(body) if call == "callback" else [], act, time.monotonic() - began)
+        )
         return "reset" if act in ("silent", "dripping") else act
 
     def _stall(self, drips):
@@ -114,6 +128,7 @@ class Line(Proxy):
 
 # -- refused
 
+
 def gaps(times):
     return [after - before for before, after in zip(times, times[1:])]
 
@@ -128,14 +143,24 @@ def test_attempts_at_an_address_that_refuses(executor, port, tmp_path):
     """Results and heartbeats together try an address that refuses connections at most once a second."""
     speed, seconds, file = 20, rounds(60, "XXL_FAULT_REFUSED"), tmp_path / "attempts"
     ledger = Ledger(None, tmp_path)
-    daemon = executor(admin=at(f"http://127.0.0.1:{port}"), start=False, **fast(speed, FAST_CLOCK_ATTEMPTS=str(file)))
+    daemon = executor(
+        admin=at(f"http://127.0.0.1:{port}"),
+        start=False,
+        **fast(speed, FAST_CLOCK_ATTEMPTS=str(file)),
+    )
     prefill(daemon, ledger, 1)
     daemon.start()
     wait_until(lambda: attempts(file, "registration"))
     first = attempts(file, "registration")[0]
-    wait_until(lambda: attempts(file, "registration")[-1] - first >= seconds, seconds, f"{seconds} s on the fast clock")
+    wait_until(
+        lambda: attempts(file, "registration")[-1] - first >= seconds,
+        seconds,
+        f"{seconds} s on the fast clock",
+    )
     both = sorted(attempts(file, "callback") + attempts(file, "registration"))
-    print(f"{len(attempts(file, 'callback'))} of {len(both)} attempts were callbacks, gaps from {min(gaps(both)):.2f} s")
+    print(
+        f"{len(attempts(file, 'callback'))} of {len(both)} attempts were callbacks, gaps from {min(gaps(both)):.2f} s"
+    )
     assert min(gaps(both)) >= 1.0
 
 
@@ -143,17 +168,24 @@ def test_six_hours_of_refused_connections(executor, loopback, port, tmp_path):
     """After six hours of refused connections 10,000 results arrive within 60 s; meanwhile memory does not grow."""
     seconds, file = float(os.environ.get("XXL_FAULT_OUTAGE", 12)), tmp_path / "attempts"
     ledger = Ledger(None, tmp_path)
-    daemon = executor(admin=at(f"http://127.0.0.1:{port}"), start=False,
-                      **fast(HOURS / seconds, FAST_CLOCK_ATTEMPTS=str(file)))
+    daemon = executor(
+        admin=at(f"http://127.0.0.1:{port}"),
+        start=False,
+        **fast(HOURS / seconds, FAST_CLOCK_ATTEMPTS=str(file)),
+    )
     prefill(daemon, ledger, 10_000)
     daemon.start()
     wait_until(lambda: attempts(file, "registration"))
     before = rss(daemon.process.pid)
     forget_peak(daemon.process.pid)
     first = attempts(file, "registration")[0]
-    wait_until(lambda: attempts(file, "registration")[-1] - first >= HOURS, 2 * seconds + 60, "the end of six hours")
+    wait_until(
+        lambda: attempts(file, "registration")[-1] - first >= HOURS,
+        2 * seconds + 60,
+        "the end of six hours",
+    )
     daemon.signal(signal.SIGUSR1)
-    until, = wait_until(lambda: attempts(file, "real"))
+    (until,) = wait_until(lambda: attempts(file, "real"))
     grown = rss(daemon.process.pid, "VmHWM") - before
     beats = [moment for moment in attempts(file, "registration") if moment <= until]
 
@@ -162,8 +194,10 @@ def test_six_hours_of_refused_connections(executor, loopback, port, tmp_path):
     ledger.settle(daemon, 60)
     took = time.monotonic() - returned
     grown_later = rss(daemon.process.pid, "VmHWM") - before
-    print(f"{len(beats)} heartbeats and {len(attempts(file, 'callback'))} callbacks tried; memory grew by "
-          f"{grown / 2**20:.1f} MiB, with the delivery {grown_later / 2**20:.1f} MiB; delivered after {took:.1f} s")
+    print(
+        f"{len(beats)} heartbeats and {len(attempts(file, 'callback'))} callbacks tried; memory grew by "
+        f"{grown / 2**20:.1f} MiB, with the delivery {grown_later / 2**20:.1f} MiB; delivered after {took:.1f} s"
+    )
     assert took <= 60
     assert max(grown, grown_later) <= 20 << 20
     # A heartbeat that fails puts off the callbacks too, one that works wakes them: so heartbeats go on all the time.
@@ -177,13 +211,18 @@ def test_six_hours_of_refused_connections(executor, loopback, port, tmp_path):
 
 # -- hanging
 
+
 @pytest.mark.parametrize("act", ["silent", "dripping"])
 def test_an_admin_that_never_completes_an_answer(executor, admin, tmp_path, act):
     """Each exchange ends within admin.timeout; triggers are answered and jobs run meanwhile; results come later."""
     ledger = Ledger(admin, tmp_path)
     with Line(admin, lambda call: act) as line:
-        daemon = executor({"job": ledger.job("echo done")}, admin=at(line.url), start=False,
-                          admin_options={"timeout": f"{TIMEOUT}s"})
+        daemon = executor(
+            {"job": ledger.job("echo done")},
+            admin=at(line.url),
+            start=False,
+            admin_options={"timeout": f"{TIMEOUT}s"},
+        )
         prefill(daemon, ledger, 3)  # so that a callback and a heartbeat stall from the start
         daemon.start()
         slowest, triggered = 0.0, []
@@ -192,14 +231,20 @@ def test_an_admin_that_never_completes_an_answer(executor, admin, tmp_path, act)
             triggered.append(ledger.trigger(daemon, jobId=number))
             slowest = max(slowest, time.monotonic() - began)
         wait_until(lambda: sorted(ledger.started()) == triggered, what="the start of the jobs")
-        wait_until(lambda: line.count("callback") and line.count("registry"), 30, "the end of the stalled exchanges")
+        wait_until(
+            lambda: line.count("callback") and line.count("registry"),
+            30,
+            "the end of the stalled exchanges",
+        )
         wait_until(lambda: daemon.status()["undelivered"] == 8, what="the end of the jobs")
         assert len(ledger.accepted) == 8 and not admin.requests
         line.choose = lambda call: "pass"
         ledger.settle(daemon)
         assert admin.wait(lambda: admin.registry, 30)
         longest = max(seconds for _, _, was, seconds in line.seen if was == act)
-        print(f"exchanges open for {longest:.2f} s at most, triggers answered within {slowest:.3f} s")
+        print(
+            f"exchanges open for {longest:.2f} s at most, triggers answered within {slowest:.3f} s"
+        )
         assert TIMEOUT - 0.5 < longest <= TIMEOUT + LATE
         assert slowest <= 1
         wait_until(lambda: daemon.status()["undelivered"] == 0)
@@ -213,13 +258,27 @@ RESETS = ("reset", "lost", "reset-in", "reset-after")
 def test_resets_at_every_moment_of_an_exchange(executor, admin, tmp_path):
     """A result stays until an unambiguous acknowledgement, through any resets; its duplicates are identical."""
     wanted, ledger = rounds(300, "XXL_FAULT_RESETS"), Ledger(admin, tmp_path)
-    acts = itertools.cycle(["reset", "lost", "pass", "reset-in", "reset-after", "pass",
-                            "reset", "pass", "lost", "pass", "reset-in"])
+    acts = itertools.cycle(
+        [
+            "reset",
+            "lost",
+            "pass",
+            "reset-in",
+            "reset-after",
+            "pass",
+            "reset",
+            "pass",
+            "lost",
+            "pass",
+            "reset-in",
+        ]
+    )
     lock = threading.Lock()
 
     def choose(call):
         with lock:
             return next(acts)
+
     with Line(admin, choose) as line:
         daemon = executor({"job": ledger.job("echo done")}, admin=at(line.url), **fast(100))
         began = time.monotonic()
@@ -238,12 +297,16 @@ def test_resets_at_every_moment_of_an_exchange(executor, admin, tmp_path):
             met[item["logId"]].append(act)
             assert item == payloads.setdefault(item["logId"], item)
     for log_id, acts in met.items():
-        assert acts[-1] in ("pass", "reset-after"), f"{log_id} was forgotten without an acknowledgement: {acts}"
+        assert acts[-1] in ("pass", "reset-after"), (
+            f"{log_id} was forgotten without an acknowledgement: {acts}"
+        )
         assert "pass" not in acts[:-1], f"{log_id} was sent again after its acknowledgement: {acts}"
     counts = {act: line.count("callback", act=act) for act in RESETS}
     duplicates = sum(len(items) > 1 for items in admin.results.values())
-    print(f"{wanted} resets in {took:.1f} s, of callbacks {counts}; {len(met)} runs, {duplicates} delivered more than "
-          f"once, at most {max(map(len, met.values()))} attempts for one")
+    print(
+        f"{wanted} resets in {took:.1f} s, of callbacks {counts}; {len(met)} runs, {duplicates} delivered more than "
+        f"once, at most {max(map(len, met.values()))} attempts for one"
+    )
     assert min(counts.values()) >= wanted // 20 and duplicates
 
 
@@ -292,12 +355,15 @@ def test_a_poisonous_result(executor, admin, tmp_path, bad):
         if found == [poison]:
             alone.append(len(others - set(admin.results)))
         return bad if poison in found else None
+
     admin.behave = behave
     daemon.start()
     assert admin.wait(lambda: alone and others <= set(admin.results), 30)
     # It was alone once, in both dialects, and perhaps after one backoff, before the last of the others was there.
     assert sum(missing > 0 for missing in alone) <= 4
-    print(f"alone {len(alone)} times, {sum(missing > 0 for missing in alone)} of them before the last of the others")
+    print(
+        f"alone {len(alone)} times, {sum(missing > 0 for missing in alone)} of them before the last of the others"
+    )
     later = ledger.trigger(daemon)
     assert ledger.result(later) == (200, "done")
     wait_until(lambda: daemon.status()["undelivered"] == 1)
@@ -308,6 +374,7 @@ def test_a_poisonous_result(executor, admin, tmp_path, bad):
 
 
 # -- names
+
 
 class Resolver:
     """A name server on an address of its own that answers "no such name", or nothing at all."""
@@ -325,7 +392,9 @@ class Resolver:
             question, client = self._socket.recvfrom(4096)
             self.questions += 1
             if self._answers:  # RFC 1035, 4.1.1: the same id and question, an answer, RCODE 3
-                self._socket.sendto(question[:2] + b"\x81\x83" + question[4:6] + bytes(6) + question[12:], client)
+                self._socket.sendto(
+                    question[:2] + b"\x81\x83" + question[4:6] + bytes(6) + question[12:], client
+                )
 
     def close(self):
         self._end.close()
@@ -343,17 +412,25 @@ def test_one_of_two_admins_has_a_name_that_is_not_resolved(executor, admin, tmp_
     def behave(path, body):
         if path.endswith("/registry"):
             beats.append(time.monotonic())
+
     admin.behave = behave
     address = f"127.53.{os.getpid() >> 8 & 255}.{os.getpid() & 255}"  # of this test run: resolv.conf knows no ports
     (tmp_path / "resolv.conf").write_text(f"nameserver {address}\noptions timeout:30 attempts:1\n")
     (tmp_path / "nsswitch.conf").write_text("hosts: files dns\n")
-    mounts = "".join(f"mount --bind {tmp_path / name} /etc/{name} && " for name in ("resolv.conf", "nsswitch.conf")
-                     if os.path.exists(f"/etc/{name}"))
+    mounts = "".join(
+        f"mount --bind {tmp_path / name} /etc/{name} && "
+        for name in ("resolv.conf", "nsswitch.conf")
+        if os.path.exists(f"/etc/{name}")
+    )
     with contextlib.closing(Resolver(address, answers)) as resolver:
         began = time.monotonic()
-        daemon = executor({"job": ledger.job("echo done")}, program=LAUNCH, env=launch(REGISTRY_INTERVAL=interval),
-                          admin_options={"addresses": ["http://admin.example:8080", admin.url]},
-                          prefix=["unshare", "-m", "sh", "-c", mounts + 'exec "$@"', "sh"])
+        daemon = executor(
+            {"job": ledger.job("echo done")},
+            program=LAUNCH,
+            env=launch(REGISTRY_INTERVAL=interval),
+            admin_options={"addresses": ["http://admin.example:8080", admin.url]},
+            prefix=["unshare", "-m", "sh", "-c", mounts + 'exec "$@"', "sh"],
+        )
         ledger.trigger(daemon)
         ledger.settle(daemon)
         count = rounds(3, "XXL_FAULT_HEARTBEATS")
@@ -365,14 +442,17 @@ def test_one_of_two_admins_has_a_name_that_is_not_resolved(executor, admin, tmp_
         assert daemon.stop() == 0
         stopped = time.monotonic() - began_stop
         slips = [gap - interval for gap in gaps([began, *beats])[1:]]
-        print(f"first heartbeat after {beats[0] - began:.1f} s, slips {', '.join(f'{slip:.1f}' for slip in slips)} s, "
-              f"{resolver.questions} questions, stopped in {stopped:.1f} s")
+        print(
+            f"first heartbeat after {beats[0] - began:.1f} s, slips {', '.join(f'{slip:.1f}' for slip in slips)} s, "
+            f"{resolver.questions} questions, stopped in {stopped:.1f} s"
+        )
         assert beats[0] - began < 5 + 5  # the start of the daemon is in it
         assert max(slips) < 5
         assert stopped < 15, "the resolver hangs for 30 s"
 
 
 # -- one of two admins dies
+
 
 def cut(path, body):
     """What happens to the open connections of an admin that died."""
@@ -384,17 +464,23 @@ def test_one_of_two_admins_dies_under_load(executor, loopback, tmp_path):
     one, two = loopback(), loopback()
     two.results, two.changed = one.results, one.changed  # one cluster over one database
     ledger = Ledger(one, tmp_path)
-    daemon = executor({"job": ledger.job("echo done")}, program=LAUNCH, env=launch(REGISTRY_INTERVAL=1.0),
-                      admin_options={"addresses": [one.url, two.url]})
+    daemon = executor(
+        {"job": ledger.job("echo done")},
+        program=LAUNCH,
+        env=launch(REGISTRY_INTERVAL=1.0),
+        admin_options={"addresses": [one.url, two.url]},
+    )
 
     def calls(admin, name):
         return sum(path.endswith(f"/{name}") for path, _, _ in list(admin.requests))
+
     over = threading.Event()
 
     def load():
         while not over.is_set():
             wait_until(lambda: len(ledger.accepted) - len(one.results) < 10, 30, "results")
             ledger.trigger(daemon, jobId=len(ledger.accepted) % 4)
+
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
         loading = thread.submit(load)
         try:
@@ -409,7 +495,11 @@ def test_one_of_two_admins_dies_under_load(executor, loopback, tmp_path):
             beats = time.monotonic() - died
             assert two.wait(lambda: calls(two, "callback") >= 10, 30), "the load goes on"
             # Where the first failed the second was asked at once: no attempt failed as a whole.
-            assert metric(daemon, "callback_failures_total") == metric(daemon, "registration_failures_total") == 0
+            assert (
+                metric(daemon, "callback_failures_total")
+                == metric(daemon, "registration_failures_total")
+                == 0
+            )
             assert [entry["ok"] for entry in daemon.status()["admins"]] == [False, True]
             again = loopback(port=int(one.url.rpartition(":")[2]))
             again.results, again.changed = one.results, one.changed
@@ -421,7 +511,9 @@ def test_one_of_two_admins_dies_under_load(executor, loopback, tmp_path):
             over.set()
         loading.result()
     ledger.settle(daemon)
-    print(f"{len(ledger.accepted)} runs; the second got results after {results:.2f} s, a heartbeat after {beats:.2f} "
-          f"s, the first was asked again {back:.1f} s after its return")
+    print(
+        f"{len(ledger.accepted)} runs; the second got results after {results:.2f} s, a heartbeat after {beats:.2f} "
+        f"s, the first was asked again {back:.1f} s after its return"
+    )
     wait_until(lambda: daemon.status()["undelivered"] == 0)
     assert calls(again, "registry")

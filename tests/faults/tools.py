@@ -1,4 +1,5 @@
 """What the fault matrix shares: a ledger of what was accepted, a proxy that breaks connections."""
+
 import collections
 import contextlib
 import os
@@ -27,7 +28,9 @@ def need_root():
 
 def rss(pid, field="VmRSS"):
     """Resident memory of a process in bytes; VmHWM is the most since `forget_peak`."""
-    return int(re.search(rf"{field}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())[1]) * 1024
+    return (
+        int(re.search(rf"{field}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())[1]) * 1024
+    )
 
 
 def forget_peak(pid):
@@ -48,7 +51,11 @@ class Ledger:
 
     def job(self, shell="true", **options):
         """A shell job that notes its start first."""
-        return {"shell": f'echo "$XXL_JOB_LOG_ID" >> "$STARTS"; {shell}', "env": {"STARTS": str(self.starts)}, **options}
+        return {
+            "shell": f'echo "$XXL_JOB_LOG_ID" >> "$STARTS"; {shell}',
+            "env": {"STARTS": str(self.starts)},
+            **options,
+        }
 
     def python_job(self, directory, name, body, **options):
         """A Python job `name` whose function body is the lines of `body`, with `context`, `os`, `sys`, `time`."""
@@ -56,7 +63,8 @@ class Ledger:
         (directory / f"{name}.py").write_text(
             "import os, signal, subprocess, sys, threading, time\n\n\ndef main(context):\n"
             f"    fd = os.open({str(self.starts)!r}, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)\n"
-            f"    os.write(fd, b'%d\\n' % context.log_id)\n    os.close(fd)\n{lines}")
+            f"    os.write(fd, b'%d\\n' % context.log_id)\n    os.close(fd)\n{lines}"
+        )
         return {"python": f"{name}:main", "pythonpath": [str(directory)], **options}
 
     def trigger(self, daemon, handler="job", **fields):
@@ -81,19 +89,29 @@ class Ledger:
 
     def result(self, log_id, seconds=30):
         """(code, message) of the one result of `log_id`; waits for it."""
-        assert self.admin.wait(lambda: log_id in self.admin.results, seconds), f"no result of {log_id} within {seconds} s"
+        assert self.admin.wait(lambda: log_id in self.admin.results, seconds), (
+            f"no result of {log_id} within {seconds} s"
+        )
         item = self.admin.results[log_id][0]
         return item["handleCode"], item["handleMsg"]
 
     def settle(self, daemon, seconds=30, again=()):
         """Wait until every accepted run has a result; assert that it has one, that no run started twice (but those in `again`)
         and that no process of a run is alive."""
-        missing = lambda: [log_id for log_id in list(self.accepted) if log_id not in self.admin.results]  # noqa: E731
+        missing = lambda: [
+            log_id for log_id in list(self.accepted) if log_id not in self.admin.results
+        ]  # noqa: E731
         self.admin.wait(lambda: not missing(), seconds)
-        assert not missing(), f"no result of {len(missing())} of {len(self.accepted)} accepted runs: {sorted(missing())[:10]}"
+        assert not missing(), (
+            f"no result of {len(missing())} of {len(self.accepted)} accepted runs: {sorted(missing())[:10]}"
+        )
         for log_id, items in list(self.admin.results.items()):
-            assert all(item == items[0] for item in items), f"different results of {log_id}: {items}"
-        twice = {log_id for log_id, count in collections.Counter(self.started()).items() if count > 1} - set(again)
+            assert all(item == items[0] for item in items), (
+                f"different results of {log_id}: {items}"
+            )
+        twice = {
+            log_id for log_id, count in collections.Counter(self.started()).items() if count > 1
+        } - set(again)
         assert not twice, f"started more than once: {sorted(twice)}"
         wait_until(lambda: not run_processes(daemon), 10, "the end of every process of a run")
 
@@ -153,7 +171,9 @@ class Proxy:
             with self._lock:
                 self._open.add(client)
                 self.connections += 1
-            self._threads.append(threading.Thread(target=self._serve, args=(client,), name="proxy-connection"))
+            self._threads.append(
+                threading.Thread(target=self._serve, args=(client,), name="proxy-connection")
+            )
             self._threads[-1].start()
 
     def _serve(self, client):
@@ -185,13 +205,13 @@ class Proxy:
         if act == "lost":
             return self._reset(client)
         if act == "reset-in":
-            client.sendall(answer[:-len(answer) // 2])
+            client.sendall(answer[: -len(answer) // 2])
             return self._reset(client)
         if act == "drip":
             for i in range(len(answer)):
                 if self.closing.wait(0.7):
                     return False
-                client.sendall(answer[i:i + 1])
+                client.sendall(answer[i : i + 1])
             return True
         client.sendall(answer)
         return self._reset(client) if act == "reset-after" else True
@@ -200,8 +220,8 @@ class Proxy:
         """Send piece by piece, only as long as the other side keeps the connection; `sent` counts the bytes."""
         client.settimeout(0.02)
         for start in range(0, len(data), 8192):
-            client.sendall(data[start:start + 8192])
-            self.sent += len(data[start:start + 8192])
+            client.sendall(data[start : start + 8192])
+            self.sent += len(data[start : start + 8192])
             with contextlib.suppress(TimeoutError, socket.timeout):
                 if not client.recv(1):
                     return
