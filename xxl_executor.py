@@ -1,24 +1,28 @@
 #!/usr/bin/env python3
-"""XXL-JOB executor in one file: copy it, list scripts in a YAML file, start it from systemd or beside a container.
+"""XXL-JOB executor in one file: copy it, list scripts in a YAML file, start it from systemd or
+beside a container.
 
-A trigger travels down this file: connection (4) -> Api (5) -> lane (6) -> journal (9, committed) -> the answer -> slot thread
-(6) -> job process (7) -> job log (8) -> journal (9) -> callback thread (10) -> admin (11).  "Accepted" is said only after the
-journal has committed the run; a result is given up only after an unambiguous acknowledgement.  Every run carries a marker in
-its environment, by which its whole process tree is found again, after a crash of this daemon too.  Objects arrive through
-constructors, only Daemon (14) knows them all; no section from 4 to 12 names a class of an earlier one of these.
+A trigger travels down this file: connection (4) -> Api (5) -> lane (6) -> journal (9, committed)
+-> the answer -> slot thread (6) -> job process (7) -> job log (8) -> journal (9) -> callback thread
+(10) -> admin (11). "Accepted" is said only after the journal has committed the run; a result is
+given up only after an unambiguous acknowledgement. Every run carries a marker in its environment,
+by which its whole process tree is found again, after a crash of this daemon too. Objects arrive
+through constructors, only Daemon (14) knows them all; no section from 4 to 12 names a class of an
+earlier one of these.
 
-thread          started by           waits on                              stops when
-main            the interpreter      the signal pipe, the next deadline    a signal asks for it, after draining
-http-selector   HttpServer.start     epoll: listener, connections, wake    close(), after the last answer
-http-N          HttpServer.start     the queue of complete requests        close() sends each of them None
-slot-N          Scheduler, on need   a lane that is ready, then its job    close(); a daemon thread: a stuck job cannot hold exit
-callback        Callbacks.start      a result, the next attempt            close(), after at most 5 s of delivering
-registration    Registration.start   30 s, or a retry                      close(), after registryRemove
-(timers)        7 and 11             a deadline of one run or exchange     cancelled when that ends first
-(resolver)      11                   the name of an admin                  by itself, when the system's resolver gives up
+thread         started by          waits on                           stops when
+main           the interpreter     the signal pipe, the next deadline a signal asks for it
+http-selector  HttpServer.start    epoll: sockets, wake-up            close(), after the last answer
+http-N         HttpServer.start    the queue of complete requests     close(), after their answer
+slot-N         Scheduler, on need  a lane that is ready, then its job the process ends
+callback       Callbacks.start     a result, the next attempt         close(), after at most 5 s
+registration   Registration.start  30 s, or a retry                   close(), after registryRemove
+(timers)       7 and 11            a deadline of one run or exchange  that ends first
+(resolver)     11                  the name of an admin               the resolver gives up
 
-sections: 1 vocabulary, 2 config, 3 metrics, 4 HTTP server, 5 executor API, 6 scheduling, 7 job process, 8 job logs,
-9 journal, 10 callbacks, 11 admin client, 12 registration, 13 systemd, 14 daemon, 15 CLI.  `grep -n '^# [0-9]'` lists them.
+sections: 1 vocabulary, 2 config, 3 metrics, 4 HTTP server, 5 executor API, 6 scheduling,
+7 job process, 8 job logs, 9 journal, 10 callbacks, 11 admin client, 12 registration, 13 systemd,
+14 daemon, 15 CLI.  `grep -n '^# [0-9]'` lists them.
 """
 
 from __future__ import annotations
@@ -71,15 +75,15 @@ import typing
 import unicodedata
 import urllib.parse
 
-# `requests` and `yaml` are imported where they are used: the Python server of section 7 also runs under interpreters that
-# have neither (`interpreter:`), and `--version` need not wait for them.
+# `requests` and `yaml` are imported where they are used: the Python server of section 7 also runs
+# under interpreters that have neither (`interpreter:`), and `--version` need not wait for them.
 
 __version__ = "0.1.0"
 log = logging.getLogger("xxl-executor")
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 1 vocabulary
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 SUCCESS, FAILURE, TIMEOUT = 200, 500, 502  # handleCode, XXL-JOB's XxlJobContext
 MESSAGE_LIMIT = 15_000  # characters; the admin cuts handleMsg there
 REGISTRY_INTERVAL = (
@@ -100,10 +104,13 @@ GLUE = {  # glueType: (interpreter, suffix of the file); GlueTypeEnum of XXL-JOB
 }
 LIBC = ctypes.CDLL(None, use_errno=True)
 INT64 = range(-(1 << 63), 1 << 63)
-MARKER = "XXL_EXECUTOR_RUN"  # environment variable that names the data_dir and the run of every process of a job
+MARKER = (  # environment variable that names the data_dir and the run of every process of a job
+    "XXL_EXECUTOR_RUN"
+)
 FAILPOINT = "XXL_EXECUTOR_FAILPOINT"  # environment variable of the tests, see `failpoint`
 SECRETS = re.compile(
-    rf"XXL_JOB_ACCESS_TOKEN|NOTIFY_SOCKET|WATCHDOG_.*|LISTEN_.*|CREDENTIALS_DIRECTORY|{MARKER}|{FAILPOINT}"
+    "XXL_JOB_ACCESS_TOKEN|NOTIFY_SOCKET|WATCHDOG_.*|LISTEN_.*|CREDENTIALS_DIRECTORY"
+    f"|{MARKER}|{FAILPOINT}"
 )
 
 
@@ -112,13 +119,15 @@ class ExecutorError(Exception):
 
 
 class ConfigError(ExecutorError):
-    """All problems of the configuration, one `file:line: key: problem` a line; `files` as in Config."""
+    """All problems of the configuration, one `file:line: key: problem` a line; `files` as in
+    Config."""
 
     files: tuple = ()
 
 
 class Refused(ExecutorError):
-    """A request that is answered with code 500; the text goes to the admin, `reason` is a word for the metrics."""
+    """A request that is answered with code 500; the text goes to the admin, `reason` is a word for
+    the metrics."""
 
     def __init__(self, text: str, reason: str = "malformed"):
         super().__init__(text)
@@ -138,7 +147,8 @@ class AdminRefused(ExecutorError):
 
 
 class RunState(enum.Enum):
-    """accepted -> running -> finished -> delivered | dead; a dropped run goes from accepted to finished."""
+    """accepted -> running -> finished -> delivered | dead; a dropped run goes from accepted to
+    finished."""
 
     ACCEPTING = "accepting"  # reserved in its lane, not committed yet
     ACCEPTED = "accepted"
@@ -150,8 +160,8 @@ class RunState(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Trigger:
-    """One trigger as the admin sent it; `timeout` in seconds (0: none), `log_date_time` and `glue_updated` in ms since the epoch.
-    The handler of a script from the admin is glue-<jobId>."""
+    """One trigger as the admin sent it; `timeout` in seconds (0: none), `log_date_time` and
+    `glue_updated` in ms since the epoch. The handler of a script from the admin is glue-<jobId>."""
 
     job_id: int
     log_id: int
@@ -171,17 +181,19 @@ class Trigger:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """How a run ended: `code` is SUCCESS, FAILURE or TIMEOUT; `exit_status` as a shell would show it, None in a thread."""
+    """How a run ended: `code` is SUCCESS, FAILURE or TIMEOUT; `exit_status` as a shell would show
+    it, None in a thread."""
 
     code: int
     message: str
-    exit_status: typing.Optional[int] = None
+    exit_status: int | None = None
 
 
 def unusable(error: OSError) -> ExecutorError:
     """What to tell about a file of the data directory that cannot be used."""
     return ExecutorError(
-        f"executor.data_dir: {error.filename}: {error.strerror}: choose a directory with space that this user may write"
+        f"executor.data_dir: {error.filename}: {error.strerror}: choose a directory with space that"
+        " this user may write"
     )
 
 
@@ -194,7 +206,8 @@ def make_directory(path: str) -> None:
 
 
 def clip(text: str) -> str:
-    """Keep the tail of `text` within what the admin stores (the end of an error says more than its beginning), as valid UTF-8."""
+    """Keep the tail of `text` within what the admin stores (the end of an error says more than its
+    beginning), as valid UTF-8."""
     text = text.encode("utf-8", "replace").decode()
     return text if len(text) <= MESSAGE_LIMIT else "..." + text[3 - MESSAGE_LIMIT :]
 
@@ -225,7 +238,8 @@ _passages = itertools.count(1)
 
 
 def failpoint(name: str) -> None:
-    """Where the tests have the daemon crash: at the n-th passage when $XXL_EXECUTOR_FAILPOINT is `name:n`; any thread."""
+    """Where the tests have the daemon crash: at the n-th passage when $XXL_EXECUTOR_FAILPOINT is
+    `name:n`; any thread."""
     if name == _CRASH_AT and next(_passages) == int(_PASSAGE):
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -237,8 +251,9 @@ _CORE = {random.choice(sorted(_CORES))}
 def share_core() -> None:
     """Keep the calling thread on the core that the threads of this daemon share.
 
-    They exclude each other by the GIL anyway, and handing it from core to core took half of the daemon's time under load
-    (tests/bench.py, thread: 1.4 times the runs with half of the CPU time; shell: 1.2 times).
+    They exclude each other by the GIL anyway, and handing it from core to core took half of the
+    daemon's time under load (tests/bench.py, thread: 1.4 times the runs with half of the CPU time;
+    shell: 1.2 times).
     """
     with contextlib.suppress(OSError):  # a sandbox that forbids it
         os.sched_setaffinity(0, _CORE)
@@ -246,7 +261,8 @@ def share_core() -> None:
 
 @contextlib.contextmanager
 def any_core() -> typing.Iterator[None]:
-    """Inside, the calling thread is free again: for a job's own code, and for processes, which inherit where they may run."""
+    """Inside, the calling thread is free again: for a job's own code, and for processes, which
+    inherit where they may run."""
     shared = os.sched_getaffinity(0) == _CORE != _CORES
     if shared:
         with contextlib.suppress(OSError):
@@ -258,9 +274,9 @@ def any_core() -> typing.Iterator[None]:
             share_core()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 2 config
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 CONFIG_PLACES = ("./config.yaml", "/etc/xxl-executor/config.yaml")
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 _SIZES = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
@@ -361,7 +377,7 @@ def _choice(*values: str):
     return parse
 
 
-def amount(text: str, pattern: str, units: dict) -> typing.Optional[float]:
+def amount(text: str, pattern: str, units: dict) -> float | None:
     """The number in `text` times its unit, an int unless it has a point; None when it is none."""
     found = re.fullmatch(pattern, text, re.ASCII)
     if not found or found[2] not in units:
@@ -423,7 +439,7 @@ def _command(reader, node) -> tuple:
     return value
 
 
-def _variables(reader, node) -> typing.Dict[str, str]:
+def _variables(reader, node) -> dict[str, str]:
     if node.id != "mapping":
         raise _expected("NAME: value pairs", node)
     values = {}
@@ -466,7 +482,8 @@ def _url(reader, node) -> str:
 
 
 def _urls(reader, node) -> tuple:
-    # One text with commas is how the Java executor's xxl.job.admin.addresses is written, and what ${NAME} can hold.
+    # One text with commas is how the Java executor's xxl.job.admin.addresses is written, and what
+    # ${NAME} can hold.
     if node.id == "scalar" and node.tag.endswith(":str"):
         found = [
             reader.scalar(part.strip(), node) for part in node.value.split(",") if part.strip()
@@ -475,7 +492,7 @@ def _urls(reader, node) -> tuple:
     return tuple(value.rstrip("/") for value in _list(_url)(reader, node))
 
 
-def _bind(reader, node) -> typing.Tuple[str, int]:
+def _bind(reader, node) -> tuple[str, int]:
     value = _text(reader, node)
     found = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]*):(\d{1,5})", value, re.ASCII)
     if not found or int(found[2]) > 65_535:
@@ -484,7 +501,8 @@ def _bind(reader, node) -> typing.Tuple[str, int]:
 
 
 def _option(parse, default: str = "", *, raw: bool = False):
-    """A key: its parser and its default as it would be written in YAML ("" means None). `raw`: no ${NAME} in it."""
+    """A key: its parser and its default as it would be written in YAML ("" means None). `raw`: no
+    ${NAME} in it."""
     return dataclasses.field(
         default=None, metadata={"parse": parse, "default": default, "raw": raw}
     )
@@ -525,7 +543,8 @@ class GlueConfig:
 
 @dataclasses.dataclass(frozen=True)
 class JobConfig:
-    """One entry of `jobs`. Exactly one of `shell`, `command` and `python` is set; durations in seconds, 0: none."""
+    """One entry of `jobs`. Exactly one of `shell`, `command` and `python` is set; durations in
+    seconds, 0: none."""
 
     name: str
     description: str = _option(_text)
@@ -557,7 +576,7 @@ class Config:
     admin: AdminConfig
     executor: ExecutorConfig
     glue: GlueConfig
-    jobs: typing.Dict[str, JobConfig]
+    jobs: dict[str, JobConfig]
     files: tuple = ()  # patterns of all that were read, or would be if they existed
     warnings: tuple = ()
 
@@ -567,14 +586,19 @@ _YAML_REMEDIES = (  # for what PyYAML says: the first that fits
     (r"end of stream|stream end", "close the quotes or brackets that are open here"),
     (
         r"mapping values|expected ':'",
-        'put a value with ": " in it into quotes or below a "|", or look for a missing colon or a wrong indent '
-        "here or in the line above",
+        (
+            'put a value with ": " in it into quotes or below a "|", or look for a missing colon or'
+            " a wrong indent here or in the line above"
+        ),
     ),
     (r"escape character", "take single quotes, in which a backslash is only a backslash"),
     (r"another document", 'remove the line "---"'),
     (
         r"<block end>",
-        'indent the lines of one level alike, and put a value with special characters into quotes or below a "|"',
+        (
+            "indent the lines of one level alike, and put a value with special characters into"
+            ' quotes or below a "|"'
+        ),
     ),
     (
         r"',' or '",
@@ -585,11 +609,15 @@ _YAML_REMEDIES = (  # for what PyYAML says: the first that fits
 
 
 def _not_yaml(problem: str) -> str:
-    return f"not YAML: {problem}: {next(remedy for pattern, remedy in _YAML_REMEDIES if re.search(pattern, problem))}"
+    return (
+        f"not YAML: {problem}:"
+        f" {next(remedy for pattern, remedy in _YAML_REMEDIES if re.search(pattern, problem))}"
+    )
 
 
 class _YamlReader:
-    """Turns composed YAML nodes, which still know their file and line, into dataclasses, and collects every problem."""
+    """Turns composed YAML nodes, which still know their file and line, into dataclasses, and
+    collects every problem."""
 
     def __init__(self, file: str):
         import yaml
@@ -597,11 +625,11 @@ class _YamlReader:
         self.file, self.yaml, self.resolver = file, yaml, yaml.resolver.Resolver()
         self.files = [glob.escape(file)]
         self.path = self.token = ""  # of the key that is being parsed; of the admin
-        self._pairs: typing.Dict[
+        self._pairs: dict[
             int, tuple
         ] = {}  # id of a node: (the node, so that no other gets its id, its pairs)
-        self.problems: typing.List[typing.Tuple[str, int, str]] = []
-        self.warnings: typing.List[str] = []
+        self.problems: list[tuple[str, int, str]] = []
+        self.warnings: list[str] = []
 
     def problem(self, node, text: str) -> None:
         self.problems.append((node.start_mark.name, node.start_mark.line + 1, text))
@@ -655,7 +683,8 @@ class _YamlReader:
         return None
 
     def expand(self, node):
-        """`node` with ${NAME} and ${NAME:-default} replaced; raises _Bad for one that is not set. $${ stands for ${."""
+        """`node` with ${NAME} and ${NAME:-default} replaced; raises _Bad for one that is not set.
+        $${ stands for ${."""
         if node.id != "scalar" or "${" not in node.value:
             return node
 
@@ -665,7 +694,8 @@ class _YamlReader:
             text = os.environ.get(found[1], "") or found[2]
             if text is None:
                 raise _Bad(
-                    f"the environment variable {found[1]} is empty or not set: set it, or write ${{{found[1]}:-default}}",
+                    f"the environment variable {found[1]} is empty or not set: set it, or write"
+                    f" ${{{found[1]}:-default}}",
                     node,
                 )
             return text
@@ -682,19 +712,21 @@ class _YamlReader:
         return expanded
 
     def pairs(self, node, path: str = "") -> list:
-        """The (key, value) nodes of a mapping, merge keys (<<) resolved; a duplicate key is a problem."""
+        """The (key, value) nodes of a mapping, merge keys (<<) resolved; a duplicate key is a
+        problem."""
         if (
             id(node) in self._pairs
         ):  # used again by an alias: what was merged into it is no duplicate
             return self._pairs[id(node)][1]
         prefix = path + "." if path else ""
-        seen: typing.Dict[str, int] = {}
+        seen: dict[str, int] = {}
         for key, _ in node.value:
             if key.id == "scalar" and key.tag != "tag:yaml.org,2002:merge":
                 if key.value in seen:
                     self.problem(
                         key,
-                        f"{prefix}{key.value}: duplicate key, first on line {seen[key.value]}: remove one",
+                        f"{prefix}{key.value}: duplicate key, first on line {seen[key.value]}:"
+                        " remove one",
                     )
                 seen.setdefault(key.value, key.start_mark.line + 1)
         try:
@@ -711,7 +743,8 @@ class _YamlReader:
         return self._pairs[id(node)][1]
 
     def section(self, kind, node, path: str, **fixed):
-        """An instance of the dataclass `kind` from a mapping; a key that is absent or null has its default."""
+        """An instance of the dataclass `kind` from a mapping; a key that is absent or null has its
+        default."""
         fields = {field.name: field for field in dataclasses.fields(kind) if field.metadata}
         values = dict(fixed)
         given = {}
@@ -755,7 +788,7 @@ class _YamlReader:
 class _ConfigReader(_YamlReader):
     """Knows what a configuration holds."""
 
-    def job(self, key, node) -> typing.Optional[JobConfig]:
+    def job(self, key, node) -> JobConfig | None:
         path, before = f"jobs.{key.value}", len(self.problems)
         job = self.section(JobConfig, node, path, name=key.value)
         if len(self.problems) > before:
@@ -775,7 +808,8 @@ class _ConfigReader(_YamlReader):
             if name in given and job.isolation == "thread":
                 self.problem(
                     given[name],
-                    f"{path}.{name}: has no effect with isolation: thread: remove it, or use process",
+                    f"{path}.{name}: has no effect with isolation: thread: remove it, or use"
+                    " process",
                 )
         return job
 
@@ -789,7 +823,8 @@ class _ConfigReader(_YamlReader):
             if key.value in where:
                 self.problem(
                     key,
-                    f"jobs.{key.value}: defined twice, first at {where[key.value]}: rename or remove one",
+                    f"jobs.{key.value}: defined twice, first at {where[key.value]}: rename or"
+                    " remove one",
                 )
                 continue
             where[key.value] = f"{key.start_mark.name}:{key.start_mark.line + 1}"
@@ -797,7 +832,7 @@ class _ConfigReader(_YamlReader):
             if job is not None:
                 found[job.name] = job
 
-    def config(self) -> typing.Optional[Config]:
+    def config(self) -> Config | None:
         root = self.document(self.file)
         if root is None:
             return None
@@ -815,8 +850,8 @@ class _ConfigReader(_YamlReader):
         admin = dataclasses.replace(admin, access_token=self.token)
         executor = self.section(ExecutorConfig, parts["executor"], "executor")
         glue = self.section(GlueConfig, parts["glue"], "glue")
-        jobs: typing.Dict[str, JobConfig] = {}
-        where: typing.Dict[str, str] = {}
+        jobs: dict[str, JobConfig] = {}
+        where: dict[str, str] = {}
         self.jobs(parts["jobs"], jobs, where)
         self._include(parts["include"], jobs, where)
         return Config(
@@ -835,7 +870,8 @@ class _ConfigReader(_YamlReader):
             files = sorted(glob.glob(pattern))
             if not files:
                 self.warnings.append(
-                    f"{item.start_mark.name}:{item.start_mark.line + 1}: include: {item.value} matches no file"
+                    f"{item.start_mark.name}:{item.start_mark.line + 1}: include: {item.value}"
+                    " matches no file"
                 )
             self.files.append(pattern)
             for file in files:
@@ -846,12 +882,14 @@ class _ConfigReader(_YamlReader):
                     elif not key.value.startswith("x-"):
                         self.problem(
                             key,
-                            f"{key.value}: an included file may hold only jobs: move it to {self.file}",
+                            f"{key.value}: an included file may hold only jobs: move it to"
+                            f" {self.file}",
                         )
 
 
-def find_config(file: typing.Optional[str]) -> str:
-    """The configuration file: `file`, else $XXL_EXECUTOR_CONFIG, else the first of CONFIG_PLACES that exists."""
+def find_config(file: str | None) -> str:
+    """The configuration file: `file`, else $XXL_EXECUTOR_CONFIG, else the first of CONFIG_PLACES
+    that exists."""
     file = file or os.environ.get("XXL_EXECUTOR_CONFIG")
     if file:
         return file
@@ -864,7 +902,8 @@ def find_config(file: typing.Optional[str]) -> str:
 
 
 def load_config(file: str) -> Config:
-    """Read `file` and its includes. Raises ConfigError with every problem, sorted by file and line."""
+    """Read `file` and its includes. Raises ConfigError with every problem, sorted by file and
+    line."""
     reader = _ConfigReader(file)
     config = reader.config()
     if reader.problems:
@@ -878,9 +917,9 @@ def load_config(file: str) -> Config:
     return config
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 3 metrics
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 _BUCKETS = (
     0.005,
     0.02,
@@ -922,17 +961,19 @@ _METRICS = {  # name: (type, help, names of labels)
 
 
 class Metrics:
-    """Counters, histograms and gauges in the Prometheus text format; any thread may call any method."""
+    """Counters, histograms and gauges in the Prometheus text format; any thread may call any
+    method."""
 
     def __init__(self):
         self._lock = threading.Lock()
-        # From the start, where no label is awaited: a rate counts from the 0 before the first failure.
-        self._values: typing.Dict[tuple, typing.Any] = {
+        # From the start, where no label is awaited: a rate counts from the 0 before the first
+        # failure.
+        self._values: dict[tuple, typing.Any] = {
             (name, ()): 0 if kind == "counter" else [0] * (len(_BUCKETS) + 1) + [0.0]
             for name, (kind, _, *labels) in _METRICS.items()
             if kind != "gauge" and not labels
         }
-        self._gauges: typing.Dict[str, typing.Callable[[], float]] = {}
+        self._gauges: dict[str, typing.Callable[[], float]] = {}
 
     def count(self, name: str, amount: float = 1, **labels: typing.Any) -> None:
         key = (name, tuple(labels.items()))
@@ -986,15 +1027,16 @@ class Metrics:
         lines += [
             "# HELP xxl_executor_build_info Version of the executor and its Python.",
             "# TYPE xxl_executor_build_info gauge",
-            f'xxl_executor_build_info{{version="{__version__}",python="{sys.version.split()[0]}"}} 1',
+            f'xxl_executor_build_info{{version="{__version__}",'
+            f'python="{sys.version.split()[0]}"}} 1',
             "",
         ]
         return "\n".join(lines)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 4 HTTP server
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 HEAD_LIMIT, BODY_LIMIT = 16 << 10, 5 << 20  # bytes
 REQUEST_TIMEOUT, IDLE_TIMEOUT, LINGER = (
     10.0,
@@ -1007,11 +1049,13 @@ _HEAD_END = re.compile(rb"\r?\n\r?\n")
 _FRAMING = re.compile(
     rb"^(content-length|transfer-encoding|expect)[ \t]*:[ \t]*([^\r\n]*?)[ \t]*\r?$", re.I | re.M
 )
-_CACHED_HEAD = 1024  # bytes; a client repeats its heads, so what was parsed is remembered for the last 256 that are not longer
+# bytes; a client repeats its heads, so what was parsed is remembered for the last 256 that are not
+# longer
+_CACHED_HEAD = 1024
 _ONCE = select.EPOLLONESHOT  # whoever got the event owns the connection until it arms it again
 
 
-def envelope(code: int, message: typing.Optional[str] = None, data: typing.Any = None) -> bytes:
+def envelope(code: int, message: str | None = None, data: typing.Any = None) -> bytes:
     """The reply that every admin reads: the payload is `content` up to 3.2 and `data` from 3.3."""
     return json.dumps(
         {"code": code, "msg": message, "content": data, "data": data}, ensure_ascii=False
@@ -1019,7 +1063,8 @@ def envelope(code: int, message: typing.Optional[str] = None, data: typing.Any =
 
 
 class HttpError(Exception):
-    """A request that cannot be framed: `status` and a text for the client; the connection is closed after it."""
+    """A request that cannot be framed: `status` and a text for the client; the connection is closed
+    after it."""
 
     def __init__(self, status: int, text: str):
         super().__init__(text)
@@ -1027,7 +1072,8 @@ class HttpError(Exception):
 
 
 class Connection:
-    """A client socket and the bytes of its current request; owned by one thread at a time (see _ONCE)."""
+    """A client socket and the bytes of its current request; owned by one thread at a time (see
+    _ONCE)."""
 
     __slots__ = (
         "sock",
@@ -1059,7 +1105,7 @@ class Connection:
         except OSError:
             return True
 
-    def frame(self) -> typing.Optional[typing.Tuple[bytes, bytes]]:
+    def frame(self) -> tuple[bytes, bytes] | None:
         """Take (head, body) of one complete request from the buffer, or None. Raises HttpError."""
         if not self.head_end:
             while self.buffer[:1] in (
@@ -1095,7 +1141,7 @@ class Connection:
 
 
 @functools.lru_cache(256)
-def _framing(head: bytes) -> typing.Tuple[int, bool]:
+def _framing(head: bytes) -> tuple[int, bool]:
     """(length of the body, whether the client waits for 100 Continue). Raises HttpError."""
     fields = collections.defaultdict(set)
     for name, value in _FRAMING.findall(head):
@@ -1124,7 +1170,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     """Parses one complete request and renders its answer into `wfile`; never touches a socket."""
 
     protocol_version = "HTTP/1.1"
-    _parsed: typing.Dict[bytes, dict] = {}
+    _parsed: dict[bytes, dict] = {}
 
     def __init__(
         self, head: bytes, body: bytes, peer: str, answer, closing: typing.Callable[[], bool]
@@ -1185,7 +1231,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 class Listener:
     """The listening socket in the selector; used by the selector thread, but for `resume`.
 
-    It pauses where accepting makes no sense: new connections then wait in the backlog, and no loop turns for nothing.
+    It pauses where accepting makes no sense: new connections then wait in the backlog, and no loop
+    turns for nothing.
     """
 
     def __init__(self, sock: socket.socket, epoll):
@@ -1195,8 +1242,9 @@ class Listener:
     def register(self) -> None:
         self._epoll.register(self.fd, select.EPOLLIN)
 
-    def accept(self, room: int) -> typing.Iterator[typing.Tuple[socket.socket, str]]:
-        """(socket, peer) of connections that wait, at most `room`; pauses when there are no descriptors for them."""
+    def accept(self, room: int) -> typing.Iterator[tuple[socket.socket, str]]:
+        """(socket, peer) of connections that wait, at most `room`; pauses when there are no
+        descriptors for them."""
         for _ in range(min(room, 64)):  # then the open connections get their turn
             try:
                 sock, address = self._sock.accept()
@@ -1231,9 +1279,10 @@ class Listener:
 class HttpServer:
     """Receives whole requests in one selector thread and has a few threads answer them.
 
-    No connection holds a thread unless its request is complete, and no slow reader holds one either: what a socket does not
-    take at once is sent by the selector. At `max_connections` the listener pauses; connections are never evicted for others.
-    `answer(method, target, headers, body, address of the client)` returns (status, content type, body) and must not raise.
+    No connection holds a thread unless its request is complete, and no slow reader holds one
+    either: what a socket does not take at once is sent by the selector. At `max_connections` the
+    listener pauses; connections are never evicted for others. `answer(method, target, headers,
+    body, address of the client)` returns (status, content type, body) and must not raise.
     """
 
     def __init__(self, listener: socket.socket, answer, max_connections: int, threads: int = 8):
@@ -1242,7 +1291,7 @@ class HttpServer:
         self._epoll = select.epoll()
         self._listener = Listener(listener, self._epoll)
         self._wake_read, self._wake_write = os.pipe()
-        self._connections: typing.Dict[int, Connection] = {}
+        self._connections: dict[int, Connection] = {}
         self._closing, self._holding = threading.Event(), threading.Event()
         self._quiet = (
             threading.Event()
@@ -1265,15 +1314,16 @@ class HttpServer:
             thread.start()
 
     def alive(self) -> bool:
-        """Whether the selector turns, and requests are answered if any wait since the last call; one thread calls it."""
+        """Whether the selector turns, and requests are answered if any wait since the last call;
+        one thread calls it."""
         before, self._seen = self._seen, (self._ready.qsize(), self._handled)
         return time.monotonic() < self._ticked + ALIVE and not (
             before[0] and self._seen[0] and before[1] == self._seen[1]
         )
 
     def hold(self, seconds: float) -> None:
-        """Take no new connection and no further request of an old one until `release`; returns when what had begun to come is
-        answered, after `seconds` at the latest."""
+        """Take no new connection and no further request of an old one until `release`; returns when
+        what had begun to come is answered, after `seconds` at the latest."""
         self._holding.set()
         os.write(self._wake_write, b"x")
         self._quiet.wait(seconds)
@@ -1431,7 +1481,10 @@ class HttpServer:
     def _fail(self, connection: Connection, error: HttpError) -> None:
         body = envelope(FAILURE, str(error))
         reason = http.server.BaseHTTPRequestHandler.responses[error.status][0]
-        head = f"HTTP/1.1 {error.status} {reason}\r\nContent-Type: {_JSON}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        head = (
+            f"HTTP/1.1 {error.status} {reason}\r\nContent-Type: {_JSON}\r\nContent-Length:"
+            f" {len(body)}\r\nConnection: close\r\n\r\n"
+        )
         connection.out, connection.close_after = head.encode() + body, True
         self._send(connection)
 
@@ -1464,11 +1517,12 @@ class HttpServer:
             self._arm(connection, select.EPOLLIN, IDLE_TIMEOUT)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 5 executor API
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def whole(value: typing.Any, name: str) -> int:
-    """`value` as an int64. Gson writes whole numbers, or text for a long; int() would also take "1_0", " 7 " and "٣"."""
+    """`value` as an int64. Gson writes whole numbers, or text for a long; int() would also take
+    "1_0", " 7 " and "٣"."""
     if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,19}", value):
         value = int(value)
     if isinstance(value, float) and value.is_integer() and abs(value) <= 1 << 53:
@@ -1493,7 +1547,7 @@ def decode(body: bytes) -> dict:
     return found
 
 
-def number(fields: dict, name: str, default: typing.Optional[int] = None) -> int:
+def number(fields: dict, name: str, default: int | None = None) -> int:
     value = fields.get(name)
     if value is None:
         if default is None:
@@ -1510,7 +1564,8 @@ def text(fields: dict, name: str) -> str:
 
 
 def log_date(fields: dict) -> int:
-    """The trigger's own time in ms, under both spellings (logDateTime in 3.5's log request, logDateTim before)."""
+    """The trigger's own time in ms, under both spellings (logDateTime in 3.5's log request,
+    logDateTim before)."""
     return number(
         fields, "logDateTim" if fields.get("logDateTim") is not None else "logDateTime", 0
     )
@@ -1565,7 +1620,7 @@ class Api:
 
     def answer(
         self, method: str, target: str, headers, body: bytes, peer: str
-    ) -> typing.Tuple[int, str, bytes]:
+    ) -> tuple[int, str, bytes]:
         path = re.sub("/+", "/", target.partition("?")[0])
         if self._prefix and path.startswith(self._prefix + "/"):
             path = path[len(self._prefix) :]
@@ -1601,7 +1656,8 @@ class Api:
             _JSON,
             envelope(
                 FAILURE,
-                f"no such path; this is an XXL-JOB executor: {', '.join([*self._post, *self._get])}",
+                "no such path; this is an XXL-JOB executor:"
+                f" {', '.join([*self._post, *self._get])}",
             ),
         )
 
@@ -1613,13 +1669,15 @@ class Api:
             or not hmac.compare_digest(given[0].encode("latin-1", "replace"), token.encode())
         ):
             raise Refused(
-                "The access token is wrong: give admin and executor the same xxl.job.accessToken / admin.access_token.",
+                "The access token is wrong: give admin and executor the same xxl.job.accessToken /"
+                " admin.access_token.",
                 "token",
             )
         for name in headers.get_all("XXL-JOB-APPNAME", []):
             if name != self.config.executor.app_name:
                 raise Refused(
-                    f"this executor is {self.config.executor.app_name}, not {name[:100]}: check its address in the admin",
+                    f"this executor is {self.config.executor.app_name}, not {name[:100]}: check its"
+                    " address in the admin",
                     "app_name",
                 )
 
@@ -1687,9 +1745,9 @@ class Api:
         return 200, _JSON, json.dumps(self._status(), ensure_ascii=False).encode("utf-8", "replace")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 6 scheduling
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 class Run:
     """An accepted trigger on its way; the scheduler's lock guards `state` and `result`."""
 
@@ -1697,7 +1755,7 @@ class Run:
 
     def __init__(self, trigger: Trigger, job: JobConfig, state: RunState):
         self.trigger, self.job, self.state = trigger, job, state
-        self.result: typing.Optional[Result] = None
+        self.result: Result | None = None
         self.control = Control()
         self.accepted = time.monotonic()
         self.started = 0.0
@@ -1705,20 +1763,22 @@ class Run:
 
 
 class Lane:
-    """What runs and waits for one jobId: one run at a time, the rest in order; used with the scheduler's lock held."""
+    """What runs and waits for one jobId: one run at a time, the rest in order; used with the
+    scheduler's lock held."""
 
     __slots__ = ("running", "waiting", "ready")
 
     def __init__(self):
-        self.running: typing.Optional[Run] = None
-        self.waiting: typing.Deque[Run] = collections.deque()
+        self.running: Run | None = None
+        self.waiting: collections.deque[Run] = collections.deque()
         self.ready = False  # it stands in the queue of lanes that a slot may take
 
     def check(self, trigger: Trigger, job: JobConfig) -> None:
         """Raises Refused for a trigger that this lane does not take now."""
         if self.running is not None and self.running.stuck:
             raise Refused(
-                f"{self.stuck()}: restart the executor, and let the job watch Context.cancelled or use isolation: process",
+                f"{self.stuck()}: restart the executor, and let the job watch Context.cancelled or"
+                " use isolation: process",
                 "stuck",
             )
         if trigger.block_strategy == "DISCARD_LATER" and (self.running or self.waiting):
@@ -1728,7 +1788,8 @@ class Lane:
             )
         if len(self.waiting) >= job.queue_limit and trigger.block_strategy != "COVER_EARLY":
             raise Refused(
-                f"{len(self.waiting)} triggers of this job wait already: queue_limit is {job.queue_limit}",
+                f"{len(self.waiting)} triggers of this job wait already: queue_limit is"
+                f" {job.queue_limit}",
                 "queue_limit",
             )
 
@@ -1739,7 +1800,7 @@ class Lane:
             and self.waiting[0].state is not RunState.ACCEPTING
         )
 
-    def take_waiting(self) -> typing.List[Run]:
+    def take_waiting(self) -> list[Run]:
         """Drop what was accepted and waits; what is not accepted yet comes after it and stays."""
         taken = [run for run in self.waiting if run.state is RunState.ACCEPTED]
         for run in taken:
@@ -1751,9 +1812,11 @@ class Lane:
 
 
 class Slots:
-    """At most `limit` threads that call `work(item)` for the queued items in order; put: any thread.
+    """At most `limit` threads that call `work(item)` for the queued items in order; put: any
+    thread.
 
-    The threads are daemons, started when none is idle: a job that never returns from its thread cannot hold the exit back.
+    The threads are daemons, started when none is idle: a job that never returns from its thread
+    cannot hold the exit back.
     """
 
     def __init__(self, limit: int, work: typing.Callable[[typing.Any], None]):
@@ -1763,8 +1826,8 @@ class Slots:
         self._spare = 0  # idle threads, or less than 0: items that wait for one
 
     def start(self) -> None:
-        """Work off the queue from now on. Starts a thread even for nothing, so that a shortage of threads later cannot leave
-        none. Raises RuntimeError."""
+        """Work off the queue from now on. Starts a thread even for nothing, so that a shortage of
+        threads later cannot leave none. Raises RuntimeError."""
         with self._lock:
             self._started = True
             self._grow()
@@ -1802,8 +1865,8 @@ class Slots:
 class Scheduler:
     """One lane per jobId, lanes served in turn by at most `max_running` slot threads.
 
-    submit, kill, busy and knows: any thread. A run is in the journal as accepted before submit returns and as running before
-    anything of it starts, so no crash can make it start twice.
+    submit, kill, busy and knows: any thread. A run is in the journal as accepted before submit
+    returns and as running before anything of it starts, so no crash can make it start twice.
     """
 
     def __init__(self, journal, runner, metrics: Metrics, max_running: int, max_queued: int):
@@ -1812,16 +1875,15 @@ class Scheduler:
         self._slots = Slots(max_running, self._serve)
         self._lock = threading.Lock()
         self._settled = threading.Condition(self._lock)  # a run left ACCEPTING
-        self._lanes: typing.Dict[int, Lane] = {}
-        self._runs: typing.Dict[int, Run] = {}  # by logId: everything between accepted and finished
+        self._lanes: dict[int, Lane] = {}
+        self._runs: dict[int, Run] = {}  # by logId: everything between accepted and finished
         self._queued = 0
-        self._idle_hook: typing.Optional[typing.Callable[[], None]] = None  # set while draining
-        self.recent: typing.Dict[
-            str, typing.Deque[int]
-        ] = {}  # the last result codes of each handler
+        self._idle_hook: typing.Callable[[], None] | None = None  # set while draining
+        self.recent: dict[str, collections.deque[int]] = {}  # the last result codes of each handler
 
     def submit(self, trigger: Trigger, job: JobConfig) -> None:
-        """Accept `trigger`, or raise Refused. A logId that is known already is accepted again and starts nothing."""
+        """Accept `trigger`, or raise Refused. A logId that is known already is accepted again and
+        starts nothing."""
         try:
             run = self._reserve(trigger, job)
         except Refused:
@@ -1858,7 +1920,8 @@ class Scheduler:
         self._finish(dropped, Result(FAILURE, reason))
 
     def resume(self, trigger: Trigger, job: JobConfig) -> None:
-        """Queue a run that the journal already holds as accepted, at start, before any trigger can come."""
+        """Queue a run that the journal already holds as accepted, at start, before any trigger can
+        come."""
         with self._lock:
             lane = self._lanes.setdefault(trigger.job_id, Lane())
             self._runs[trigger.log_id] = run = Run(trigger, job, RunState.ACCEPTED)
@@ -1866,29 +1929,34 @@ class Scheduler:
             self._queued += 1
             self._offer(lane)
 
-    def _reserve(self, trigger: Trigger, job: JobConfig) -> typing.Optional[Run]:
-        """A place in the lane that cannot start yet; None when this logId is known already. Raises Refused."""
+    def _reserve(self, trigger: Trigger, job: JobConfig) -> Run | None:
+        """A place in the lane that cannot start yet; None when this logId is known already. Raises
+        Refused."""
         delay = time.time() - trigger.log_date_time / 1000
         if job.max_delay and trigger.log_date_time and delay > job.max_delay:
             raise Refused(
-                f"the trigger is {seconds_text(delay)} old, more than max_delay {seconds_text(job.max_delay)}",
+                f"the trigger is {seconds_text(delay)} old, more than max_delay"
+                f" {seconds_text(job.max_delay)}",
                 "max_delay",
             )
         with self._lock:
             known = self._runs.get(trigger.log_id)
             while known is not None:
-                self._settled.wait_for(lambda: known.state is not RunState.ACCEPTING)
+                while known.state is RunState.ACCEPTING:
+                    self._settled.wait()
                 latest = self._runs.get(trigger.log_id)
                 if latest is known:
                     return None
-                known = latest  # it could not be stored, or has ended and another of those who waited was faster
+                # it could not be stored, or has ended and another of those who waited was faster
+                known = latest
             if self._idle_hook is not None:
                 raise Refused("the executor is stopping", "stopping")
             lane = self._lanes.get(trigger.job_id) or Lane()
             lane.check(trigger, job)
             if self._queued >= self._max_queued:
                 raise Refused(
-                    f"{self._queued} triggers wait already: executor.max_queued is {self._max_queued}",
+                    f"{self._queued} triggers wait already: executor.max_queued is"
+                    f" {self._max_queued}",
                     "max_queued",
                 )
             self._lanes[trigger.job_id] = lane
@@ -1910,7 +1978,7 @@ class Scheduler:
             elif lane.running is None:
                 del self._lanes[run.trigger.job_id]
 
-    def _drop_waiting(self, lane: Lane) -> typing.List[Run]:
+    def _drop_waiting(self, lane: Lane) -> list[Run]:
         """With the lock held."""
         dropped = lane.take_waiting()
         self._queued -= len(dropped)
@@ -1926,7 +1994,8 @@ class Scheduler:
         self._slots.start()
 
     def _serve(self, lane: Lane) -> None:
-        """Run the first of `lane`, in a slot thread; the lane then queues again, behind the others."""
+        """Run the first of `lane`, in a slot thread; the lane then queues again, behind the
+        others."""
         with self._lock:
             lane.ready = False
             if self._idle_hook is not None or not lane.may_start():
@@ -1953,7 +2022,8 @@ class Scheduler:
         if run.job.max_delay and waited > run.job.max_delay:
             return Result(
                 FAILURE,
-                f"waited {seconds_text(waited)}, more than max_delay {seconds_text(run.job.max_delay)}",
+                f"waited {seconds_text(waited)}, more than max_delay"
+                f" {seconds_text(run.job.max_delay)}",
             )
         failpoint("starting")
         try:
@@ -1969,7 +2039,8 @@ class Scheduler:
         return self._runner.run(run.trigger, run.job, run.control)
 
     def _give_up(self, run: Run) -> None:
-        """A thread did not return from a cancelled run: report the run; its lane stays closed, so that nothing overlaps."""
+        """A thread did not return from a cancelled run: report the run; its lane stays closed, so
+        that nothing overlaps."""
         with self._lock:
             if run.result is not None:
                 return
@@ -2018,7 +2089,8 @@ class Scheduler:
             )
 
     def kill(self, job_id: int) -> str:
-        """End what runs and drop what waits for `job_id`; returns what was found. Does not wait for the processes."""
+        """End what runs and drop what waits for `job_id`; returns what was found. Does not wait for
+        the processes."""
         with self._lock:
             lane = self._lanes.get(job_id)
             if lane is None:
@@ -2053,7 +2125,8 @@ class Scheduler:
             self._idle_hook()
 
     def cancel_all(self, message: str) -> float:
-        """End everything that runs; returns the seconds it may take until the processes are gone."""
+        """End everything that runs; returns the seconds it may take until the processes are
+        gone."""
         with self._lock:
             running = [lane.running for lane in self._lanes.values() if lane.running is not None]
             for run in running:
@@ -2095,16 +2168,16 @@ class Scheduler:
         )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 7 job process
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 _CHUNK = 1 << 16  # bytes; what one read of a pipe or file asks for
 KILL_LIMIT = 10.0  # seconds that SIGKILL is repeated for a tree that keeps forking
 SERVER_LIMIT = 10.0  # seconds that a Python server may take to fork; it takes milliseconds
 PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 M_MMAP_THRESHOLD = -3  # <malloc.h>
-_KEPT: typing.Dict[int, int] = {}  # {pid: start time} of what jobs with background: keep left
-_OWN: typing.Set[int] = (
+_KEPT: dict[int, int] = {}  # {pid: start time} of what jobs with background: keep left
+_OWN: set[int] = (
     set()
 )  # direct children that somebody here waits for; all others are orphans that jobs left
 
@@ -2114,8 +2187,8 @@ class Control:
 
     def __init__(self):
         self._lock = threading.Lock()
-        self._act: typing.Optional[typing.Callable[[], None]] = None
-        self.result: typing.Optional[Result] = None
+        self._act: typing.Callable[[], None] | None = None
+        self.result: Result | None = None
         self.stuck_hook: typing.Callable[[], None] = lambda: None
 
     def cancel(self, code: int, message: str) -> None:
@@ -2128,8 +2201,9 @@ class Control:
                     except RuntimeError as error:  # no thread for the timer of a run in a thread
                         log.error("cannot watch whether a cancelled run ends: %s", error)
 
-    def attach(self, act: typing.Optional[typing.Callable[[], None]]) -> None:
-        """`act` is called once when the run is cancelled, at once when it is already; None detaches."""
+    def attach(self, act: typing.Callable[[], None] | None) -> None:
+        """`act` is called once when the run is cancelled, at once when it is already; None
+        detaches."""
         with self._lock:
             self._act = act
             if act is not None and self.result is not None:
@@ -2139,9 +2213,10 @@ class Control:
 class Context:
     """What a Python job gets as its argument.
 
-    job_id, log_id, handler, param, shard_index, shard_total, trigger_time (ms since the epoch), timeout (seconds, 0: none).
-    `cancelled` is a threading.Event, set when a job with `isolation: thread` is killed or timed out: return soon then.
-    A job in a process is ended by SIGTERM instead.
+    job_id, log_id, handler, param, shard_index, shard_total, trigger_time (ms since the epoch),
+    timeout (seconds, 0: none). `cancelled` is a threading.Event, set when a job with `isolation:
+    thread` is killed or timed out: return soon then. A job in a process is ended by SIGTERM
+    instead.
     """
 
     def __init__(self, fields: dict, write: typing.Callable[[str], typing.Any]):
@@ -2160,8 +2235,9 @@ class Context:
         """Write one line with the time into the run's log; any thread."""
         self._write(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
 
-    def params(self) -> typing.Dict[str, typing.Any]:
-        """The parameter as a dict: a JSON object, `id=1&active=true`, or `key=value` words. Raises ValueError."""
+    def params(self) -> dict[str, typing.Any]:
+        """The parameter as a dict: a JSON object, `id=1&active=true`, or `key=value` words. Raises
+        ValueError."""
         if not self.param.strip():
             return {}
         with contextlib.suppress(ValueError):
@@ -2179,7 +2255,8 @@ class Context:
             if all(key and equals for key, equals, _ in words):
                 return {key: value for key, _, value in words}
         raise ValueError(
-            f'expected a JSON object, "id=1&active=true" or key=value words as parameter, got {self.param!r}'
+            'expected a JSON object, "id=1&active=true" or key=value words as parameter, got'
+            f" {self.param!r}"
         )
 
 
@@ -2189,7 +2266,8 @@ def _takes_argument(function) -> bool:
 
 
 def call_entry_point(entry_point: str, context: Context) -> str:
-    """Import `module:function` and call it, with `context` if it takes an argument; returns its result as text."""
+    """Import `module:function` and call it, with `context` if it takes an argument; returns its
+    result as text."""
     module, _, name = entry_point.partition(":")
     function = getattr(importlib.import_module(module), name)
     try:
@@ -2230,20 +2308,23 @@ class Scripts:
         kind = trigger.glue_type[:100]
         if kind == "GLUE_GROOVY":
             raise Refused(
-                "GLUE_GROOVY: Groovy runs inside the Java executor only: choose another language, or a script of this host",
+                "GLUE_GROOVY: Groovy runs inside the Java executor only: choose another language,"
+                " or a script of this host",
                 "glue",
             )
         if kind not in GLUE:
             raise Refused(f"{kind}: no such kind of script: known are {', '.join(GLUE)}", "glue")
         if not self._config.enabled:
             raise Refused(
-                f"{kind}: scripts from the admin are not enabled here: write the script to this host, list it under jobs in "
-                "the configuration and choose BEAN with its name as JobHandler, or set glue.enabled: true",
+                f"{kind}: scripts from the admin are not enabled here: write the script to this"
+                " host, list it under jobs in the configuration and choose BEAN with its name as"
+                " JobHandler, or set glue.enabled: true",
                 "glue",
             )
         if kind not in self._config.languages:
             raise Refused(
-                f"{kind}: is not among glue.languages: {', '.join(self._config.languages) or 'none'}",
+                f"{kind}: is not among glue.languages:"
+                f" {', '.join(self._config.languages) or 'none'}",
                 "glue",
             )
         return JobConfig(
@@ -2316,11 +2397,12 @@ class Scripts:
 # -- the Python server: a process that imports nothing of the jobs and forks one child per run
 
 
-def serve_python(fd: int) -> typing.Optional[typing.Callable[[], int]]:
-    """Fork a child for every request on the socket `fd` and report its pid and status; returns the work in each child.
+def serve_python(fd: int) -> typing.Callable[[], int] | None:
+    """Fork a child for every request on the socket `fd` and report its pid and status; returns the
+    work in each child.
 
-    A request is 8 bytes of length, that many bytes of JSON, and two descriptors: for output and for the report.
-    Ends when the daemon closes the socket.
+    A request is 8 bytes of length, that many bytes of JSON, and two descriptors: for output and for
+    the report. Ends when the daemon closes the socket.
     """
     trim_memory()
     marker = LIBC.getenv
@@ -2332,7 +2414,7 @@ def serve_python(fd: int) -> typing.Optional[typing.Callable[[], int]]:
         end.setblocking(False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wake_write.fileno(), warn_on_full_buffer=False)
-    reports: typing.Dict[int, int] = {}
+    reports: dict[int, int] = {}
     while True:
         ready, _, _ = select.select([server, wake_read], [], [])
         if wake_read in ready:
@@ -2376,7 +2458,8 @@ def serve_python(fd: int) -> typing.Optional[typing.Callable[[], int]]:
                     wake_write.detach(),
                 ):
                     os.close(other)
-                # /proc/PID/environ of a process that did not exec shows the memory it inherited: write the marker there.
+                # /proc/PID/environ of a process that did not exec shows the memory it inherited:
+                # write the marker there.
                 ctypes.memmove(
                     marker_at, request["env"][MARKER].encode(), len(request["env"][MARKER])
                 )
@@ -2392,12 +2475,14 @@ def _report(fd: int, **fields: typing.Any) -> None:
 
 
 def _python_child(request: dict, output: int, report: int) -> int:
-    """In the forked child: become the job, call it, report its return value or its exception; returns the exit status."""
+    """In the forked child: become the job, call it, report its return value or its exception;
+    returns the exit status."""
     os.set_inheritable(report, False)
     own, pipe = os.getpid(), os.fstat(report).st_ino
 
     def tell(message: str) -> None:
-        """Not from a child that the job forked and that came back here, and not into what the job opened in place of the pipe."""
+        """Not from a child that the job forked and that came back here, and not into what the job
+        opened in place of the pipe."""
         with contextlib.suppress(OSError):  # the job closed it
             if os.getpid() == own and os.fstat(report).st_ino == pipe:
                 _report(report, message=clip(message))
@@ -2409,12 +2494,8 @@ def _python_child(request: dict, output: int, report: int) -> int:
             os.dup2(source, target)
         os.close(null)
         os.close(output)
-        sys.stdout = open(
-            1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False
-        )
-        sys.stderr = open(
-            2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False
-        )
+        text = {"buffering": 1, "encoding": "utf-8", "errors": "backslashreplace", "closefd": False}
+        sys.stdout, sys.stderr = open(1, "w", **text), open(2, "w", **text)  # noqa: SIM115
         if request["user"]:
             user = pwd.getpwnam(request["user"])
             os.initgroups(user.pw_name, user.pw_gid)
@@ -2443,7 +2524,8 @@ def _python_child(request: dict, output: int, report: int) -> int:
 
 
 def _own_frames(trace):
-    """The traceback from the first frame that is not of this file: the author of a job looks for his own lines."""
+    """The traceback from the first frame that is not of this file: the author of a job looks for
+    his own lines."""
     first = trace
     while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
         trace = trace.tb_next
@@ -2453,13 +2535,15 @@ def _own_frames(trace):
 # -- processes and their descendants
 
 
-def run_as_module(interpreter: str, *arguments: str) -> typing.List[str]:
-    """The command that runs this file as a module: of a script CPython keeps the syntax tree while it runs, 9 MiB of this one."""
+def run_as_module(interpreter: str, *arguments: str) -> list[str]:
+    """The command that runs this file as a module: of a script CPython keeps the syntax tree while
+    it runs, 9 MiB of this one."""
     code = (
-        "import importlib.machinery, importlib.util, sys; "
-        "spec = importlib.util.spec_from_loader('xxl_executor', importlib.machinery.SourceFileLoader('xxl_executor', sys.argv[1])); "
-        "module = sys.modules['xxl_executor'] = importlib.util.module_from_spec(spec); spec.loader.exec_module(module); "
-        "sys.exit(module.main(sys.argv[2:]))"
+        "import importlib.machinery, importlib.util, sys; spec ="
+        " importlib.util.spec_from_loader('xxl_executor',"
+        " importlib.machinery.SourceFileLoader('xxl_executor', sys.argv[1])); module ="
+        " sys.modules['xxl_executor'] = importlib.util.module_from_spec(spec);"
+        " spec.loader.exec_module(module); sys.exit(module.main(sys.argv[2:]))"
     )
     return [interpreter, "-c", code, os.path.abspath(__file__), *arguments]
 
@@ -2468,7 +2552,8 @@ def trim_memory() -> None:
     """Give back to the system what starting up needed for a moment; glibc keeps it otherwise."""
     gc.collect()
     with contextlib.suppress(AttributeError):  # another libc
-        # A fixed threshold: else glibc raises it to the largest block that was freed, and what log pages took stays, per thread.
+        # A fixed threshold: else glibc raises it to the largest block that was freed, and what log
+        # pages took stays, per thread.
         LIBC.mallopt(M_MMAP_THRESHOLD, 1 << 20)
         LIBC.malloc_trim(0)
 
@@ -2487,7 +2572,7 @@ class Child:
             _OWN.discard(popen.pid)
             raise
 
-    def poll(self) -> typing.Optional[int]:
+    def poll(self) -> int | None:
         """The exit status, negative for a signal, or None while it runs."""
         return self._popen.poll()
 
@@ -2497,10 +2582,12 @@ class Child:
 
 
 class ForkedChild:
-    """A job process that a Python server forked: `fd` is readable when there is a report of it, or the server is gone."""
+    """A job process that a Python server forked: `fd` is readable when there is a report of it, or
+    the server is gone."""
 
     def __init__(self, report: int, server: int):
-        """Waits for the pid. Raises TimeoutError when the server, process `server`, does not answer."""
+        """Waits for the pid. Raises TimeoutError when the server, process `server`, does not
+        answer."""
         self.pid, self.message, self.lost = 0, "", False
         self._report, self._data, self._status = report, b"", None
         try:
@@ -2520,7 +2607,7 @@ class ForkedChild:
                 raise TimeoutError(errno.ETIMEDOUT, "the Python server does not answer")
             self._epoll.poll(max(0.0, deadline - time.monotonic()) + 0.001)
 
-    def poll(self) -> typing.Optional[int]:
+    def poll(self) -> int | None:
         """The exit status, negative for a signal, or None while it runs."""
         gone = any(
             fd == self._server for fd, _ in self._epoll.poll(0)
@@ -2554,13 +2641,14 @@ class ForkedChild:
 
 
 class PythonServer:
-    """A warm interpreter for `python` jobs, started on first use and again when it is gone; any thread."""
+    """A warm interpreter for `python` jobs, started on first use and again when it is gone; any
+    thread."""
 
-    def __init__(self, interpreter: str, environment: typing.Dict[str, str]):
+    def __init__(self, interpreter: str, environment: dict[str, str]):
         self._interpreter, self._environment = interpreter, environment
         self._lock = threading.RLock()
-        self._socket: typing.Optional[socket.socket] = None
-        self._popen: typing.Optional[subprocess.Popen] = None
+        self._socket: socket.socket | None = None
+        self._popen: subprocess.Popen | None = None
 
     def start(self) -> None:
         """Raises OSError when the interpreter cannot be started."""
@@ -2637,7 +2725,8 @@ class PythonServer:
 
 
 def _read_proc(path: str) -> bytes:
-    """A small file of the kernel; without the objects of open(), whose making takes longer than all the rest."""
+    """A small file of the kernel; without the objects of open(), whose making takes longer than all
+    the rest."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         data = part = os.read(fd, 1 << 15)
@@ -2649,7 +2738,7 @@ def _read_proc(path: str) -> bytes:
         os.close(fd)
 
 
-def _process_stat(pid: int) -> typing.Optional[typing.Tuple[str, int, int, int]]:
+def _process_stat(pid: int) -> tuple[str, int, int, int] | None:
     """(state, parent, session, start time) of a process, or None when it is gone."""
     try:
         fields = _read_proc(f"/proc/{pid}/stat").rpartition(b") ")[2].split()
@@ -2658,8 +2747,9 @@ def _process_stat(pid: int) -> typing.Optional[typing.Tuple[str, int, int, int]]
     return (fields[0].decode(), int(fields[1]), int(fields[3]), int(fields[19])) if fields else None
 
 
-def _pids() -> typing.List[int]:
-    """Of all processes. Waits for a free descriptor, at most KILL_LIMIT: what a run started is ended whatever is short."""
+def _pids() -> list[int]:
+    """Of all processes. Waits for a free descriptor, at most KILL_LIMIT: what a run started is
+    ended whatever is short."""
     deadline = time.monotonic() + KILL_LIMIT
     while True:
         try:
@@ -2681,10 +2771,12 @@ def family(
     session: int = 0,
     seen: typing.Mapping[int, int] = {},
     act: typing.Callable[[int, int], typing.Any] = lambda pid, started: None,
-) -> typing.Dict[int, int]:
-    """{pid: start time} of living processes whose environment holds `marker` or whose session is `session`, of those `seen`
-    before, and of all their descendants. `marker` may be the beginning of one: then every run that it begins.
-    `act(pid, start time)` is called for each as soon as it is found: one that forks and exits is gone when all are."""
+) -> dict[int, int]:
+    """{pid: start time} of living processes whose environment holds `marker` or whose session is
+    `session`, of those `seen` before, and of all their descendants. `marker` may be the beginning
+    of one: then every run that it begins. `act(pid, start time)` is called for each as soon as it
+    is found: one that forks and exits is gone when all are.
+    """
     needle = f"\0{MARKER}={marker}".encode()
     stats, members = {}, []
     children = collections.defaultdict(list)
@@ -2712,9 +2804,10 @@ def family(
     return {pid: stats[pid][3] for pid in members if stats[pid][0] not in "ZX"}
 
 
-def send_signal(members: typing.Dict[int, int], number: int) -> typing.List[int]:
-    """Signal processes found by `family`; returns a pidfd of each, to wait for and to close. A PID that changed hands since
-    is left alone: the descriptor is opened first, then the start time is compared."""
+def send_signal(members: dict[int, int], number: int) -> list[int]:
+    """Signal processes found by `family`; returns a pidfd of each, to wait for and to close. A PID
+    that changed hands since is left alone: the descriptor is opened first, then the start time is
+    compared."""
     fds = []
     for pid, started in members.items():
         with contextlib.suppress(OSError):
@@ -2732,7 +2825,7 @@ def send_signal(members: typing.Dict[int, int], number: int) -> typing.List[int]
     return fds
 
 
-def await_exit(fds: typing.List[int], seconds: float) -> None:
+def await_exit(fds: list[int], seconds: float) -> None:
     """Wait until every process behind these pidfds has ended, at most `seconds`; closes them."""
     deadline, poller, waiting = time.monotonic() + seconds, select.poll(), set(fds)
     for fd in fds:
@@ -2749,7 +2842,8 @@ def await_exit(fds: typing.List[int], seconds: float) -> None:
 
 @contextlib.contextmanager
 def urgent() -> typing.Iterator[None]:
-    """Inside, the calling thread goes before others, where that is permitted: it must outrun what it kills."""
+    """Inside, the calling thread goes before others, where that is permitted: it must outrun what
+    it kills."""
     before = os.getpriority(os.PRIO_PROCESS, 0)  # of the thread, on Linux
     with contextlib.suppress(PermissionError):
         os.setpriority(os.PRIO_PROCESS, 0, -20)
@@ -2761,18 +2855,18 @@ def urgent() -> typing.Iterator[None]:
             os.setpriority(os.PRIO_PROCESS, 0, before)
 
 
-def kill_family(
-    marker: str, session: int = 0, seen: typing.Mapping[int, int] = {}
-) -> typing.List[int]:
-    """SIGKILL until two passes find nobody, at most KILL_LIMIT; returns the pids that were still there, [] as it should be.
+def kill_family(marker: str, session: int = 0, seen: typing.Mapping[int, int] = {}) -> list[int]:
+    """SIGKILL until two passes find nobody, at most KILL_LIMIT; returns the pids that were still
+    there, [] as it should be.
 
-    Whoever is found is stopped at once, and killed when a pass finds nobody new: what is stopped neither forks nor exits, so
-    that no chain of forks outruns the search and no child without a marker loses the parent by which it is known. A pass
-    after which an orphan was reaped does not count as empty: it may have been a link of such a chain.
+    Whoever is found is stopped at once, and killed when a pass finds nobody new: what is stopped
+    neither forks nor exits, so that no chain of forks outruns the search and no child without a
+    marker loses the parent by which it is known. A pass after which an orphan was reaped does not
+    count as empty: it may have been a link of such a chain.
     """
     began, empty = time.monotonic(), 0
-    members: typing.Dict[int, int] = {}
-    stopped: typing.Dict[int, int] = {}
+    members: dict[int, int] = {}
+    stopped: dict[int, int] = {}
 
     def stop(pid: int, started: int) -> None:
         if stopped.get(pid) != started:
@@ -2790,8 +2884,9 @@ def kill_family(
     return sorted(members)
 
 
-def _reap() -> typing.Tuple[bool, bool]:
-    """Reap what jobs left and has ended: (whether something had, whether an orphan is alive that nobody wants to keep)."""
+def _reap() -> tuple[bool, bool]:
+    """Reap what jobs left and has ended: (whether something had, whether an orphan is alive that
+    nobody wants to keep)."""
     try:
         orphans = (
             set(map(int, _read_proc(f"/proc/self/task/{os.getpid()}/children").split())) - _OWN
@@ -2810,9 +2905,11 @@ def _reap() -> typing.Tuple[bool, bool]:
 
 
 def reap_orphans() -> bool:
-    """Reap what jobs left and has ended; True when an orphan is alive that nobody wants to keep. Any thread.
+    """Reap what jobs left and has ended; True when an orphan is alive that nobody wants to keep.
+    Any thread.
 
-    The daemon is a subreaper: orphans become children of its main thread, so that one small file tells about all of them.
+    The daemon is a subreaper: orphans become children of its main thread, so that one small file
+    tells about all of them.
     """
     ended, alive = _reap()
     while ended and not alive:  # one that has just ended may have left a child
@@ -2821,7 +2918,8 @@ def reap_orphans() -> bool:
 
 
 class ThreadOutput:
-    """sys.stdout or sys.stderr while jobs may run in threads: what such a thread writes goes into its run's log."""
+    """sys.stdout or sys.stderr while jobs may run in threads: what such a thread writes goes into
+    its run's log."""
 
     def __init__(self, original, local: threading.local):
         self.original, self.local = original, local
@@ -2849,17 +2947,18 @@ def remove(path: str) -> None:
 
 
 class Runner:
-    """Runs one job to its end, tree and all, in the calling thread; any number of threads at a time."""
+    """Runs one job to its end, tree and all, in the calling thread; any number of threads at a
+    time."""
 
     def __init__(self, logs, identity: str, scratch: str, metrics: Metrics):
         self._logs, self._identity, self._scratch, self._metrics = logs, identity, scratch, metrics
         self.environment = {
             name: value for name, value in os.environ.items() if not SECRETS.fullmatch(name)
         }
-        self._servers: typing.Dict[str, PythonServer] = {}
+        self._servers: dict[str, PythonServer] = {}
         self._lock = threading.Lock()
         self._local = threading.local()  # `sink` is where the output of a job in this thread goes
-        self._streams: typing.Optional[tuple] = None
+        self._streams: tuple | None = None
         make_directory(scratch)
         with contextlib.suppress(
             FileNotFoundError
@@ -2870,7 +2969,8 @@ class Runner:
                 remove(file)  # of runs that a crash interrupted
         if LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
             raise ExecutorError(
-                f"cannot become the reaper of orphans: {os.strerror(ctypes.get_errno())}: Linux 5.3 is needed"
+                f"cannot become the reaper of orphans: {os.strerror(ctypes.get_errno())}: Linux 5.3"
+                " is needed"
             )
 
     def prepare(self, jobs: typing.Iterable[JobConfig]) -> None:
@@ -2909,10 +3009,11 @@ class Runner:
             return self._servers[interpreter]
 
     def marker(self, log_id: int, keep: bool) -> str:
-        """Always of one length (see serve_python); `+` for a job whose background processes may stay when it has finished."""
+        """Always of one length (see serve_python); `+` for a job whose background processes may
+        stay when it has finished."""
         return f"{self._identity}{'+' if keep else '-'}{log_id:020d}"
 
-    def result_file(self, log_id: typing.Union[int, str], foreign: bool) -> str:
+    def result_file(self, log_id: int | str, foreign: bool) -> str:
         """XXL_JOB_RESULT_FILE; a job of a `foreign` user cannot reach the data directory."""
         return os.path.join(
             tempfile.gettempdir() if foreign else self._scratch, f"{self._identity}-{log_id}.result"
@@ -2931,8 +3032,9 @@ class Runner:
         finally:
             shown = " ".join(result.message.split())[:500]
             out.end(
-                f"{'succeeded' if result.code == SUCCESS else 'failed'} after {seconds_text(time.monotonic() - began)}: "
-                f"code {result.code}{', ' + shown if shown else ''}"
+                f"{'succeeded' if result.code == SUCCESS else 'failed'} after"
+                f" {seconds_text(time.monotonic() - began)}: code"
+                f" {result.code}{', ' + shown if shown else ''}"
             )
             if out.dropped:
                 self._metrics.count("log_dropped_bytes_total", out.dropped)
@@ -2950,7 +3052,8 @@ def note_start(out, trigger: Trigger, timeout: float, where: str) -> None:
 
 
 class ProcessRun:
-    """One run in a process of its own: spawn, pump the output, end the whole tree; used by one slot thread."""
+    """One run in a process of its own: spawn, pump the output, end the whole tree; used by one slot
+    thread."""
 
     def __init__(
         self,
@@ -2965,8 +3068,8 @@ class ProcessRun:
         self._timeout, self._out = timeout, out
         self._marker = runner.marker(trigger.log_id, job.background == "keep")
         self._result_file = runner.result_file(trigger.log_id, bool(job.user))
-        self._kill_at: typing.Optional[float] = None  # monotonic; set when the run is being ended
-        self._seen: typing.Dict[
+        self._kill_at: float | None = None  # monotonic; set when the run is being ended
+        self._seen: dict[
             int, int
         ] = {}  # its processes then: one may clear its environment and lose its parent
 
@@ -3060,7 +3163,8 @@ class ProcessRun:
                 re.sub(r"\{(param|shard_index|shard_total)\}", lambda found: values[found[1]], word)
                 for word in job.command
             ]
-        # Without user= and preexec_fn subprocess uses vfork, which costs the same however large the daemon is.
+        # Without user= and preexec_fn subprocess uses vfork, which costs the same however large the
+        # daemon is.
         as_user = (
             {
                 "user": user.pw_uid,
@@ -3089,14 +3193,23 @@ class ProcessRun:
         if isinstance(error, KeyError):
             return f"cannot start: there is no user {job.user} on this host (jobs.{job.name}.user)"
         if isinstance(error, ValueError):
-            return "cannot start: the parameter holds a NUL or a character that no command line can carry"
+            return (
+                "cannot start: the parameter holds a NUL or a character that no command line can"
+                " carry"
+            )
         if not os.path.isdir(job.cwd):
             return f"cannot start: the directory {job.cwd} does not exist (jobs.{job.name}.cwd)"
         if error.errno == errno.E2BIG:
             size = len(self._trigger.param.encode("utf-8", "replace"))
-            return f"cannot start: the parameter of {size} bytes is longer than the kernel passes to a program"
+            return (
+                f"cannot start: the parameter of {size} bytes is longer than the kernel passes to a"
+                " program"
+            )
         if job.user and isinstance(error, PermissionError):
-            return f"cannot start: this executor may not become the user {job.user}: run it as root, or remove jobs.{job.name}.user"
+            return (
+                f"cannot start: this executor may not become the user {job.user}: run it as root,"
+                f" or remove jobs.{job.name}.user"
+            )
         program = (
             job.interpreter or sys.executable
             if job.python
@@ -3106,10 +3219,12 @@ class ProcessRun:
         )
         return f"cannot start {program}: {error.strerror or error}"
 
-    def _supervise(self, child, read: int, wake: int) -> typing.Optional[int]:
-        """Pump the output into the log until the child has ended, and end it when it is cancelled or out of time.
+    def _supervise(self, child, read: int, wake: int) -> int | None:
+        """Pump the output into the log until the child has ended, and end it when it is cancelled
+        or out of time.
 
-        Returns the exit status, negative for a signal; None for a process that even SIGKILL did not end (a dead NFS server).
+        Returns the exit status, negative for a signal; None for a process that even SIGKILL did not
+        end (a dead NFS server).
         """
         poller = select.poll()
         for fd in (read, child.fd, wake):
@@ -3160,7 +3275,8 @@ class ProcessRun:
             log.error("processes %s of %s cannot be killed", survivors, self._trigger)
 
     def _pump_rest(self, read: int) -> None:
-        """What is in the pipe now; a process that was kept may go on writing into it, so never until its end."""
+        """What is in the pipe now; a process that was kept may go on writing into it, so never
+        until its end."""
         os.set_blocking(read, False)
         with contextlib.suppress(BlockingIOError):
             for _ in range(64):
@@ -3188,7 +3304,7 @@ class ProcessRun:
             os.close(fd)
         return data.decode("utf-8", "replace").strip().replace("\0", "\ufffd")
 
-    def _result(self, status: typing.Optional[int], message: str) -> Result:
+    def _result(self, status: int | None, message: str) -> Result:
         ended = self._control.result
         if ended is not None:
             message = (
@@ -3211,15 +3327,17 @@ class ProcessRun:
         )
 
 
-def _shell_status(status: typing.Optional[int]) -> int:
-    """An exit status as a shell shows it: 128 and the number of the signal that ended the process."""
+def _shell_status(status: int | None) -> int:
+    """An exit status as a shell shows it: 128 and the number of the signal that ended the
+    process."""
     return 128 + signal.SIGKILL if status is None else 128 - status if status < 0 else status
 
 
 def run_in_thread(
     trigger: Trigger, job: JobConfig, control: Control, timeout: float, out, local
 ) -> Result:
-    """One run in the calling thread, cooperative: `Context.cancelled` asks it to return. `local.sink` takes what it prints."""
+    """One run in the calling thread, cooperative: `Context.cancelled` asks it to return.
+    `local.sink` takes what it prints."""
 
     def sink(text: str) -> int:
         out.write(text.encode("utf-8", "backslashreplace"))
@@ -3236,7 +3354,7 @@ def run_in_thread(
 
     note_start(out, trigger, timeout, f"pid={os.getpid()} thread={threading.current_thread().name}")
     context = Context({**vars(trigger), "timeout": timeout}, sink)
-    timers: typing.List[threading.Timer] = []
+    timers: list[threading.Timer] = []
     control.attach(cancelled)
     if timeout:
         try:
@@ -3273,21 +3391,23 @@ def run_in_thread(
     return control.result or result
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 8 job logs
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 PAGE_LIMIT = 4 << 20  # bytes of one reply to /log
 _INDEXED_FILES = 256  # how many files the positions of lines are remembered for
 
 
 class RunLog:
-    """The log of one run; written by its slot thread, and by the threads of a Python job in a thread."""
+    """The log of one run; written by its slot thread, and by the threads of a Python job in a
+    thread."""
 
     def __init__(
         self, fd: int, limit: int, echo: str = "", full: typing.Callable[[], bool] = lambda: False
     ):
-        """`echo`: what begins each line of output that also goes to stdout (executor.log_to_stdout); "": none does.
-        While `full()` nothing is written: what is left of the disk is for results."""
+        """`echo`: what begins each line of output that also goes to stdout
+        (executor.log_to_stdout); "": none does. While `full()` nothing is written: what is left of
+        the disk is for results."""
         self._fd, self._limit, self._lock, self._full = fd, limit, threading.Lock(), full
         self._left = limit
         self._echo, self._line = echo.encode(), b""
@@ -3295,7 +3415,8 @@ class RunLog:
         self.dropped = self._gap = 0  # bytes, in all and since the last that could be written
 
     def write(self, data: bytes) -> None:
-        """Append output; what is beyond the limit or cannot be written is counted and dropped, the run goes on."""
+        """Append output; what is beyond the limit or cannot be written is counted and dropped, the
+        run goes on."""
         with self._lock:
             self._tail = data[-4096:] if len(data) >= 4096 else (self._tail + data)[-4096:]
             if self._echo:
@@ -3307,7 +3428,8 @@ class RunLog:
             if len(part) < len(data):
                 if self._left == 0 and not self.dropped:
                     self._append(
-                        f"\n----- output beyond executor.log_limit ({self._limit} bytes) is dropped -----\n".encode()
+                        f"\n----- output beyond executor.log_limit ({self._limit} bytes) is dropped"
+                        " -----\n".encode()
                     )
                 self.dropped += len(data) - len(part)
 
@@ -3364,7 +3486,8 @@ class RunLog:
 
 
 class JobLogs:
-    """Files `yyyy-MM-dd/<logId>.log` below one directory: written with a cap, read by page, pruned by age; any thread."""
+    """Files `yyyy-MM-dd/<logId>.log` below one directory: written with a cap, read by page, pruned
+    by age; any thread."""
 
     def __init__(
         self,
@@ -3384,10 +3507,11 @@ class JobLogs:
         )
         make_directory(directory)
         self._lock, self._made = threading.Lock(), ""  # the day directory that was made last
-        # (logId, inode): [(line, offset), ...], about one for each _CHUNK, the last one where the last page ended
-        self._index: typing.Dict[tuple, list] = collections.OrderedDict()
+        # (logId, inode): [(line, offset), ...], about one for each _CHUNK, the last one where the
+        # last page ended
+        self._index: dict[tuple, list] = collections.OrderedDict()
 
-    def _place(self, log_id: int, log_date_time: int) -> typing.Tuple[str, str]:
+    def _place(self, log_id: int, log_date_time: int) -> tuple[str, str]:
         """(directory, name): both made of numbers only, so that no request can point elsewhere."""
         try:
             day = datetime.date.fromtimestamp(log_date_time / 1000)
@@ -3414,7 +3538,8 @@ class JobLogs:
         return fd
 
     def open(self, trigger: Trigger) -> RunLog:
-        """The log to append to; one that drops everything when the file cannot be opened (full disk)."""
+        """The log to append to; one that drops everything when the file cannot be opened (full
+        disk)."""
         try:
             fd = self._open(
                 trigger.log_id,
@@ -3440,9 +3565,11 @@ class JobLogs:
         most: int = 0,
         limit: int = PAGE_LIMIT,
     ) -> dict:
-        """Lines from `first` (1 is the first) of a run, at most `most` (0: no bound) and `limit` bytes, as the admin reads them.
+        """Lines from `first` (1 is the first) of a run, at most `most` (0: no bound) and `limit`
+        bytes, as the admin reads them.
 
-        `ended` must have been looked up before the call: what is read then is the end. Raises Refused.
+        `ended` must have been looked up before the call: what is read then is the end. Raises
+        Refused.
         """
         first = max(1, first)
         try:
@@ -3451,7 +3578,10 @@ class JobLogs:
             where = os.path.join(*self._place(log_id, log_date_time))
             if not ended or first > 1:
                 return self._page(first, first - 1, "", ended)
-            text = f"no log: {where} on {socket.gethostname()}: {error.strerror}; it may have been pruned after log_retention"
+            text = (
+                f"no log: {where} on {socket.gethostname()}: {error.strerror}; it may have been"
+                " pruned after log_retention"
+            )
             return self._page(first, first, text, ended)
         try:
             size = os.fstat(fd).st_size
@@ -3513,18 +3643,22 @@ class JobLogs:
         return data
 
     def _long(self, fd: int, key: tuple, size: int, limit: int, where: str) -> dict:
-        """A finished log beyond the limit: the admin asks for it once, so it gets the head, a notice and the tail."""
+        """A finished log beyond the limit: the admin asks for it once, so it gets the head, a
+        notice and the tail."""
         head, tail = os.pread(fd, limit // 2, 0), os.pread(fd, limit // 2, size - limit // 2)
         head = head[: head.rfind(b"\n") + 1] or head
         tail = tail[tail.find(b"\n") + 1 :] or tail
         lines = self._seek(fd, key, sys.maxsize, size)[0] - tail.endswith(b"\n")
         left_out = size - len(head) - len(tail)
-        notice = f"\n----- {left_out} bytes are left out here; the whole log is {where} on {socket.gethostname()} -----\n\n"
+        notice = (
+            f"\n----- {left_out} bytes are left out here; the whole log is {where} on"
+            f" {socket.gethostname()} -----\n\n"
+        )
         return self._page(1, lines, self._decode(head) + notice + self._decode(tail), True)
 
-    def _seek(self, fd: int, key: tuple, line: int, size: int) -> typing.Tuple[int, int]:
-        """(line, offset) where `line` begins, or of the last line that begins before `size`; reads only from the next known
-        position on."""
+    def _seek(self, fd: int, key: tuple, line: int, size: int) -> tuple[int, int]:
+        """(line, offset) where `line` begins, or of the last line that begins before `size`; reads
+        only from the next known position on."""
         with self._lock:
             known = [
                 mark for mark in self._index.get(key, ()) if mark[0] <= line and mark[1] <= size
@@ -3581,9 +3715,9 @@ class JobLogs:
         return removed
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 9 journal
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 RESERVE = 4 << 20  # bytes; SQLite uses its write-ahead log anew after 1,000 pages of 4 KiB
 _WAL_MAGIC = (
     b"\x37\x7f\x06\x82",
@@ -3592,14 +3726,16 @@ _WAL_MAGIC = (
 _NO_SPACE = re.compile("is full|I/O error")  # what SQLite says of ENOSPC
 # Errors of SQLite that say nothing of what the file holds.
 _OUTSIDE = re.compile("is full|is locked|unable to open|I/O error|permission|protocol")
-# SQLite uses a partial index only for a query that repeats its condition: hence the `state <> 'delivered'` below.
+# SQLite uses a partial index only for a query that repeats its condition: hence the `state <>
+# 'delivered'` below.
 _SCHEMA = """
 PRAGMA journal_mode = WAL;
 PRAGMA synchronous = FULL;
 PRAGMA journal_size_limit = 16777216;
 CREATE TABLE IF NOT EXISTS runs (
-  log_id INTEGER PRIMARY KEY, log_date_time INTEGER NOT NULL, state TEXT NOT NULL, accepted REAL NOT NULL,
-  trigger TEXT, starts INTEGER NOT NULL DEFAULT 0, code INTEGER, message TEXT, finished REAL);
+  log_id INTEGER PRIMARY KEY, log_date_time INTEGER NOT NULL, state TEXT NOT NULL,
+  accepted REAL NOT NULL, trigger TEXT, starts INTEGER NOT NULL DEFAULT 0, code INTEGER,
+  message TEXT, finished REAL);
 CREATE INDEX IF NOT EXISTS runs_by_state ON runs (state, finished) WHERE state <> 'delivered';
 CREATE INDEX IF NOT EXISTS runs_delivered ON runs (finished) WHERE state = 'delivered';
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT);
@@ -3607,10 +3743,11 @@ CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT);
 
 
 class Reserve:
-    """Space on the disk of the journal that is given up when the disk is full, so that results can be stored nevertheless.
+    """Space on the disk of the journal that is given up when the disk is full, so that results can
+    be stored nevertheless.
 
-    While it is `lost`, triggers are refused and job logs are not written, so that nothing else takes what it freed. Any thread
-    may call any method, one at a time.
+    While it is `lost`, triggers are refused and job logs are not written, so that nothing else
+    takes what it freed. Any thread may call any method, one at a time.
     """
 
     def __init__(self, file: str):
@@ -3621,7 +3758,8 @@ class Reserve:
     def _lose(self, what: str) -> None:
         self.lost = True
         log.error(
-            "the disk is full: the reserve %s %s; triggers are refused and output of jobs is dropped until there is space",
+            "the disk is full: the reserve %s %s; triggers are refused and output of jobs is"
+            " dropped until there is space",
             self._file,
             what,
         )
@@ -3658,8 +3796,9 @@ class Reserve:
 
 
 class _Write:
-    """One thread's part of the next transaction; `gate` opens when it is committed, or when its thread is to commit.
-    With `failed`, called with the error if there is one, nobody waits for it."""
+    """One thread's part of the next transaction; `gate` opens when it is committed, or when its
+    thread is to commit. With `failed`, called with the error if there is one, nobody waits for
+    it."""
 
     __slots__ = ("work", "value", "error", "done", "gate", "failed")
 
@@ -3670,10 +3809,11 @@ class _Write:
 
 
 class GroupCommit:
-    """Transactions on one connection, shared by all threads: the first that comes commits all that waits as one transaction,
-    and makes the first of those that came meanwhile the next leader before it wakes the others. So nobody queues for a lock
-    only to find his work done. `lock` guards `db`; `stored` is called after writes that nobody waits for. A transaction that
-    fails is tried once more when `make_room()` has made room on the disk.
+    """Transactions on one connection, shared by all threads: the first that comes commits all that
+    waits as one transaction, and makes the first of those that came meanwhile the next leader
+    before it wakes the others. So nobody queues for a lock only to find his work done. `lock`
+    guards `db`; `stored` is called after writes that nobody waits for. A transaction that fails is
+    tried once more when `make_room()` has made room on the disk.
     """
 
     def __init__(self, db: sqlite3.Connection, make_room: typing.Callable[[], bool]):
@@ -3687,7 +3827,8 @@ class GroupCommit:
         self.stored: typing.Callable[[], None] = lambda: None
 
     def join(self, write: _Write) -> None:
-        """Have `write` committed, by the thread that leads or by this one, and wait for it unless it has `failed`."""
+        """Have `write` committed, by the thread that leads or by this one, and wait for it unless
+        it has `failed`."""
         with self._turn:
             self.waiting.append(write)
             follows, self._leading = self._leading, True
@@ -3718,7 +3859,7 @@ class GroupCommit:
             if any(other.failed is not None for other in batch):
                 self.stored()
 
-    def _commit(self, batch: typing.List[_Write]) -> None:
+    def _commit(self, batch: list[_Write]) -> None:
         error = self._try(batch)
         if (
             isinstance(error, sqlite3.OperationalError)
@@ -3729,7 +3870,7 @@ class GroupCommit:
         for write in batch:
             write.error, write.done = error, True
 
-    def _try(self, batch: typing.List[_Write]) -> typing.Optional[Exception]:
+    def _try(self, batch: list[_Write]) -> Exception | None:
         try:
             self.db.execute("BEGIN IMMEDIATE")
             for write in batch:
@@ -3745,13 +3886,13 @@ class GroupCommit:
 class Journal:
     """Runs and undelivered results in SQLite; any thread may call any method.
 
-    All methods that write raise JournalError when nothing could be stored, except `finish`, which then keeps the results in
-    memory until `store_held` succeeds.
+    All methods that write raise JournalError when nothing could be stored, except `finish`, which
+    then keeps the results in memory until `store_held` succeeds.
     """
 
     def __init__(self, file: str):
         self._file = file
-        self._held: typing.List[typing.Tuple[int, Result]] = []
+        self._held: list[tuple[int, Result]] = []
         try:
             self.reserve = Reserve(os.path.join(os.path.dirname(file), "reserve"))
             self._check_wal()
@@ -3771,8 +3912,8 @@ class Journal:
         except sqlite3.DatabaseError as error:
             aside = self._set_aside("", "-wal", "-shm")
             log.error(
-                "the journal %s is broken (%s): moved to %s, starting with an empty one; the admin will show runs that "
-                "were in it as running",
+                "the journal %s is broken (%s): moved to %s, starting with an empty one; the admin"
+                " will show runs that were in it as running",
                 file,
                 " ".join(str(error).split()),
                 aside,
@@ -3781,18 +3922,21 @@ class Journal:
         self._group = GroupCommit(self._db, self._make_room)
 
     def _check_wal(self) -> None:
-        """SQLite takes a write-ahead log that is none for an empty one, and says nothing of what is lost."""
+        """SQLite takes a write-ahead log that is none for an empty one, and says nothing of what is
+        lost."""
         with contextlib.suppress(FileNotFoundError), open(self._file + "-wal", "rb") as stream:
             magic = stream.read(4)
             if magic and magic not in _WAL_MAGIC:
                 log.error(
-                    "the write-ahead log %s-wal is broken: moved to %s; the admin will show the latest runs as running",
+                    "the write-ahead log %s-wal is broken: moved to %s; the admin will show the"
+                    " latest runs as running",
                     self._file,
                     self._set_aside("-wal"),
                 )
 
     def _set_aside(self, *suffixes: str) -> str:
-        """Rename the files of the journal with these suffixes; returns the new name of the first."""
+        """Rename the files of the journal with these suffixes; returns the new name of the
+        first."""
         aside = f"broken-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
         for suffix in suffixes:
             with contextlib.suppress(FileNotFoundError):
@@ -3822,12 +3966,11 @@ class Journal:
         try:
             db.executescript(_SCHEMA)
             found = db.execute("PRAGMA quick_check(1)").fetchone()[0]
-            # What the check does not see: other tables than these (a version that changes them must convert them before), and a
-            # header that forbids to write.
+            # What the check does not see: other tables than these (a version that changes them must
+            # convert them before), and a header that forbids to write.
             with contextlib.closing(sqlite3.connect(":memory:")) as wanted:
                 wanted.executescript(_SCHEMA)
-                schema = "SELECT name, sql FROM sqlite_master"
-                if found == "ok" and not set(wanted.execute(schema)) <= set(db.execute(schema)):
+                if found == "ok" and not self._tables(wanted) <= self._tables(db):
                     found = "its tables are not those of this program"
             if found != "ok":
                 raise sqlite3.DatabaseError(found)
@@ -3842,8 +3985,15 @@ class Journal:
             raise sqlite3.DatabaseError(error) from None
         return db
 
+    @staticmethod
+    def _tables(db: sqlite3.Connection) -> set[tuple[str, str]]:
+        """(name, SQL) of tables and indexes, however the SQL was laid out."""
+        found = db.execute("SELECT name, sql FROM sqlite_master")
+        return {(name, " ".join((sql or "").split())) for name, sql in found}
+
     def tell(self, stored: typing.Callable[[], None]) -> None:
-        """Have `stored` called, by any thread, whenever results were committed; before other threads use the journal."""
+        """Have `stored` called, by any thread, whenever results were committed; before other
+        threads use the journal."""
         self._group.stored = stored
 
     def close(self) -> None:
@@ -3851,7 +4001,8 @@ class Journal:
             self._db.close()
 
     def _write(self, work: typing.Callable[[sqlite3.Connection], typing.Any]) -> typing.Any:
-        """Run `work` in the next transaction; returns its value, which must not be a cursor: those belong to the lock."""
+        """Run `work` in the next transaction; returns its value, which must not be a cursor: those
+        belong to the lock."""
         write = _Write(work)
         self._group.join(write)
         if write.error is not None:
@@ -3883,7 +4034,8 @@ class Journal:
         return self._write(
             lambda db: (
                 db.execute(
-                    "INSERT OR IGNORE INTO runs (log_id, log_date_time, state, accepted, trigger) VALUES (?, ?, ?, ?, ?)",
+                    "INSERT OR IGNORE INTO runs (log_id, log_date_time, state, accepted, trigger)"
+                    " VALUES (?, ?, ?, ?, ?)",
                     row,
                 ).rowcount
                 == 1
@@ -3891,12 +4043,14 @@ class Journal:
         )
 
     def start(self, log_id: int) -> None:
-        """accepted -> running; committed before anything of the run starts, so that it never starts twice."""
+        """accepted -> running; committed before anything of the run starts, so that it never starts
+        twice."""
         if (
             self._write(
                 lambda db: (
                     db.execute(
-                        "UPDATE runs SET state = 'running', starts = starts + 1 WHERE log_id = ? AND state = 'accepted'",
+                        "UPDATE runs SET state = 'running', starts = starts + 1 WHERE log_id = ?"
+                        " AND state = 'accepted'",
                         (log_id,),
                     ).rowcount
                 )
@@ -3910,15 +4064,17 @@ class Journal:
         self._write(
             lambda db: (
                 db.execute(
-                    "UPDATE runs SET state = 'accepted', accepted = ? WHERE log_id = ? AND state = 'running'",
+                    "UPDATE runs SET state = 'accepted', accepted = ? WHERE log_id = ? AND state ="
+                    " 'running'",
                     (time.time(), log_id),
                 ).rowcount
             )
         )
 
     def finish(self, triggers: typing.Sequence[Trigger], result: Result) -> None:
-        """accepted | running -> finished, all with `result`, in the next transaction; `stored` tells when. Need not be waited
-        for: until then a crash makes them failures. What cannot be stored is held."""
+        """accepted | running -> finished, all with `result`, in the next transaction; `stored`
+        tells when. Need not be waited for: until then a crash makes them failures. What cannot be
+        stored is held."""
         results = [(trigger.log_id, result) for trigger in triggers]
 
         def failed(error: Exception) -> None:
@@ -3934,16 +4090,16 @@ class Journal:
         self._group.join(_Write(lambda db: self._store(db, results), failed))
 
     @staticmethod
-    def _store(db: sqlite3.Connection, results: typing.List[typing.Tuple[int, Result]]) -> int:
+    def _store(db: sqlite3.Connection, results: list[tuple[int, Result]]) -> int:
         return db.executemany(
-            "UPDATE runs SET state = 'finished', code = ?, message = ?, finished = ?, trigger = NULL "
-            "WHERE log_id = ? AND state IN ('accepted', 'running')",
+            "UPDATE runs SET state = 'finished', code = ?, message = ?, finished = ?, trigger ="
+            " NULL WHERE log_id = ? AND state IN ('accepted', 'running')",
             [(result.code, result.message, time.time(), log_id) for log_id, result in results],
         ).rowcount
 
     def store_held(self) -> bool:
-        """Try again to store what `finish` could not, then to have the reserve again; False when something is still missing.
-        Not by two threads at once."""
+        """Try again to store what `finish` could not, then to have the reserve again; False when
+        something is still missing. Not by two threads at once."""
         held = list(self._held)
         if held:
             with contextlib.suppress(JournalError):
@@ -3954,11 +4110,12 @@ class Journal:
         with self._group.lock:
             return not self._held and self.reserve.restore()
 
-    def undelivered(self, limit: int) -> typing.List[typing.Tuple[int, int, int, str, float]]:
-        """(logId, log_date_time, code, message, finished) of results that wait for the admin, the oldest first."""
+    def undelivered(self, limit: int) -> list[tuple[int, int, int, str, float]]:
+        """(logId, log_date_time, code, message, finished) of results that wait for the admin, the
+        oldest first."""
         return self._read(
-            "SELECT log_id, log_date_time, code, message, finished FROM runs WHERE state <> 'delivered' AND state = 'finished' "
-            "ORDER BY finished LIMIT ?",
+            "SELECT log_id, log_date_time, code, message, finished FROM runs WHERE state <>"
+            " 'delivered' AND state = 'finished' ORDER BY finished LIMIT ?",
             limit,
         )
 
@@ -3976,8 +4133,9 @@ class Journal:
     def knows(self, log_id: int) -> bool:
         return bool(self._read("SELECT 1 FROM runs WHERE log_id = ?", log_id))
 
-    def unfinished(self) -> typing.List[typing.Tuple[Trigger, RunState, float, int]]:
-        """(trigger, state, when accepted, how often started) of every run without a result; read once, at start."""
+    def unfinished(self) -> list[tuple[Trigger, RunState, float, int]]:
+        """(trigger, state, when accepted, how often started) of every run without a result; read
+        once, at start."""
         rows = self._read(
             "SELECT log_id, log_date_time, trigger, state, accepted, starts FROM runs "
             "WHERE state <> 'delivered' AND state IN ('accepted', 'running') ORDER BY accepted"
@@ -3991,10 +4149,12 @@ class Journal:
             found.append((trigger, RunState(state), accepted, starts))
         return found
 
-    def counts(self) -> typing.Dict[str, typing.Any]:
-        """How many results are undelivered, held because they could not be stored, and dead; when the oldest one was finished."""
+    def counts(self) -> dict[str, typing.Any]:
+        """How many results are undelivered, held because they could not be stored, and dead; when
+        the oldest one was finished."""
         rows = self._read(
-            "SELECT state, count(*), min(finished) FROM runs WHERE state <> 'delivered' AND state IN ('finished', 'dead') GROUP BY state"
+            "SELECT state, count(*), min(finished) FROM runs WHERE state <> 'delivered' AND state"
+            " IN ('finished', 'dead') GROUP BY state"
         )
         found = {state: (count, oldest) for state, count, oldest in rows}
         count, oldest = found.get("finished", (0, None))
@@ -4018,51 +4178,56 @@ class Journal:
         )
 
     def prune(self) -> int:
-        """Forget delivered runs after REPEAT_WINDOW, dead ones after four times DEAD_AFTER; returns how many."""
-        now, removed = time.time(), 0
-        for state, age in (
-            ("state = 'delivered'", REPEAT_WINDOW),
-            ("state <> 'delivered' AND state = 'dead'", 4 * DEAD_AFTER),
-        ):
-            count = 1
+        """Forget delivered runs after REPEAT_WINDOW, dead ones after four times DEAD_AFTER; returns
+        how many."""
+
+        def remove(state: str, before: float) -> int:
+            query = f"SELECT log_id FROM runs WHERE {state} AND finished < ? LIMIT 1000"
+            total = count = -1
             while count:  # in parts: triggers wait for the lock meanwhile
                 count = self._write(
                     lambda db: (
                         db.execute(
-                            f"DELETE FROM runs WHERE log_id IN (SELECT log_id FROM runs WHERE {state} AND finished < ? LIMIT 1000)",
-                            (now - age,),
+                            f"DELETE FROM runs WHERE log_id IN ({query})", (before,)
                         ).rowcount
                     )
                 )
-                removed += count
-        return removed
+                total += count
+            return total + 1
+
+        now = time.time()
+        return remove("state = 'delivered'", now - REPEAT_WINDOW) + remove(
+            "state <> 'delivered' AND state = 'dead'", now - 4 * DEAD_AFTER
+        )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 10 callbacks
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 BATCH = 100  # results in one request
 PACE = 0.05  # seconds between two requests: what ends meanwhile goes into the next one
 
 
 def backoff(failures: int) -> float:
-    """Seconds before the next attempt: 1 s to 60 s, with jitter so that many executors do not come at once."""
+    """Seconds before the next attempt: 1 s to 60 s, with jitter so that many executors do not come
+    at once."""
     return max(1.0, min(60.0, 2.0 ** min(failures - 1, 6)) * random.uniform(0.5, 1.0))
 
 
 class Callbacks:
-    """One thread delivers finished results from the journal in batches and tries again until each is acknowledged.
+    """One thread delivers finished results from the journal in batches and tries again until each
+    is acknowledged.
 
-    wake: any thread. A batch that the admin refuses is split until the bad result is alone; that one is tried again with a
-    backoff of its own, so that it holds back nobody.
+    wake: any thread. A batch that the admin refuses is split until the bad result is alone; that
+    one is tried again with a backoff of its own, so that it holds back nobody.
     """
 
     def __init__(self, journal, admin, metrics: Metrics):
         self._journal, self._admin, self._metrics = journal, admin, metrics
         self._wake, self._closing, self._abandoned = threading.Event(), threading.Event(), False
         self._next_at = 0.0  # monotonic
-        self._refused: typing.Dict[
-            int, typing.Tuple[int, float]
+        self._refused: dict[
+            int, tuple[int, float]
         ] = {}  # logId: (refusals, monotonic time of the next attempt)
         self._failures = self._refusals = 0
         self._retry_at = 0.0
@@ -4087,7 +4252,8 @@ class Callbacks:
         self._wake.set()
 
     def alive(self, attempt: float) -> bool:
-        """Whether the thread makes progress, be it from one failed attempt to the next; `attempt`: seconds that one may take."""
+        """Whether the thread makes progress, be it from one failed attempt to the next; `attempt`:
+        seconds that one may take."""
         return self._thread.is_alive() and not (
             self._step_at and time.monotonic() > self._step_at + attempt
         )
@@ -4102,7 +4268,7 @@ class Callbacks:
 
     def _loop(self) -> None:
         share_core()
-        wait: typing.Optional[float] = None
+        wait: float | None = None
         while True:
             self._step_at = 0.0
             self._wake.wait(wait)
@@ -4125,8 +4291,9 @@ class Callbacks:
             if closing:
                 return
 
-    def _deliver(self) -> typing.Optional[float]:
-        """Send what is due; returns the seconds until something else is, None when nothing waits."""
+    def _deliver(self) -> float | None:
+        """Send what is due; returns the seconds until something else is, None when nothing
+        waits."""
         stored = self._journal.store_held()
         while True:
             now = time.monotonic()
@@ -4212,9 +4379,9 @@ class Callbacks:
         log.info("delivered %s", " ".join(f"logId={row[0]}" for row in rows))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 11 admin client
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 REPLY_LIMIT = 64 << 10  # bytes of an admin's answer that are read
 
 
@@ -4232,10 +4399,11 @@ class Address:
 
 
 class _Link:
-    """A requests session to one address, used by one thread, whose exchanges end in time whatever the other side does.
+    """A requests session to one address, used by one thread, whose exchanges end in time whatever
+    the other side does.
 
-    requests limits each read, not the exchange, and its resolver obeys no limit at all: so names are resolved in a thread
-    that can be left behind, and a timer shuts the socket down.
+    requests limits each read, not the exchange, and its resolver obeys no limit at all: so names
+    are resolved in a thread that can be left behind, and a timer shuts the socket down.
     """
 
     def __init__(self, url: str, connect_timeout: float, timeout: float):
@@ -4250,10 +4418,11 @@ class _Link:
             ValueError,
             RuntimeError,
         )  # no thread for the timer
-        self._socket: typing.Optional[socket.socket] = None
+        self._socket: socket.socket | None = None
         self._expired = False
         self._session = requests.Session()
-        # Once, not for each request: the environment's proxies and CA bundle; .netrc has no business with an admin.
+        # Once, not for each request: the environment's proxies and CA bundle; .netrc has no
+        # business with an admin.
         self._session.trust_env = False
         self._session.proxies = requests.utils.get_environ_proxies(url)
         self._session.verify = (
@@ -4283,7 +4452,8 @@ class _Link:
             self._session.mount(prefix, adapter)
 
     def _connect(self, connection) -> socket.socket:
-        """A socket for a connection of urllib3, which takes nothing but its own errors for a failure to connect."""
+        """A socket for a connection of urllib3, which takes nothing but its own errors for a
+        failure to connect."""
         import urllib3
 
         deadline = time.monotonic() + self._connect_timeout
@@ -4313,9 +4483,7 @@ class _Link:
         with contextlib.suppress(OSError, AttributeError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
-    def post(
-        self, path: str, headers: typing.Dict[str, str], body: bytes
-    ) -> typing.Tuple[int, bytes]:
+    def post(self, path: str, headers: dict[str, str], body: bytes) -> tuple[int, bytes]:
         """(HTTP status, at most REPLY_LIMIT + 1 bytes). Raises AdminUnreachable."""
         self._expired = False
         timer = threading.Timer(self._timeout, self._expire)
@@ -4377,7 +4545,8 @@ def root_cause(error: BaseException) -> str:
 
 
 def resolve(host: str, port: int, seconds: float) -> list:
-    """socket.getaddrinfo within `seconds`; a resolver that hangs keeps a thread of its own, not the caller's. Raises OSError."""
+    """socket.getaddrinfo within `seconds`; a resolver that hangs keeps a thread of its own, not the
+    caller's. Raises OSError."""
     with contextlib.suppress(ValueError):
         ipaddress.ip_address(host.partition("%")[0])
         return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -4402,9 +4571,11 @@ def resolve(host: str, port: int, seconds: float) -> list:
 
 
 class AdminClient:
-    """Calls the admin at the first address that answers; any thread, each with connections of its own.
+    """Calls the admin at the first address that answers; any thread, each with connections of its
+    own.
 
-    Typed failures: AdminUnreachable when no address gave an answer, AdminRefused when one answered anything but code 200.
+    Typed failures: AdminUnreachable when no address gave an answer, AdminRefused when one answered
+    anything but code 200.
     """
 
     def __init__(self, config: Config, dialect: str, learn: typing.Callable[[str, str], None]):
@@ -4416,10 +4587,10 @@ class AdminClient:
             threading.Lock(),
             threading.Event(),
         )  # the lock guards `tried_at`
-        self._links: typing.List[_Link] = []
+        self._links: list[_Link] = []
         self.use_token(config.admin.access_token)
 
-    def use_token(self, token: typing.Optional[str]) -> None:
+    def use_token(self, token: str | None) -> None:
         """Send `token` from now on."""
         self._headers = {
             "Content-Type": "application/json;charset=UTF-8",
@@ -4428,7 +4599,8 @@ class AdminClient:
         }  # 3.3.0 insists on it, even when empty
 
     def registry(self, address: str, remove: bool = False) -> None:
-        """Register `address`, or take it back. Tries every address until one answers, also those in a backoff."""
+        """Register `address`, or take it back. Tries every address until one answers, also those in
+        a backoff."""
         body = {
             "registryGroup": "EXECUTOR",
             "registryKey": self._config.executor.app_name,
@@ -4437,8 +4609,8 @@ class AdminClient:
         self._call("/api/registryRemove" if remove else "/api/registry", body, eager=True)
 
     def callback(self, rows: typing.Sequence[tuple]) -> None:
-        """Deliver (logId, log_date_time, code, message, ...) rows; returns only after an unambiguous acknowledgement, or when
-        there is no admin at all."""
+        """Deliver (logId, log_date_time, code, message, ...) rows; returns only after an
+        unambiguous acknowledgement, or when there is no admin at all."""
         if not self.addresses:
             return
         items = [
@@ -4484,7 +4656,9 @@ class AdminClient:
     def _call(self, path: str, body: typing.Any, eager: bool = False) -> None:
         now = time.monotonic()
         candidates = [a for a in self.addresses if eager or now >= a.not_before]
-        if not candidates:  # else heartbeats that fail would put off results for ever, and those have a backoff of their own
+        # else heartbeats that fail would put off results for ever, and those have a backoff of
+        # their own
+        if not candidates:
             candidates = [min(self.addresses, key=lambda a: a.not_before)]
         data = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
         waiting = sorted(candidates, key=lambda a: a.not_before > now)
@@ -4512,11 +4686,12 @@ class AdminClient:
                 break
         raise failure
 
-    def _next(self, waiting: typing.List[Address]) -> typing.Tuple[Address, _Link]:
+    def _next(self, waiting: list[Address]) -> tuple[Address, _Link]:
         """Take the first address from `waiting` that may be tried; wait until one may.
 
-        One that does not answer, or has not yet, is tried once a second, by all threads together. Who comes in between waits
-        for his turn: if he failed instead, with a backoff, heartbeats could stay away for as long as callbacks fail.
+        One that does not answer, or has not yet, is tried once a second, by all threads together.
+        Who comes in between waits for his turn: if he failed instead, with a backoff, heartbeats
+        could stay away for as long as callbacks fail.
         """
         while True:
             for address in waiting:
@@ -4533,8 +4708,9 @@ class AdminClient:
                 raise AdminUnreachable("the executor stops")
 
     @staticmethod
-    def _verdict(status: int, reply: bytes) -> typing.Tuple[typing.Optional[int], str]:
-        """(code, reason) of an answer; code None when it is no envelope at all, as from a proxy or an error page."""
+    def _verdict(status: int, reply: bytes) -> tuple[int | None, str]:
+        """(code, reason) of an answer; code None when it is no envelope at all, as from a proxy or
+        an error page."""
         if status != 200:
             return None, f"HTTP status {status}"
         if len(reply) > REPLY_LIMIT:
@@ -4562,9 +4738,9 @@ class AdminClient:
             link.close()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 12 registration
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def facing_address(url: str, seconds: float) -> str:
     """The IP address of the interface that faces `url`. Raises OSError while it cannot be told."""
     parts = urllib.parse.urlsplit(url)
@@ -4577,7 +4753,8 @@ def facing_address(url: str, seconds: float) -> str:
 
 
 class Registration:
-    """The heartbeat thread: registers at start and every REGISTRY_INTERVAL, takes it back at the end; no failure ends it."""
+    """The heartbeat thread: registers at start and every REGISTRY_INTERVAL, takes it back at the
+    end; no failure ends it."""
 
     def __init__(
         self,
@@ -4596,7 +4773,8 @@ class Registration:
         )
         self._stop = threading.Event()
         self._failures = 0
-        self.address = ""  # once known never changed: the admin compares it as text with where it sent its runs
+        # once known never changed: the admin compares it as text with where it sent its runs
+        self.address = ""
         self.registered = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="registration", daemon=True)
         metrics.gauge(
@@ -4631,7 +4809,8 @@ class Registration:
                 log.info("took back the registration of %s", self.address)
             except Exception as error:
                 log.warning(
-                    "could not take back the registration of %s, the admin forgets it by itself: %s",
+                    "could not take back the registration of %s, the admin forgets it by"
+                    " itself: %s",
                     self.address,
                     error,
                 )
@@ -4673,9 +4852,9 @@ class Registration:
         return wait
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 13 systemd
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 LISTEN_FDS_START = 3  # <systemd/sd-daemon.h>
 STATUS_INTERVAL = 5.0  # seconds
 
@@ -4692,7 +4871,8 @@ def notify(state: str) -> None:
 
 
 class ServiceManager:
-    """What systemd is told while the daemon runs, and the watchdog; main thread. `due` is None without $NOTIFY_SOCKET."""
+    """What systemd is told while the daemon runs, and the watchdog; main thread. `due` is None
+    without $NOTIFY_SOCKET."""
 
     def __init__(self, status: typing.Callable[[], str], well: typing.Callable[[], bool]):
         """`status()` is shown by systemctl; the watchdog is fed only while `well()`."""
@@ -4714,14 +4894,16 @@ class ServiceManager:
                 lines.append("WATCHDOG=1")
             else:
                 log.error(
-                    "the HTTP server or the delivery of results makes no progress: systemd may restart this service"
+                    "the HTTP server or the delivery of results makes no progress: systemd may"
+                    " restart this service"
                 )
         if lines:
             notify("\n".join(lines))
 
 
-def inherited_listener() -> typing.Optional[socket.socket]:
-    """The socket that systemd listens on for this process, as sd_listen_fds(3) does. Raises ExecutorError."""
+def inherited_listener() -> socket.socket | None:
+    """The socket that systemd listens on for this process, as sd_listen_fds(3) does. Raises
+    ExecutorError."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()) or os.environ.get("LISTEN_FDS", "0") == "0":
         return None
     os.environ["LISTEN_PID"] = ""  # once
@@ -4732,16 +4914,18 @@ def inherited_listener() -> typing.Optional[socket.socket]:
     ):
         listener.close()
         raise ExecutorError(
-            "the first socket that systemd passed does not listen for TCP: its unit needs ListenStream=<port>"
+            "the first socket that systemd passed does not listen for TCP: its unit needs"
+            " ListenStream=<port>"
         )
     return listener
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 14 daemon
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 HOLD = 1.0  # seconds; the admin waits for an answer at least 3
-MAX_STARTS = 3  # of one run with on_crash: rerun; a job that brings the executor down must not do so for ever
+# of one run with on_crash: rerun; a job that brings the executor down must not do so for ever
+MAX_STARTS = 3
 WATCH_INTERVAL = (
     1.0  # seconds between two looks at the files with executor.watch_config, and of status --watch
 )
@@ -4749,7 +4933,8 @@ HOUSEKEEPING = 3600.0  # seconds between two prunings of logs and journal
 
 
 class DataDir:
-    """The locked data directory: one daemon at a time, and an identity by which its processes are known after a crash."""
+    """The locked data directory: one daemon at a time, and an identity by which its processes are
+    known after a crash."""
 
     def __init__(self, path: str):
         self.path = path
@@ -4766,8 +4951,8 @@ class DataDir:
             owner = os.pread(self._fd, 4096, 0).decode().split()[1:2]
             os.close(self._fd)
             raise ExecutorError(
-                f"executor.data_dir: {path} is in use by another executor (pid {''.join(owner) or 'unknown'}): "
-                "stop it, or give this one a data_dir of its own"
+                f"executor.data_dir: {path} is in use by another executor (pid"
+                f" {''.join(owner) or 'unknown'}): stop it, or give this one a data_dir of its own"
             ) from None
         found = os.pread(self._fd, 4096, 0).decode("ascii", "replace").split()
         valid = found and re.fullmatch(r"[0-9a-f]{16}", found[0])
@@ -4779,7 +4964,8 @@ class DataDir:
             raise
 
     def publish(self, url: str) -> None:
-        """Note this process and where it listens, for `status` and for whoever is refused by the lock. Raises ExecutorError."""
+        """Note this process and where it listens, for `status` and for whoever is refused by the
+        lock. Raises ExecutorError."""
         data = f"{self.identity} {os.getpid()} {url}\n".encode()
         try:
             os.pwrite(self._fd, data, 0)
@@ -4805,7 +4991,8 @@ class DataDir:
 
 
 def end_leftovers(journal: Journal, identity: str) -> None:
-    """End what an executor that crashed left running; what finished jobs were allowed to leave stays."""
+    """End what an executor that crashed left running; what finished jobs were allowed to leave
+    stays."""
     markers = [f"{identity}-"] + [
         f"{identity}+{trigger.log_id:020d}"
         for trigger, state, _, _ in journal.unfinished()
@@ -4825,7 +5012,7 @@ def recover(
     logs: JobLogs,
     scheduler: Scheduler,
     scripts: Scripts,
-    jobs: typing.Dict[str, JobConfig],
+    jobs: dict[str, JobConfig],
 ) -> None:
     """Runs that the last executor did not finish: start again, or report."""
     for trigger, state, accepted, starts in journal.unfinished():
@@ -4850,7 +5037,10 @@ def recover(
                         f"executor restarted while the job ran, it cannot be run again: {error}"
                     )
         elif age > RESUME_WINDOW:
-            message = f"accepted {seconds_text(age)} before the executor restarted, too long ago to start now"
+            message = (
+                f"accepted {seconds_text(age)} before the executor restarted, too long ago to"
+                " start now"
+            )
         if not message and job is None:
             message = (
                 f'job handler "{trigger.handler}" was removed before the run started'
@@ -4866,8 +5056,8 @@ def recover(
 
 
 class ConfigFiles:
-    """The files that make up the configuration, and whether one was changed, replaced, added, removed, or is another one behind a
-    symlink; used by the main thread only."""
+    """The files that make up the configuration, and whether one was changed, replaced, added,
+    removed, or is another one behind a symlink; used by the main thread only."""
 
     def __init__(self, config: Config):
         self._file, self._patterns = config.file, config.files
@@ -4887,7 +5077,8 @@ class ConfigFiles:
         return self._seen == before and self._seen != self._loaded
 
     def load(self) -> Config:
-        """Raises ConfigError. Read again when other files are named than before, for the stamps must be older than what was read."""
+        """Raises ConfigError. Read again when other files are named than before, for the stamps
+        must be older than what was read."""
         while True:
             self._seen = self._loaded = self._stamps()
             try:
@@ -4903,8 +5094,8 @@ class ConfigFiles:
 
 
 class Signals:
-    """Signals and wake-ups as bytes in a pipe, so that the main thread can wait for them and none is lost; see signal(7) on the
-    self-pipe trick. `wake`: any thread; the rest: the main thread."""
+    """Signals and wake-ups as bytes in a pipe, so that the main thread can wait for them and none
+    is lost; see signal(7) on the self-pipe trick. `wake`: any thread; the rest: the main thread."""
 
     def __init__(self, *numbers: int):
         self._read, self._write = os.pipe()
@@ -4917,8 +5108,10 @@ class Signals:
         """The handler: the byte in the pipe is all that is wanted."""
 
     def mute(self, number: int) -> None:
-        """Let the system drop a signal that it ignores by default, until `unmute`. Past `signal.signal`, whose handler must stay: Python
-        complains of one that came just before it was taken away ("ignored due to race condition")."""
+        """Let the system drop a signal that it ignores by default, until `unmute`. Past
+        `signal.signal`, whose handler must stay: Python complains of one that came just before it
+        was taken away ("ignored due to race condition").
+        """
         LIBC.signal(number, None)
 
     def unmute(self, number: int) -> None:
@@ -4928,7 +5121,7 @@ class Signals:
         with contextlib.suppress(OSError):
             os.write(self._write, b"\0")
 
-    def wait(self, deadline: typing.Optional[float] = None) -> typing.Set[int]:
+    def wait(self, deadline: float | None = None) -> set[int]:
         """What came, 0 for a wake-up; the empty set at `deadline` (monotonic)."""
         poller = select.poll()
         poller.register(self._read, select.POLLIN)
@@ -4953,12 +5146,12 @@ class Daemon:
     def __init__(self, config: Config):
         self.config = config
         self._started = time.time()
-        self._signals: typing.Optional[Signals] = None
-        self._reap_at: typing.Optional[float] = None
+        self._signals: Signals | None = None
+        self._reap_at: float | None = None
         self._housekeeping_at = time.monotonic()
         self._watch_at = self._housekeeping_at if config.executor.watch_config else None
         self._files = ConfigFiles(config)
-        self._inherited: typing.Optional[tuple] = (
+        self._inherited: tuple | None = (
             None  # the address of a socket that the service manager handed over
         )
 
@@ -5057,7 +5250,8 @@ class Daemon:
         )
 
     def _bound(self, config: Config) -> Config:
-        """`config` with the address that is listened on: that of an inherited socket takes the place of `executor.bind`."""
+        """`config` with the address that is listened on: that of an inherited socket takes the
+        place of `executor.bind`."""
         bind = self._inherited or config.executor.bind
         return dataclasses.replace(config, executor=dataclasses.replace(config.executor, bind=bind))
 
@@ -5067,7 +5261,10 @@ class Daemon:
             undelivered = f"{self._journal.counts()['undelivered']} undelivered"
         except JournalError as error:
             undelivered = str(error)
-        return f"{len(found['running'])} running, {sum(found['queued'].values())} queued, {undelivered}"
+        return (
+            f"{len(found['running'])} running, {sum(found['queued'].values())} queued,"
+            f" {undelivered}"
+        )
 
     def status(self) -> dict:
         """Everything that `status` shows; any thread."""
@@ -5105,7 +5302,8 @@ class Daemon:
     # -- the main thread's loop
 
     def take_signals(self) -> None:
-        """From now on signals wait for `serve`; before `start`, so that none can come in between and end the process."""
+        """From now on signals wait for `serve`; before `start`, so that none can come in between
+        and end the process."""
         self._signals = Signals(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 
     def serve(self) -> None:
@@ -5121,8 +5319,9 @@ class Daemon:
         self.stop()
         self._signals.close()
 
-    def _next(self, deadline: typing.Optional[float]) -> bool:
-        """Wait for a signal or a wake-up until `deadline` (monotonic) and act on it; True for SIGTERM and SIGINT."""
+    def _next(self, deadline: float | None) -> bool:
+        """Wait for a signal or a wake-up until `deadline` (monotonic) and act on it; True for
+        SIGTERM and SIGINT."""
         limits = [
             limit
             for limit in (
@@ -5143,7 +5342,8 @@ class Daemon:
             self._signals.unmute(signal.SIGCHLD)
             reap_orphans()
         elif signal.SIGCHLD in got:
-            # Each job that ends raises one, and the slots reap theirs themselves: once a second is enough for orphans.
+            # Each job that ends raises one, and the slots reap theirs themselves: once a second is
+            # enough for orphans.
             self._signals.mute(signal.SIGCHLD)
             self._reap_at = now + 1.0
         if now >= self._housekeeping_at:
@@ -5191,7 +5391,8 @@ class Daemon:
             for part in ("admin", "executor", "glue"):
                 if getattr(dataclasses.replace(old, admin=admin), part) != getattr(new, part):
                     log.warning(
-                        "%s has changed in %s: that takes effect at a restart, a reload takes over only jobs and the token",
+                        "%s has changed in %s: that takes effect at a restart, a reload takes over"
+                        " only jobs and the token",
                         part,
                         old.file,
                     )
@@ -5215,7 +5416,8 @@ class Daemon:
         notify("READY=1")
 
     def stop(self) -> None:
-        """Drain, end what still runs, deliver, close. A signal that comes meanwhile ends the draining."""
+        """Drain, end what still runs, deliver, close. A signal that comes meanwhile ends the
+        draining."""
         if self._signals is None:  # demo --once
             self.take_signals()
         log.info(
@@ -5255,11 +5457,14 @@ class Daemon:
         try:
             counts = self._journal.counts()
             left = (
-                f"{counted(counts['held'], 'result')} could not be stored: the next start reports their outcome as unknown"
+                f"{counted(counts['held'], 'result')} could not be stored: the next start reports"
+                " their outcome as unknown"
                 if counts["held"]
-                else f"{counted(counts['undelivered'], 'result')} kept for the next start"
-                if counts["undelivered"]
-                else "every result is delivered"
+                else (
+                    f"{counted(counts['undelivered'], 'result')} kept for the next start"
+                    if counts["undelivered"]
+                    else "every result is delivered"
+                )
             )
         except JournalError as error:
             left = f"the journal cannot be read: {error}"
@@ -5272,7 +5477,7 @@ class Daemon:
         log.info("stopped, %s", left)
 
 
-def listen(bind: typing.Tuple[str, int]) -> socket.socket:
+def listen(bind: tuple[str, int]) -> socket.socket:
     """The listening socket. Raises ExecutorError."""
     host, port = bind
     try:
@@ -5291,22 +5496,24 @@ def listen(bind: typing.Tuple[str, int]) -> socket.socket:
             raise
     except OSError as error:
         raise ExecutorError(
-            f"executor.bind: cannot listen on {authority(host, port)}: {error.strerror}: choose a free port of this host"
+            f"executor.bind: cannot listen on {authority(host, port)}: {error.strerror}: choose a"
+            " free port of this host"
         ) from None
     return listener
 
 
 def provide_limits(config: ExecutorConfig) -> int:
-    """Raise the soft limit of open files to what the configuration may need; says so when the hard one, or that of processes,
-    is below. Returns how many connections leave enough for the jobs."""
+    """Raise the soft limit of open files to what the configuration may need; says so when the hard
+    one, or that of processes, is below. Returns how many connections leave enough for the jobs."""
     jobs = 8 * config.max_running + 64  # pipes, logs and pidfds; the journal, the admin
     needed, room = config.max_connections + jobs, config.max_connections
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < needed:
         room = max(16, hard - jobs)
         log.warning(
-            "at most %d files may be open; max_connections %d and max_running %d may need %d: raise the limit (systemd: "
-            "LimitNOFILE=%d) or lower them; until then %d connections are served at once",
+            "at most %d files may be open; max_connections %d and max_running %d may need %d: raise"
+            " the limit (systemd: LimitNOFILE=%d) or lower them; until then %d connections are"
+            " served at once",
             hard,
             config.max_connections,
             config.max_running,
@@ -5321,8 +5528,8 @@ def provide_limits(config: ExecutorConfig) -> int:
     most = resource.getrlimit(resource.RLIMIT_NPROC)[0]
     if most != resource.RLIM_INFINITY and most < tasks and os.getuid():
         log.warning(
-            "user %d may have %d processes and threads; max_running %d needs at least %d: raise the limit (systemd: "
-            "LimitNPROC=%d) or lower it",
+            "user %d may have %d processes and threads; max_running %d needs at least %d: raise the"
+            " limit (systemd: LimitNPROC=%d) or lower it",
             os.getuid(),
             most,
             config.max_running,
@@ -5340,44 +5547,49 @@ def is_loopback(host: str) -> bool:
 
 
 def refuse_unsafe(config: Config) -> None:
-    """Raises ConfigError when anybody on the network could run jobs; warns of the token that every attacker knows."""
+    """Raises ConfigError when anybody on the network could run jobs; warns of the token that every
+    attacker knows."""
     token = config.admin.access_token
     host = config.executor.bind[0]
     if not token and not config.executor.allow_no_token and not is_loopback(host):
         raise ConfigError(
-            f"{config.file}: admin.access_token: is empty, and executor.bind {host} is open to the network: set a token, "
-            "bind to 127.0.0.1, or set executor.allow_no_token: true when a firewall keeps others out"
+            f"{config.file}: admin.access_token: is empty, and executor.bind {host} is open to the"
+            " network: set a token, bind to 127.0.0.1, or set executor.allow_no_token: true when a"
+            " firewall keeps others out"
         )
     if config.glue.enabled and token in (None, "", "default_token"):
         raise ConfigError(
-            f"{config.file}: glue.enabled: whoever knows the token can run any script here, and admin.access_token is "
-            f"{'the one that every attacker tries first' if token else 'empty'}: set another one there and in the admin, "
-            "or set glue.enabled: false"
+            f"{config.file}: glue.enabled: whoever knows the token can run any script here, and"
+            " admin.access_token is"
+            f" {'the one that every attacker tries first' if token else 'empty'}: set another one"
+            " there and in the admin, or set glue.enabled: false"
         )
     if token == "default_token":
         log.warning(
-            "ACCESS TOKEN IS default_token, which every attacker tries first: set another xxl.job.accessToken in the admin "
-            "and admin.access_token here"
+            "ACCESS TOKEN IS default_token, which every attacker tries first: set another"
+            " xxl.job.accessToken in the admin and admin.access_token here"
         )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 15 CLI
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 class LoopbackAdmin:
-    """An xxl-job-admin on 127.0.0.1 for `demo` and the tests: it answers as `version` does and keeps what it received.
+    """An xxl-job-admin on 127.0.0.1 for `demo` and the tests: it answers as `version` does and
+    keeps what it received.
 
-    version: "2.2.0", "2.3" (to 3.2), "3.3" (to 3.4) or "3.5". `behave(path, body)` may return (HTTP status, bytes) to answer
-    something else. Any thread may call any method; `changed` is notified of every request.
+    version: "2.2.0", "2.3" (to 3.2), "3.3" (to 3.4) or "3.5". `behave(path, body)` may return (HTTP
+    status, bytes) to answer something else. Any thread may call any method; `changed` is notified
+    of every request.
     """
 
     def __init__(self, version: str = "3.5", token: str = "", port: int = 0):
         self.version, self.token = version, token
         self.behave: typing.Callable[[str, bytes], typing.Any] = lambda path, body: None
         self.changed = threading.Condition()
-        self.requests: typing.List[typing.Tuple[str, dict, bytes]] = []
-        self.registry: typing.List[str] = []
-        self.results: typing.Dict[int, typing.List[dict]] = {}
+        self.requests: list[tuple[str, dict, bytes]] = []
+        self.registry: list[str] = []
+        self.results: dict[int, list[dict]] = {}
         self._next_id = int(time.time() * 1000) % 1_000_000_000
         admin = self
 
@@ -5390,7 +5602,10 @@ class LoopbackAdmin:
                 status, reply = admin._answer(
                     self.path, {name.lower(): value for name, value in self.headers.items()}, body
                 )
-                head = f"HTTP/1.1 {status} -\r\nContent-Type: application/json\r\nContent-Length: {len(reply)}\r\n\r\n"
+                head = (
+                    f"HTTP/1.1 {status} -\r\nContent-Type: application/json\r\nContent-Length:"
+                    f" {len(reply)}\r\n\r\n"
+                )
                 self.wfile.write(head.encode() + reply)
 
             def log_message(self, *arguments):
@@ -5417,7 +5632,7 @@ class LoopbackAdmin:
         self._server.server_close()
         self._thread.join()
 
-    def _answer(self, path: str, headers: dict, body: bytes) -> typing.Tuple[int, bytes]:
+    def _answer(self, path: str, headers: dict, body: bytes) -> tuple[int, bytes]:
         own = self.behave(path, body)
         if own is None:
             try:
@@ -5435,12 +5650,12 @@ class LoopbackAdmin:
             self.changed.notify_all()
         return own
 
-    def _envelope(self, code: int, message: typing.Optional[str] = None) -> bytes:
+    def _envelope(self, code: int, message: str | None = None) -> bytes:
         return json.dumps(
             {"code": code, "msg": message, "data" if self.version >= "3.3" else "content": None}
         ).encode()
 
-    def _accept(self, path: str, headers: dict, body: bytes) -> typing.Tuple[int, bytes]:
+    def _accept(self, path: str, headers: dict, body: bytes) -> tuple[int, bytes]:
         if self.version == "3.3" and "xxl-job-access-token" not in headers:
             return 400, b""
         if headers.get("xxl-job-access-token", "") != self.token:
@@ -5480,8 +5695,9 @@ class LoopbackAdmin:
         ) as reply:
             return reply.json()
 
-    def trigger(self, address: str, handler: str, **fields: typing.Any) -> typing.Tuple[int, dict]:
-        """Trigger `handler` with defaults for all that `fields` leaves out; returns (logId, the executor's envelope)."""
+    def trigger(self, address: str, handler: str, **fields: typing.Any) -> tuple[int, dict]:
+        """Trigger `handler` with defaults for all that `fields` leaves out; returns (logId, the
+        executor's envelope)."""
         with self.changed:
             self._next_id += 1
             log_id = fields.get("logId", self._next_id)
@@ -5501,7 +5717,8 @@ class LoopbackAdmin:
         return log_id, self.call(address, "/trigger" if self.version == "3.5" else "/run", body)
 
     def wait(self, predicate: typing.Callable[[], typing.Any], seconds: float) -> typing.Any:
-        """The first true value of `predicate`, looked at whenever a request came; None after `seconds`."""
+        """The first true value of `predicate`, looked at whenever a request came; None after
+        `seconds`."""
         with self.changed:
             return self.changed.wait_for(predicate, seconds)
 
@@ -5557,11 +5774,9 @@ def cmd_check(arguments: argparse.Namespace) -> int:
         print(f"warning: {warning}", file=sys.stderr)
     refuse_unsafe(config)
     kinds = {
-        job.name: "shell"
-        if job.shell
-        else "command"
-        if job.command
-        else f"python ({job.isolation})"
+        job.name: (
+            "shell" if job.shell else "command" if job.command else f"python ({job.isolation})"
+        )
         for job in config.jobs.values()
     }
     print_table(
@@ -5581,7 +5796,8 @@ def cmd_check(arguments: argparse.Namespace) -> int:
 
 
 class _Progress:
-    """The demo's table: redrawn in place on a terminal that can hold it, a line an event elsewhere."""
+    """The demo's table: redrawn in place on a terminal that can hold it, a line an event
+    elsewhere."""
 
     def __init__(self, names: typing.Sequence[str]):
         self.width = max(map(columns, names))
@@ -5592,7 +5808,7 @@ class _Progress:
         )
         self.color = self.live and not os.environ.get("NO_COLOR")
         self.drawn = 0
-        self.states: typing.Dict[str, str] = {}
+        self.states: dict[str, str] = {}
 
     def row(self, name: str, state: str, seconds: float, message: str) -> str:
         padding = " " * (self.width - columns(name))
@@ -5603,7 +5819,7 @@ class _Progress:
         head, _, tail = shown.partition(padding + "  " + state)
         return f"{head}{padding}  \x1b[{tint}m{state}\x1b[0m{tail}" if self.color else shown
 
-    def show(self, rows: typing.List[typing.Tuple[str, str, float, str]]) -> None:
+    def show(self, rows: list[tuple[str, str, float, str]]) -> None:
         if self.live:
             up = f"\x1b[{self.drawn}A" if self.drawn else ""
             sys.stdout.write(up + "".join(f"\x1b[2K{self.row(*row)}\n" for row in rows))
@@ -5645,7 +5861,8 @@ def cmd_demo(arguments: argparse.Namespace) -> int:
         if not admin.wait(lambda: admin.registry, 30):
             raise ExecutorError("the executor did not register within 30 s")
         print(
-            f"\n{config.executor.app_name} has registered. {counted(len(config.jobs), 'job')} of {config.file}:\n",
+            f"\n{config.executor.app_name} has registered. {counted(len(config.jobs), 'job')} of"
+            f" {config.file}:\n",
             flush=True,
         )
         runs = {}
@@ -5656,7 +5873,8 @@ def cmd_demo(arguments: argparse.Namespace) -> int:
             runs[name] = (log_id, time.monotonic())
         results = _demo_progress(admin, daemon, runs)
         print(
-            f"\n{counted(len(results), 'run')}, {sum(code == SUCCESS for code in results)} succeeded, every result arrived at the admin."
+            f"\n{counted(len(results), 'run')}, {sum(code == SUCCESS for code in results)}"
+            " succeeded, every result arrived at the admin."
         )
         if not arguments.once:
             daemon.take_signals()
@@ -5665,7 +5883,7 @@ def cmd_demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _demo_progress(admin: LoopbackAdmin, daemon: Daemon, runs: dict) -> typing.List[int]:
+def _demo_progress(admin: LoopbackAdmin, daemon: Daemon, runs: dict) -> list[int]:
     """Show the runs until the admin has a result of each; returns their codes."""
     progress, ended, started = _Progress(list(runs)), {}, set()
     words = {SUCCESS: "succeeded", FAILURE: "failed", TIMEOUT: "timed out"}
@@ -5693,9 +5911,8 @@ def _demo_progress(admin: LoopbackAdmin, daemon: Daemon, runs: dict) -> typing.L
         progress.show(rows)
         if len(ended) == len(runs):
             return [row[4] for row in ended.values()]
-        count = len(ended)
         admin.wait(
-            lambda: sum(log_id in admin.results for log_id, _ in runs.values()) > count,
+            lambda: sum(log_id in admin.results for log_id, _ in runs.values()) > len(ended),
             0.5 if progress.live else 5,
         )
 
@@ -5716,7 +5933,8 @@ def cmd_exec(arguments: argparse.Namespace) -> int:
     job = config.jobs.get(arguments.job)
     if job is None:
         raise ConfigError(
-            f'{config.file}: there is no job "{arguments.job}": known are {", ".join(config.jobs) or "none"}'
+            f'{config.file}: there is no job "{arguments.job}": known are'
+            f" {', '.join(config.jobs) or 'none'}"
         )
     logging.getLogger().setLevel(logging.WARNING)
     shard, total = arguments.shard
@@ -5734,7 +5952,7 @@ def cmd_exec(arguments: argparse.Namespace) -> int:
         job = dataclasses.replace(
             job, timeout=min(filter(None, (job.timeout, arguments.timeout)), default=0)
         )
-    box: typing.List[Result] = []
+    box: list[Result] = []
     with tempfile.TemporaryDirectory(prefix="xxl-exec-") as scratch:
         runner = Runner(_Terminal(), secrets.token_hex(8), scratch, Metrics())
         runner.prepare([job])
@@ -5747,7 +5965,8 @@ def cmd_exec(arguments: argparse.Namespace) -> int:
             finally:
                 signals.wake()
 
-        # Not in the main thread: its children are the orphans of the job, and it has signals to handle.
+        # Not in the main thread: its children are the orphans of the job, and it has signals to
+        # handle.
         threading.Thread(target=work, daemon=True).start()
         while True:
             got = signals.wait()
@@ -5798,8 +6017,9 @@ def ask_status(config: Config) -> dict:
         raise ExecutorError(f"the executor on {url} does not answer: {error}") from None
     if "version" not in found:
         raise ExecutorError(
-            f"the executor on {url} refuses: {found.get('msg')} This command took its token from {config.file}: "
-            "if that names an environment variable, set it here as for the executor."
+            f"the executor on {url} refuses: {found.get('msg')} This command took its token from"
+            f" {config.file}: if that names an environment variable, set it here as for the"
+            " executor."
         )
     return found
 
@@ -5809,13 +6029,15 @@ def print_status(found: dict) -> None:
     state = (
         "stopping"
         if found["draining"]
-        else "no admin"
-        if not found["admins"]
-        else ("registered" if found["registered"] else "not registered")
+        else (
+            "no admin"
+            if not found["admins"]
+            else ("registered" if found["registered"] else "not registered")
+        )
     )
     print(
-        f"{found['app']}  {state}\n{found['address']}  pid {found['pid']}  up {seconds_text(found['uptime'])}  "
-        f"version {found['version']}\n"
+        f"{found['app']}  {state}\n{found['address']}  pid {found['pid']}  up"
+        f" {seconds_text(found['uptime'])}  version {found['version']}\n"
     )
     running = collections.Counter(run["job"] for run in found["running"])
     print_table(
@@ -5868,7 +6090,7 @@ def print_status(found: dict) -> None:
     sys.stdout.flush()
 
 
-def _shard(text: str) -> typing.Tuple[int, int]:
+def _shard(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d+)/(\d+)", text, re.ASCII)
     if not found or int(found[1]) >= int(found[2]):
         raise argparse.ArgumentTypeError(f'expected index/total such as 0/3, got "{text}"')
@@ -5969,11 +6191,14 @@ exit status: 0 fine, 1 failed, 2 bad usage or configuration""",
 
 
 def set_up_logging() -> None:
-    """One line an event on stderr; under systemd with a priority and without the time, which the journal has."""
+    """One line an event on stderr; under systemd with a priority and without the time, which the
+    journal has."""
 
     class Handler(logging.Handler):
         def createLock(self):
-            self.lock = None  # nobody waits here: what comes during a write goes out with the next one, by the same thread
+            # nobody waits here: what comes during a write goes out with the next one, by the same
+            # thread
+            self.lock = None
             self.lines, self.writing = collections.deque(), threading.Lock()
 
         def handle(self, record):
@@ -6029,12 +6254,13 @@ def set_up_logging() -> None:
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = (
         False  # not shown, so not looked up
     )
-    logging._srcfile = None  # documented in the logging HOWTO, "Optimization": do not look for the caller of each line
+    # documented in the logging HOWTO, "Optimization": do not look for the caller of each line
+    logging._srcfile = None
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("urllib3").setLevel(logging.ERROR)
 
 
-def main(argv: typing.Optional[typing.Sequence[str]] = None) -> int:
+def main(argv: typing.Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     sys.modules.setdefault("xxl_executor", sys.modules[__name__])  # for a job that imports Context
     if argv[:1] == ["--serve-python"]:
@@ -6054,7 +6280,8 @@ def main(argv: typing.Optional[typing.Sequence[str]] = None) -> int:
         return 1
     except ModuleNotFoundError as error:
         print(
-            f"xxl-executor: {error}: apt install python3-requests python3-yaml, or pip install requests PyYAML",
+            f"xxl-executor: {error}: apt install python3-requests python3-yaml, or pip install"
+            " requests PyYAML",
             file=sys.stderr,
         )
         return 1

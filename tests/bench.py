@@ -1,17 +1,21 @@
 #!/usr/bin/env python3
-"""Measures the executor: `python tests/bench.py [NAME ...]`, all benches when none is named; about three minutes.
+"""Measures the executor: `python tests/bench.py [NAME ...]`, all benches when none is named; about
+three minutes.
 
-Every speed is the ratio of two things that were measured in this run, in turns (A B A B ...), medians; nothing is
-compared with a number from another machine.  Two targets are times as such (python-start, the first registration), two
-are sizes (memory).  The load comes from wrk with Lua scripts that are written to a temporary directory.  The admin is
-the product's LoopbackAdmin, in this process, which does nothing else meanwhile.  All traffic stays on 127.0.0.1.
+Every speed is the ratio of two things that were measured in this run, in turns (A B A B ...),
+medians; nothing is compared with a number from another machine.  Two targets are times as such
+(python-start, the first registration), two are sizes (memory).  The load comes from wrk with Lua
+scripts that are written to a temporary directory.  The admin is the product's LoopbackAdmin, in
+this process, which does nothing else meanwhile.  All traffic stays on 127.0.0.1.
 
-Triggers are sent in a closed loop on results: wrk keeps WINDOW runs between trigger and result, by waiting before each
-request for as many milliseconds as there are runs too many.  With an open loop the executor would accept far faster
-than it runs, and the figure would be that of a queue being filled and then emptied.  The number of triggers is fixed,
-and the time runs from the start of wrk to the arrival of the last result: no accepted run stays out of the account.
+Triggers are sent in a closed loop on results: wrk keeps WINDOW runs between trigger and result, by
+waiting before each request for as many milliseconds as there are runs too many.  With an open loop
+the executor would accept far faster than it runs, and the figure would be that of a queue being
+filled and then emptied.  The number of triggers is fixed, and the time runs from the start of wrk
+to the arrival of the last result: no accepted run stays out of the account.
 
-Both executors keep their default log level (INFO) and have stderr in a file on the same disk as their data.
+Both executors keep their default log level (INFO) and have stderr in a file on the same disk as
+their data.
 """
 
 import argparse
@@ -102,12 +106,9 @@ function done()
   end
 end
 """
-BEAT_LUA = (
-    """
-wrk.method, wrk.path, wrk.body, wrk.headers["XXL-JOB-ACCESS-TOKEN"] = "POST", "/beat", "", %r
+BEAT_LUA = f"""
+wrk.method, wrk.path, wrk.body, wrk.headers["XXL-JOB-ACCESS-TOKEN"] = "POST", "/beat", "", {TOKEN!r}
 """
-    % TOKEN
-)
 
 POPEN_PY = """
 import subprocess, threading, time
@@ -129,8 +130,7 @@ def started():
 def nothing():
     pass
 """
-PYXXL_PY = (
-    """
+PYXXL_PY = f"""
 import sys
 from pyxxl import ExecutorConfig, JobHandler, PyxxlRunner
 admin, port, directory = sys.argv[1:]
@@ -144,10 +144,8 @@ PyxxlRunner(ExecutorConfig(
     xxl_admin_baseurl=admin + "/api/", executor_app_name="pyxxl", executor_listen_host="127.0.0.1",
     executor_listen_port=int(port), executor_log_path=directory + "/pyxxl.log", log_local_dir=directory + "/logs",
     task_queue_length=1000, max_workers=32,
-    access_token="%s", dotenv_try=False), handler=handler).run_executor()
+    access_token="{TOKEN}", dotenv_try=False), handler=handler).run_executor()
 """
-    % TOKEN
-)
 
 
 class BenchError(Exception):
@@ -198,7 +196,8 @@ def rss(pid):
 
 
 class Bench:
-    """What the benches share: a directory on a disk, an admin, executors, wrk; and the rows of the table."""
+    """What the benches share: a directory on a disk, an admin, executors, wrk; and the rows of the
+    table."""
 
     def __init__(self, directory):
         self.directory, self.rows = directory, []
@@ -222,7 +221,8 @@ class Bench:
 
     @contextlib.contextmanager
     def executor(self, admin, jobs):
-        """The daemon, all options at their defaults; (process, URL, seconds from exec to its registration)."""
+        """The daemon, all options at their defaults; (process, URL, seconds from exec to its
+        registration)."""
         self.executors += 1
         place = self.directory / f"executor{self.executors}"
         place.mkdir()
@@ -425,7 +425,10 @@ class Bench:
             connection.close()
 
         def shown(values):
-            return f"{statistics.median(values):.1f} ms, p95 {statistics.quantiles(values, n=20)[-1]:.1f} ms"
+            return (
+                f"{statistics.median(values):.1f} ms, p95"
+                f" {statistics.quantiles(values, n=20)[-1]:.1f} ms"
+            )
 
         value = statistics.median(accepted)
         self.row(
@@ -440,7 +443,8 @@ class Bench:
     def thread(self):
         """A function that does nothing, in a thread of the daemon; pyxxl's is a coroutine.
 
-        pyxxl starts anew for each measurement: it keeps a logger for every run, and gets slower with their number.
+        pyxxl starts anew for each measurement: it keeps a logger for every run, and gets slower
+        with their number.
         """
 
         def other():
@@ -573,8 +577,8 @@ class Bench:
             "<= 3 times",
             f"{value:.2f} times",
             value <= 3,
-            f"{lines:,} lines in pages of 1,000: "
-            f"{statistics.median(ours):.3f} s; open, read, decode, splitlines: {statistics.median(whole):.3f} s",
+            f"{lines:,} lines in pages of 1,000: {statistics.median(ours):.3f} s; open, read,"
+            f" decode, splitlines: {statistics.median(whole):.3f} s",
         )
 
     def ratio(self, name, target, ours, other, unit, what):
@@ -593,7 +597,8 @@ def listed(values):
 
 
 def pyxxl_python():
-    """The interpreter of an environment with pyxxl, kept in the system's directory for temporary files."""
+    """The interpreter of an environment with pyxxl, kept in the system's directory for temporary
+    files."""
     python = f"py{sys.version_info[0]}{sys.version_info[1]}"
     place = Path(tempfile.gettempdir()) / f"xxl-executor-bench-pyxxl-{PYXXL}-{python}-{os.getuid()}"
     python = place / "bin" / "python"

@@ -1,4 +1,5 @@
-"""What all tests share: the daemon as a subprocess, the product's own loopback admin, and a watch over what is left behind."""
+"""What all tests share: the daemon as a subprocess, the product's own loopback admin, and a watch
+over what is left behind."""
 
 import contextlib
 import json
@@ -24,7 +25,8 @@ sys.path.insert(0, str(ROOT))
 
 import xxl_executor  # noqa: E402
 
-# Where PYTHONDONTWRITEBYTECODE is set, as in many images, every daemon and every server of Python jobs would compile it once more.
+# Where PYTHONDONTWRITEBYTECODE is set, as in many images, every daemon and every server of Python
+# jobs would compile it once more.
 with contextlib.suppress(OSError):
     py_compile.compile(str(PROGRAM))
 
@@ -53,10 +55,11 @@ def launch(**constants):
 
 
 class Executor:
-    """The daemon under test: `python xxl_executor.py -c FILE run` on a free port, its stderr in a file.
+    """The daemon under test: `python xxl_executor.py -c FILE run` on a free port, its stderr in a
+    file.
 
-    Only with program=PROGRAM by these very words. Else it begins as the module that those words turn it into, which takes
-    0.12 s instead of 0.3, some hundreds of times.
+    Only with program=PROGRAM by these very words. Else it begins as the module that those words
+    turn it into, which takes 0.12 s instead of 0.3, some hundreds of times.
     """
 
     def __init__(
@@ -70,7 +73,8 @@ class Executor:
         prefix=(),
         program=None,
     ):
-        """`prefix`: a command that executes the interpreter, such as setpriv or unshare; `program`: a file that runs ours."""
+        """`prefix`: a command that executes the interpreter, such as setpriv or unshare; `program`:
+        a file that runs ours."""
         self.directory, self.flags, self.arguments, self.prefix, self.program = (
             directory,
             flags,
@@ -94,7 +98,7 @@ class Executor:
         )
 
     def start(self, *, wait=True):
-        self.errors = open(self.stderr, "ab")
+        self.errors = self.stderr.open("ab")
         self.lock_before = self.lock
         arguments = ["-c", str(self.file), *self.arguments]
         command = (
@@ -203,10 +207,12 @@ class Executor:
 
 @pytest.fixture
 def executor(tmp_path, request):
-    """A factory: executor(jobs={...}, admin=LoopbackAdmin or None, executor={...}, admin_options={...}, env={...}, start=True,
-    prefix=[...], program=file). A module of tests may say with which program, see Executor.
+    """A factory: executor(jobs={...}, admin=LoopbackAdmin or None, executor={...},
+    admin_options={...}, env={...}, start=True, prefix=[...], program=file). A module of tests may
+    say with which program, see Executor.
 
-    Every daemon it made is stopped at the end; then none of its processes may live, and it may have warned of no resource.
+    Every daemon it made is stopped at the end; then none of its processes may live, and it may have
+    warned of no resource.
     """
     made = []
 
@@ -220,7 +226,7 @@ def executor(tmp_path, request):
         start=True,
         directory=None,
         prefix=(),
-        program=getattr(request.module, "program", None),
+        program=None,
         **others,
     ):
         place = directory or tmp_path / (f"executor{len(made)}" if made else "executor")
@@ -240,7 +246,8 @@ def executor(tmp_path, request):
             "jobs": jobs or {},
             **others,
         }
-        made.append(Executor(place, config, env=env, prefix=prefix, program=program))
+        chosen = program or getattr(request.module, "program", None)
+        made.append(Executor(place, config, env=env, prefix=prefix, program=chosen))
         return made[-1].start() if start else made[-1]
 
     yield make
@@ -276,7 +283,8 @@ def admin(loopback):
 
 @pytest.fixture
 def port():
-    """A port that refuses connections and that nobody else is given; a LoopbackAdmin can take it over."""
+    """A port that refuses connections and that nobody else is given; a LoopbackAdmin can take it
+    over."""
     with socket.socket() as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind(("127.0.0.1", 0))

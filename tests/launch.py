@@ -1,4 +1,5 @@
-"""Run the daemon with other values of constants of its module, from $LAUNCH_CONSTANTS (JSON); see conftest.launch."""
+"""Run the daemon with other values of constants of its module, from $LAUNCH_CONSTANTS (JSON); see
+conftest.launch."""
 
 import json
 import os

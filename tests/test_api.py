@@ -1,4 +1,5 @@
-"""The executor API: what the admin may send, what is refused with which words, tokens, and the operators' paths."""
+"""The executor API: what the admin may send, what is refused with which words, tokens, and the
+operators' paths."""
 
 import http.client
 import itertools
@@ -9,13 +10,16 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from conftest import Executor, run_job, wait_until
 
 import xxl_executor
-from conftest import Executor, run_job, wait_until
 
 ALIVE = {"code": 200, "msg": None, "content": None, "data": None}
 TOKEN = "a-token-that-nobody-guesses"
-WRONG_TOKEN = "The access token is wrong: give admin and executor the same xxl.job.accessToken / admin.access_token."
+WRONG_TOKEN = (
+    "The access token is wrong: give admin and executor the same xxl.job.accessToken /"
+    " admin.access_token."
+)
 BUSY = "job thread is running or has trigger queue."
 RUN_PATHS = ["/run", "/trigger"]
 JSON_PATHS = ["/idleBeat", "/run", "/trigger", "/kill", "/log"]
@@ -33,8 +37,10 @@ JOBS = {
     "count": {"shell": 'echo "$XXL_JOB_LOG_ID" >> ran'},
     "arguments": {"shell": 'echo "$1|$2|$3" > "arguments.$XXL_JOB_LOG_ID"'},
     "hold": {
-        "shell": 'echo "start $XXL_JOB_LOG_ID" >> held; while [ ! -e "go.$XXL_JOB_ID" ]; do sleep 0.02; done; '
-        'echo "end $XXL_JOB_LOG_ID" >> held',
+        "shell": (
+            'echo "start $XXL_JOB_LOG_ID" >> held; while [ ! -e "go.$XXL_JOB_ID" ]; do sleep 0.02;'
+            ' done; echo "end $XXL_JOB_LOG_ID" >> held'
+        ),
         "kill_grace": "0.2s",
         "timeout": "60s",
     },
@@ -70,7 +76,8 @@ class Caller:
             connection.close()
 
     def post(self, path, body=None, headers=()):
-        """The envelope of a POST, which is HTTP 200 whatever comes; `body` is JSON, or bytes as they are."""
+        """The envelope of a POST, which is HTTP 200 whatever comes; `body` is JSON, or bytes as
+        they are."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         status, reply = self.request("POST", path, data, headers)
         assert status == 200, reply
@@ -298,7 +305,8 @@ def test_any_executor_timeout(quiet, seconds):
 
 @pytest.mark.parametrize("seconds", [3_000_000, (1 << 63) - 1])
 def test_no_timeout_is_too_long(executor, tmp_path, seconds):
-    """2,147,483 s is the longest that poll() takes; the admin's timeout and the job's own may both be longer."""
+    """2,147,483 s is the longest that poll() takes; the admin's timeout and the job's own may both
+    be longer."""
     (tmp_path / "worker.py").write_text("def main():\n    return 'done'\n")
     python = {"python": "worker:main", "pythonpath": [str(tmp_path)]}
     daemon = executor(
@@ -481,10 +489,14 @@ def test_scripts_of_the_admin_are_refused(quiet, kind):
             glueUpdatetime=1,
         )
         assert reply == failure(
-            "GLUE_GROOVY: Groovy runs inside the Java executor only: choose another language, or a script of this host"
+            "GLUE_GROOVY: Groovy runs inside the Java executor only: choose another language, or a"
+            " script of this host"
             if kind == "GLUE_GROOVY"
-            else f"{kind}: scripts from the admin are not enabled here: write the script to this host, list it under jobs in "
-            "the configuration and choose BEAN with its name as JobHandler, or set glue.enabled: true"
+            else (
+                f"{kind}: scripts from the admin are not enabled here: write the script to this"
+                " host, list it under jobs in the configuration and choose BEAN with its name as"
+                " JobHandler, or set glue.enabled: true"
+            )
         )
         assert str(log_id) not in quiet.lines("ran")
 
@@ -553,7 +565,8 @@ def test_serial_is_the_strategy_when_no_other_is_known(api, strategy):
 
 @pytest.mark.parametrize("strategy", ["SERIAL_EXECUTION", "DISCARD_LATER", "COVER_EARLY"])
 def test_a_repeated_log_id_runs_once(api, strategy):
-    """While it runs, while it waits, after its end, behind another run: answered 200, starts and covers nothing."""
+    """While it runs, while it waits, after its end, behind another run: answered 200, starts and
+    covers nothing."""
     job_id, log_id, ends = next(job_ids), next(log_ids), api.ends("hold")
 
     def again(path="/run"):
@@ -590,8 +603,8 @@ def test_a_repeated_log_id_runs_once(api, strategy):
 
 @pytest.mark.parametrize("strategy", ["SERIAL_EXECUTION", "DISCARD_LATER", "COVER_EARLY"])
 def test_the_same_log_id_from_many_threads_runs_once(api, strategy):
-    """The journal decides, not the moment: all are answered 200. Some come while the run is being accepted, some after
-    its end, so it takes many rounds to meet every order of events."""
+    """The journal decides, not the moment: all are answered 200. Some come while the run is being
+    accepted, some after its end, so it takes many rounds to meet every order of events."""
     job_id, callers, ends = next(job_ids), 12, api.ends("count")
     logs = [next(log_ids) for _ in range(40)]
     together = threading.Barrier(callers)
@@ -717,7 +730,8 @@ def test_the_right_app_name(api, guarded):
 
 
 def parse_metrics(text):
-    """{(name, ((label, value), ...)): number} of Prometheus text; fails where a scraper would, or might."""
+    """{(name, ((label, value), ...)): number} of Prometheus text; fails where a scraper would, or
+    might."""
     name, number = (
         r"[a-zA-Z_:][a-zA-Z0-9_:]*",
         r"[+-]?(?:[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?|Inf|NaN)",
@@ -807,7 +821,8 @@ def test_metrics_are_prometheus_text_and_say_nothing_of_parameters(executor, adm
 
 
 def test_metrics_of_a_daemon_that_has_done_nothing(executor):
-    """What cannot be told apart by labels is there from the start, as Prometheus asks: a `rate` needs the 0 before the first failure."""
+    """What cannot be told apart by labels is there from the start, as Prometheus asks: a `rate`
+    needs the 0 before the first failure."""
     daemon = executor()
     kinds, samples = parse_metrics(daemon.session.get(daemon.url + "/metrics", timeout=20).text)
     assert all(name.startswith("xxl_executor_") for name in kinds)

@@ -17,8 +17,9 @@ import uuid
 from pathlib import Path
 
 import pytest
-import xxl_executor
 from conftest import PROGRAM, alive, result_of, run_job, wait_until
+
+import xxl_executor
 
 program = PROGRAM  # as a user does
 COMMANDS = ("run", "check", "demo", "exec", "status")
@@ -72,7 +73,8 @@ jobs:
 
 
 class Place:
-    """A directory with a configuration, and the program run in it; all its processes carry one variable."""
+    """A directory with a configuration, and the program run in it; all its processes carry one
+    variable."""
 
     def __init__(self, directory):
         self.directory, self.mark = directory, uuid.uuid4().hex
@@ -206,7 +208,8 @@ def test_bad_shard_says_what_was_expected(place):
     status, out, err = place.write(JOBS).run("exec", "hello", "--shard", "3/3")
     assert (status, out) == (2, "")
     assert err.endswith(
-        '\nxxl-executor exec: error: argument --shard: expected index/total such as 0/3, got "3/3"\n'
+        "\nxxl-executor exec: error: argument --shard: expected index/total such as 0/3, got"
+        ' "3/3"\n'
     )
 
 
@@ -220,7 +223,10 @@ def test_no_configuration(place, arguments):
     assert place.run(*arguments) == (
         2,
         "",
-        "no configuration: none of ./config.yaml, /etc/xxl-executor/config.yaml exists: give one with -c FILE\n",
+        (
+            "no configuration: none of ./config.yaml, /etc/xxl-executor/config.yaml exists: give"
+            " one with -c FILE\n"
+        ),
     )
 
 
@@ -268,9 +274,11 @@ ticker   python (thread)   -        滴答
             "config.yaml", "./config.yaml"
         ),
     )
-    assert sorted(os.listdir(place.directory)) == ["config.yaml", "mod.py", "scratch"], (
-        "check makes nothing"
-    )
+    assert sorted(os.listdir(place.directory)) == [
+        "config.yaml",
+        "mod.py",
+        "scratch",
+    ], "check makes nothing"
 
 
 def test_check_leaves_a_running_executor_alone(executor, place):
@@ -281,11 +289,9 @@ def test_check_leaves_a_running_executor_alone(executor, place):
     hook = place.directory / "hook"
     hook.mkdir()
     (hook / "sitecustomize.py").write_text(
-        "import sys\n"
-        "def seen(event, arguments):\n"
-        f"    if event.startswith('socket.') or event in ('open', 'os.listdir') and str(arguments[0]).startswith({str(daemon.data)!r}):\n"
-        "        print('SEEN', event, arguments)\n"
-        "sys.addaudithook(seen)\n"
+        "import sys\ndef seen(event, arguments):\n    if event.startswith('socket.') or event in"
+        f" ('open', 'os.listdir') and str(arguments[0]).startswith({str(daemon.data)!r}):\n       "
+        " print('SEEN', event, arguments)\nsys.addaudithook(seen)\n"
     )
     status, out, err = place.run("-c", str(daemon.file), "check", PYTHONPATH=str(hook))
     assert (status, err) == (0, "") and "\nother " in out and "SEEN" not in out
@@ -346,8 +352,9 @@ def test_unsafe_start_is_refused(place, bind, host, arguments):
         2,
         "",
         (
-            f"config.yaml: admin.access_token: is empty, and executor.bind {host} is open to the network: set a token, "
-            "bind to 127.0.0.1, or set executor.allow_no_token: true when a firewall keeps others out\n"
+            f"config.yaml: admin.access_token: is empty, and executor.bind {host} is open to the"
+            " network: set a token, bind to 127.0.0.1, or set executor.allow_no_token: true when a"
+            " firewall keeps others out\n"
         ),
     )
     assert not (place.directory / "data").exists()
@@ -371,16 +378,17 @@ def test_safe_start_is_not_refused(place, options):
 
 def test_default_token_is_warned_of(executor, loopback, place):
     text = (
-        "ACCESS TOKEN IS default_token, which every attacker tries first: set another xxl.job.accessToken "
-        "in the admin and admin.access_token here"
+        "ACCESS TOKEN IS default_token, which every attacker tries first: set another"
+        " xxl.job.accessToken in the admin and admin.access_token here"
     )
     daemon = executor({}, admin=loopback(token="default_token"))
     assert re.search(rf"^\S+ \S+ WARNING {re.escape(text)}$", daemon.log, re.MULTILINE)
     place.write("admin: {access_token: default_token}\njobs: {hello: {shell: x}}\n")
     status, _, err = place.run("check", JOURNAL_STREAM="8:1")
-    assert (status, err) == (0, f"<4>{text}\n"), (
-        "under systemd with a priority and without the time"
-    )
+    assert (status, err) == (
+        0,
+        f"<4>{text}\n",
+    ), "under systemd with a priority and without the time"
 
 
 def test_a_second_daemon_is_refused(executor, place):
@@ -391,8 +399,8 @@ def test_a_second_daemon_is_refused(executor, place):
             1,
             "",
             (
-                f"xxl-executor: executor.data_dir: {first.data} is in use by another executor (pid {first.process.pid}): "
-                "stop it, or give this one a data_dir of its own\n"
+                f"xxl-executor: executor.data_dir: {first.data} is in use by another executor (pid"
+                f" {first.process.pid}): stop it, or give this one a data_dir of its own\n"
             ),
         )
     assert first.status()["pid"] == first.process.pid, "the first one goes on"
@@ -413,8 +421,8 @@ def test_a_port_in_use_is_refused(place):
             1,
             "",
             (
-                f"xxl-executor: executor.bind: cannot listen on 127.0.0.1:{port}: Address already in use: "
-                "choose a free port of this host\n"
+                f"xxl-executor: executor.bind: cannot listen on 127.0.0.1:{port}: Address already"
+                " in use: choose a free port of this host\n"
             ),
         )
 
@@ -439,7 +447,8 @@ def test_data_dir_that_cannot_be_used(place, data_dir, reason):
         1,
         "",
         (
-            f"xxl-executor: executor.data_dir: {reason.format(place.directory)}: choose a directory with space that this user may write\n"
+            f"xxl-executor: executor.data_dir: {reason.format(place.directory)}: choose a directory"
+            " with space that this user may write\n"
         ),
     )
 
@@ -573,9 +582,11 @@ def test_exec(place, arguments, status, out, first, last):
         out,
         f"----- {arguments[0]} logId=0 jobId=0 {first} -----\n----- {last} -----\n",
     ), err
-    assert sorted(os.listdir(place.directory)) == ["config.yaml", "mod.py", "scratch"], (
-        "no journal, no log"
-    )
+    assert sorted(os.listdir(place.directory)) == [
+        "config.yaml",
+        "mod.py",
+        "scratch",
+    ], "no journal, no log"
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ SIZE = "expected a size such as 4096, 512KiB or 64MiB, got"
 ADDRESS = "expected an address such as http://10.0.0.5:8080/xxl-job-admin, got"
 BIND = 'expected host:port such as "0.0.0.0:9999" or "[::]:9999", got'
 JOB_KEYS = (
-    "description, shell, command, python, isolation, timeout, kill_grace, cwd, env, user, interpreter, "
-    "pythonpath, max_delay, queue_limit, on_crash, background"
+    "description, shell, command, python, isolation, timeout, kill_grace, cwd, env, user,"
+    " interpreter, pythonpath, max_delay, queue_limit, on_crash, background"
 )
 
 
@@ -286,8 +286,9 @@ def test_sizes(load, written, size):
     ],
 )
 def test_bad_duration(problems, written, got):
-    assert "\n".join(problems(f"\njobs:\n  hello:\n    shell: x\n    timeout: {written}\n")) == (
-        f"config.yaml:5: jobs.hello.timeout: {DURATION} {got}"
+    assert (
+        "\n".join(problems(f"\njobs:\n  hello:\n    shell: x\n    timeout: {written}\n"))
+        == f"config.yaml:5: jobs.hello.timeout: {DURATION} {got}"
     )
 
 
@@ -324,19 +325,22 @@ def test_bad_size(problems, written, got):
         (
             "executor: {max_running: 1025}",
             [
-                "1: executor.max_running: expected a whole number from 1 to 1024, got the number 1025"
+                "1: executor.max_running: expected a whole number from 1 to 1024, got the number"
+                " 1025"
             ],
         ),
         (
             "executor: {max_queued: 1000001}",
             [
-                "1: executor.max_queued: expected a whole number from 1 to 1000000, got the number 1000001"
+                "1: executor.max_queued: expected a whole number from 1 to 1000000, got the number"
+                " 1000001"
             ],
         ),
         (
             "executor: {max_connections: 7}",
             [
-                "1: executor.max_connections: expected a whole number from 8 to 100000, got the number 7"
+                "1: executor.max_connections: expected a whole number from 8 to 100000, got the"
+                " number 7"
             ],
         ),
         ("executor: {log_limit: 0}", ["1: executor.log_limit: expected more than 0, got 0"]),
@@ -353,7 +357,8 @@ def test_bad_size(problems, written, got):
         (
             "executor: {max_running: true}",
             [
-                "1: executor.max_running: expected a whole number from 1 to 1024, got the truth value true"
+                "1: executor.max_running: expected a whole number from 1 to 1024, got the truth"
+                " value true"
             ],
         ),
         (
@@ -404,13 +409,15 @@ def test_bad_size(problems, written, got):
         (
             "admin: {access_token: a b}",
             [
-                "1: admin.access_token: expected printable ASCII without spaces, as an HTTP header carries it"
+                "1: admin.access_token: expected printable ASCII without spaces, as an HTTP header"
+                " carries it"
             ],
         ),
         (
             'admin: {access_token: "a\\nb"}',
             [
-                "1: admin.access_token: expected printable ASCII without spaces, as an HTTP header carries it"
+                "1: admin.access_token: expected printable ASCII without spaces, as an HTTP header"
+                " carries it"
             ],
         ),
         ("admin: [a]", ["1: admin: expected a mapping, got a list"]),
@@ -437,13 +444,15 @@ def test_bad_size(problems, written, got):
         (
             "jobs: {hello: {command: []}}",
             [
-                "1: jobs.hello.command: expected a list with a program and its arguments, got an empty one"
+                "1: jobs.hello.command: expected a list with a program and its arguments, got an"
+                " empty one"
             ],
         ),
         (
             "jobs: {hello: {command: ['', x]}}",
             [
-                "1: jobs.hello.command: expected a list with a program and its arguments, got an empty one"
+                "1: jobs.hello.command: expected a list with a program and its arguments, got an"
+                " empty one"
             ],
         ),
         (
@@ -481,7 +490,8 @@ def test_bad_size(problems, written, got):
         (
             "jobs: {hello: {shell: x, queue_limit: 0}}",
             [
-                "1: jobs.hello.queue_limit: expected a whole number from 1 to 1000000, got the number 0"
+                "1: jobs.hello.queue_limit: expected a whole number from 1 to 1000000, got the"
+                " number 0"
             ],
         ),
         # what a job runs
@@ -494,7 +504,10 @@ def test_bad_size(problems, written, got):
             [f"1: jobs.a: {ONE_OF} shell and command and python"],
         ),
         (
-            "jobs:\n  a:\n    shell: x\n    interpreter: python3\n    isolation: process\n    pythonpath: []\n",
+            (
+                "jobs:\n  a:\n    shell: x\n    interpreter: python3\n    isolation: process\n   "
+                " pythonpath: []\n"
+            ),
             [
                 "4: jobs.a.interpreter: only a python job has it: remove it",
                 "5: jobs.a.isolation: only a python job has it: remove it",
@@ -506,10 +519,13 @@ def test_bad_size(problems, written, got):
             ["1: jobs.a.interpreter: only a python job has it: remove it"],
         ),
         (
-            "jobs:\n  a:\n    python: a:b\n    isolation: thread\n    user: nobody\n    cwd: .\n    env: {}\n"
-            "    interpreter: x\n    background: kill\n",
+            (
+                "jobs:\n  a:\n    python: a:b\n    isolation: thread\n    user: nobody\n    cwd:"
+                " .\n    env: {}\n    interpreter: x\n    background: kill\n"
+            ),
             [
-                f"{line}: jobs.a.{key}: has no effect with isolation: thread: remove it, or use process"
+                f"{line}: jobs.a.{key}: has no effect with isolation: thread: remove it, or use"
+                " process"
                 for line, key in enumerate(("user", "cwd", "env", "interpreter", "background"), 5)
             ],
         ),
@@ -558,7 +574,7 @@ jobs:
       C-D: 3
 """) == [
         f'config.yaml:4: admin.addresses: {ADDRESS} the text "nonsense"',
-        "config.yaml:9: jobs.hello.command: expected text or a number, got the truth value true",
+        ("config.yaml:9: jobs.hello.command: expected text or a number, got the truth value true"),
         "config.yaml:12: jobs.hello.env: expected text or a number, got a list",
     ]
 
@@ -613,7 +629,10 @@ def test_entry_point(load, value):
             "admin:\n  adresses: []\n  zzz: 5",
             [
                 '2: admin.adresses: unknown key, did you mean "addresses"?',
-                "3: admin.zzz: unknown key, known keys: addresses, access_token, access_token_file, connect_timeout, timeout",
+                (
+                    "3: admin.zzz: unknown key, known keys: addresses, access_token,"
+                    " access_token_file, connect_timeout, timeout"
+                ),
             ],
         ),
         ("executor: {appname: a}", ['1: executor.appname: unknown key, did you mean "app_name"?']),
@@ -678,7 +697,10 @@ admin:
         f'config.yaml:3: jobs.b.timeout: {DURATION} the text "5x"',
         'config.yaml:4: jobs.b.shel: unknown key, did you mean "shell"?',
         f"config.yaml:5: jobs.a: {ONE_OF} shell and command",
-        "config.yaml:9: executor.max_running: expected a whole number from 1 to 1024, got the truth value true",
+        (
+            "config.yaml:9: executor.max_running: expected a whole number from 1 to 1024, got"
+            " the truth value true"
+        ),
         'config.yaml:10: executor.max_runing: unknown key, did you mean "max_running"?',
         "config.yaml:12: admin.access_token: expected text, got a list",
         "config.yaml:14: admin.timeout: duplicate key, first on line 13: remove one",
@@ -772,9 +794,15 @@ jobs:
         f"config.yaml:2: admin.access_token: {missing.format('T_UNSET')}",
         f"config.yaml:3: admin.addresses: {missing.format('T_EMPTY')}",
         f"config.yaml:5: executor.app_name: {missing.format('T_EMPTY')}",
-        'config.yaml:6: executor.max_running: expected a whole number from 1 to 1024, got the text "word"',
+        (
+            "config.yaml:6: executor.max_running: expected a whole number from 1 to 1024, got"
+            ' the text "word"'
+        ),
         f"config.yaml:7: executor.drain_timeout: {DURATION} the truth value true",
-        'config.yaml:8: executor.max_queued: expected a whole number from 1 to 1000000, got the text "12"',
+        (
+            "config.yaml:8: executor.max_queued: expected a whole number from 1 to 1000000, got"
+            ' the text "12"'
+        ),
         f"config.yaml:11: jobs.a.command: {missing.format('T_UNSET')}",
         f"config.yaml:14: jobs.b.env: {missing.format('T_UNSET')}",
     ]
@@ -952,7 +980,8 @@ def test_bad_access_token_file(problems, tmp_path, content):
     ],
 )
 def test_nul_is_refused(problems, text):
-    """No path, argument or variable of Linux can hold one; found now, not when the job runs at night."""
+    """No path, argument or variable of Linux can hold one; found now, not when the job runs at
+    night."""
     [line] = problems(text.format('"a\\0b"'))
     assert line.startswith("config.yaml:2: ")
 
@@ -1024,8 +1053,14 @@ def test_problems_in_included_files(problems, tmp_path):
         "jobs.d/2.yaml:3: admin: an included file may hold only jobs: move it to config.yaml",
         "jobs.d/2.yaml:4: include: an included file may hold only jobs: move it to config.yaml",
         "jobs.d/2.yaml:5: zzz: an included file may hold only jobs: move it to config.yaml",
-        "jobs.d/3.yaml:3: not YAML: expected the node content, but found '<stream end>': close the quotes or brackets that are open here",
-        "config.yaml:4: executor.max_running: expected a whole number from 1 to 1024, got the number 0",
+        (
+            "jobs.d/3.yaml:3: not YAML: expected the node content, but found '<stream end>': close"
+            " the quotes or brackets that are open here"
+        ),
+        (
+            "config.yaml:4: executor.max_running: expected a whole number from 1 to 1024, got the"
+            " number 0"
+        ),
     ]
 
 
@@ -1042,8 +1077,10 @@ def test_an_included_file_that_holds_no_mapping(problems, tmp_path, content):
 def test_missing_file(tmp_path):
     with pytest.raises(ConfigError) as caught:
         load_config(str(tmp_path / "none.yaml"))
-    assert str(caught.value) == (
-        f"{tmp_path}/none.yaml: cannot be read: No such file or directory: give a readable file with -c FILE"
+    assert (
+        str(caught.value)
+        == f"{tmp_path}/none.yaml: cannot be read: No such file or directory: give a readable file"
+        " with -c FILE"
     )
 
 
@@ -1061,8 +1098,10 @@ def test_unreadable_file(tmp_path):
     (tmp_path / "config.yaml").touch(0o000)
     with pytest.raises(ConfigError) as caught:
         load_config(str(tmp_path / "config.yaml"))
-    assert str(caught.value) == (
-        f"{tmp_path}/config.yaml: cannot be read: Permission denied: give a readable file with -c FILE"
+    assert (
+        str(caught.value)
+        == f"{tmp_path}/config.yaml: cannot be read: Permission denied: give a readable file with"
+        " -c FILE"
     )
 
 
@@ -1092,35 +1131,53 @@ def test_byte_order_mark_and_crlf(load):
         ),
         (
             "jobs:\n\thello: {}\n",
-            "2: not YAML: found character '\\t' that cannot start any token: indent with spaces instead of tabs",
+            (
+                "2: not YAML: found character '\\t' that cannot start any token: indent with spaces"
+                " instead of tabs"
+            ),
         ),
         (
             "jobs:\n  a: {shell: x}\n b: {shell: x}\n",
-            "3: not YAML: expected <block end>, but found '<block mapping start>': indent the "
-            'lines of one level alike, and put a value with special characters into quotes or below a "|"',
+            (
+                "3: not YAML: expected <block end>, but found '<block mapping start>': indent the"
+                " lines of one level alike, and put a value with special characters into quotes or"
+                ' below a "|"'
+            ),
         ),
         (
             "jobs:\n  a: [\n",
-            "3: not YAML: expected the node content, but found '<stream end>': close the quotes or brackets that are open here",
+            (
+                "3: not YAML: expected the node content, but found '<stream end>': close the quotes"
+                " or brackets that are open here"
+            ),
         ),
         (
             "jobs:\n  a: 'open\n",
-            "3: not YAML: found unexpected end of stream: close the quotes or brackets that are open here",
+            (
+                "3: not YAML: found unexpected end of stream: close the quotes or brackets that are"
+                " open here"
+            ),
         ),
         (
             "jobs:\n  a: {shell: echo: b: c}\n",
-            "2: not YAML: expected ',' or '}', but got ':': close the brackets that are open here, or put a "
-            "value with special characters into quotes",
+            (
+                "2: not YAML: expected ',' or '}', but got ':': close the brackets that are open"
+                " here, or put a value with special characters into quotes"
+            ),
         ),
         (
             "jobs:\n  a:\n    shell: echo a: b\n",
-            '3: not YAML: mapping values are not allowed here: put a value with ": " in it into quotes '
-            'or below a "|", or look for a missing colon or a wrong indent here or in the line above',
+            (
+                '3: not YAML: mapping values are not allowed here: put a value with ": " in it into'
+                ' quotes or below a "|", or look for a missing colon or a wrong indent here or in'
+                " the line above"
+            ),
         ),
         (
             "jobs:\n  a:\n    shell: x\n    timeout 3\n",
             """5: not YAML: could not find expected ':': put a value with ": " in it into """
-            'quotes or below a "|", or look for a missing colon or a wrong indent here or in the line above',
+            'quotes or below a "|", or look for a missing colon or a wrong indent here or in the'
+            " line above",
         ),
         (
             "jobs: *none\n",
@@ -1133,8 +1190,10 @@ def test_byte_order_mark_and_crlf(load):
         ),
         (
             'jobs:\n  a:\n    shell: "\\d"\n',
-            "3: not YAML: found unknown escape character 'd': take single quotes, in which a backslash is "
-            "only a backslash",
+            (
+                "3: not YAML: found unknown escape character 'd': take single quotes, in which a"
+                " backslash is only a backslash"
+            ),
         ),
         ("jobs: {}\n---\njobs: {}\n", '2: not YAML: found another document: remove the line "---"'),
         (
@@ -1199,7 +1258,8 @@ jobs:
 
 def test_problem_in_a_merged_mapping_names_its_own_line(problems):
     assert problems(
-        "x-base: &base\n  timeot: 5\njobs:\n  a: {<<: *base, shell: x}\n  b: {<<: *base, shell: x}\n"
+        "x-base: &base\n  timeot: 5\njobs:\n  a: {<<: *base, shell: x}\n  b: {<<: *base, shell:"
+        " x}\n"
     ) == [
         'config.yaml:2: jobs.a.timeot: unknown key, did you mean "timeout"?',
         'config.yaml:2: jobs.b.timeot: unknown key, did you mean "timeout"?',
@@ -1208,7 +1268,8 @@ def test_problem_in_a_merged_mapping_names_its_own_line(problems):
 
 def test_merge_of_no_mapping(problems):
     assert problems("jobs:\n  a: {<<: 5, shell: x}\n") == [
-        "config.yaml:2: jobs.a.<<: expected a mapping or list of mappings for merging, but found scalar"
+        "config.yaml:2: jobs.a.<<: expected a mapping or list of mappings for merging, but found"
+        " scalar"
     ]
 
 

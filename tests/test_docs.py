@@ -8,9 +8,9 @@ import sys
 
 import pytest
 import yaml
+from conftest import PROGRAM, ROOT
 
 import xxl_executor
-from conftest import PROGRAM, ROOT
 
 SECTIONS = {
     "admin": xxl_executor.AdminConfig,
@@ -89,12 +89,14 @@ def test_the_test_command_is_what_ci_calls(document):
         if "-m pytest" in line
     ]
     assert lines == [
-        "python3 -m venv .venv && .venv/bin/pip install -q -e '.[test]' && .venv/bin/python -m pytest"
+        "python3 -m venv .venv && .venv/bin/pip install -q -e '.[test]' && .venv/bin/python -m"
+        " pytest"
     ]
 
 
 def test_the_first_job_of_the_readme_does_what_the_page_shows(tmp_path):
-    """Its configuration, typed off, and each command of the block that follows; process ids and times differ."""
+    """Its configuration, typed off, and each command of the block that follows; process ids and
+    times differ."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     config, console = re.findall(
         r"^```(?:yaml)?\n(.*?)^```", text[text.index("## Your first job") :], re.M | re.S

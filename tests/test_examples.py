@@ -1,4 +1,5 @@
-"""What examples/ and the migration pages name exists in the program, and what they configure is valid."""
+"""What examples/ and the migration pages name exists in the program, and what they configure is
+valid."""
 
 import dataclasses
 import json
@@ -8,9 +9,9 @@ import sys
 
 import pytest
 import yaml
+from conftest import ROOT, Executor
 
 import xxl_executor
-from conftest import Executor, ROOT
 
 EXAMPLES = ROOT / "examples"
 MANIFESTS = {
@@ -107,9 +108,11 @@ def environment():
     """{name: value} as the container has it; what a field of the pod gives is made up."""
     fields = {"status.podIP": "10.1.2.3", "metadata.name": "my-app-7d4b9c6f5-x2x7q"}
     return {
-        entry["name"]: entry["value"]
-        if "value" in entry
-        else fields[entry["valueFrom"]["fieldRef"]["fieldPath"]]
+        entry["name"]: (
+            entry["value"]
+            if "value" in entry
+            else fields[entry["valueFrom"]["fieldRef"]["fieldPath"]]
+        )
         for entry in SIDECAR["env"]
     }
 
@@ -156,7 +159,8 @@ def test_the_files_of_the_pod_are_where_the_configuration_says():
     assert volumes["token"]["secret"]["secretName"] == "xxl-executor"
     assert volumes["config"]["configMap"]["name"] == "xxl-executor"
     assert environment()["XXL_EXECUTOR_CONFIG"] == MOUNTS["config"] + "/config.yaml"
-    # The only writable place; the configuration and the token arrive as whole directories, so that edits do too.
+    # The only writable place; the configuration and the token arrive as whole directories, so that
+    # edits do too.
     assert [name for name, volume in volumes.items() if "emptyDir" in volume] == ["data"]
     assert settings["executor"]["data_dir"].startswith(MOUNTS["data"] + "/")
     assert environment()["TMPDIR"] == MOUNTS["data"]
@@ -243,7 +247,8 @@ def options():
 
 
 def named(text):
-    """The keys in backticks right of the first column of a table; `xxl.job...`, files and the like are none."""
+    """The keys in backticks right of the first column of a table; `xxl.job...`, files and the like
+    are none."""
     for row in re.findall(r"^\|[^|]+\|(.+)\|$", text, re.M):
         yield from re.findall(r"`((?:admin|executor|glue|jobs)\.[\w.]+)", row)
 

@@ -9,6 +9,7 @@ import time
 
 import pytest
 from conftest import result_of, wait_until
+
 import xxl_executor
 
 TOKEN = "a-token-of-this-test"
@@ -59,7 +60,8 @@ SOURCES = {
 
 @pytest.mark.parametrize("kind", list(xxl_executor.GLUE))
 def test_every_language_gets_its_arguments(glue, admin, kind):
-    """Parameter, shard index and total, as the Java executor passes them; a missing interpreter is named."""
+    """Parameter, shard index and total, as the Java executor passes them; a missing interpreter is
+    named."""
     daemon, interpreter = glue(), xxl_executor.GLUE[kind][0]
     found = run(
         daemon,
@@ -77,7 +79,8 @@ def test_every_language_gets_its_arguments(glue, admin, kind):
 
 
 def test_a_script_is_stored_once_for_each_update(glue, admin):
-    """0700 in a directory of 0700, under the name that the Java executor uses; a line in the log tells of each new one."""
+    """0700 in a directory of 0700, under the name that the Java executor uses; a line in the log
+    tells of each new one."""
     daemon = glue()
     old, new = "echo old", "echo new 报表"
     assert run(daemon, admin, old, jobId=7, glueUpdatetime=1) == (200, "old")
@@ -89,8 +92,8 @@ def test_a_script_is_stored_once_for_each_update(glue, admin):
         0o700
     }
     assert re.findall(r"WARNING (new script .*)", daemon.log) == [
-        f"new script {directory}/7_{number}.sh of jobId=7 from 127.0.0.1: {len(source.encode())} bytes, sha256 "
-        f"{hashlib.sha256(source.encode()).hexdigest()}"
+        f"new script {directory}/7_{number}.sh of jobId=7 from 127.0.0.1: {len(source.encode())}"
+        f" bytes, sha256 {hashlib.sha256(source.encode()).hexdigest()}"
         for number, source in ((1, old), (2, new))
     ]
 
@@ -126,7 +129,10 @@ def test_scripts_are_killed_queued_and_covered_like_jobs(glue, admin):
     [
         (
             "GLUE_GROOVY",
-            "GLUE_GROOVY: Groovy runs inside the Java executor only: choose another language, or a script of this host",
+            (
+                "GLUE_GROOVY: Groovy runs inside the Java executor only: choose another language,"
+                " or a script of this host"
+            ),
         ),
         ("GLUE_NODEJS", "GLUE_NODEJS: is not among glue.languages: GLUE_SHELL, GLUE_PYTHON"),
         (
@@ -155,9 +161,10 @@ def test_without_a_token_of_its_own_it_does_not_start(executor, token, shown):
     ).start(wait=False)
     assert daemon.wait() == 2
     assert (
-        f"config.yaml: glue.enabled: whoever knows the token can run any script here, and admin.access_token is {shown}: set another "
-        "one there and in the admin, or set glue.enabled: false"
-    ) in daemon.log
+        "config.yaml: glue.enabled: whoever knows the token can run any script here, and"
+        f" admin.access_token is {shown}: set another one there and in the admin, or set"
+        " glue.enabled: false" in daemon.log
+    )
 
 
 def test_an_accepted_script_runs_after_a_crash(glue, admin, tmp_path):

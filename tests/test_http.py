@@ -1,4 +1,5 @@
-"""The HTTP server, by raw sockets: whatever comes is answered, whatever else is connected or runs."""
+"""The HTTP server, by raw sockets: whatever comes is answered, whatever else is connected or
+runs."""
 
 import contextlib
 import json
@@ -13,9 +14,9 @@ import threading
 
 import pytest
 import requests
+from conftest import Executor, result_of, wait_until
 
 import xxl_executor
-from conftest import Executor, result_of, wait_until
 
 ALIVE = {"code": 200, "msg": None, "content": None, "data": None}
 STOPPING = {"code": 500, "msg": "the executor is stopping", "content": None, "data": None}
@@ -126,7 +127,8 @@ def client(port):
 
 @pytest.fixture
 def serve():
-    """A factory of servers in this process: serve(answer, max_connections=100, threads=8) returns (server, port)."""
+    """A factory of servers in this process: serve(answer, max_connections=100, threads=8) returns
+    (server, port)."""
     with contextlib.ExitStack() as stack:
 
         def make(answer, max_connections=100, threads=8):
@@ -166,7 +168,8 @@ def serve():
             b"POST //some/prefix//beat HTTP/1.1\r\nHost: x\r\n\r\n", id="prefix-doubled-slashes"
         ),
         pytest.param(
-            b'POST /beat HTTP/1.1\r\nhost: x\r\ncontent-type: text/json\r\ncontent-length: 2\r\n\r\n""',
+            b"POST /beat HTTP/1.1\r\nhost: x\r\ncontent-type: text/json\r\ncontent-length:"
+            b' 2\r\n\r\n""',
             id="lowercase",
         ),
         pytest.param(b"POST /beat?a=/b HTTP/1.1\r\nHost: x\r\n\r\n", id="query"),
@@ -387,7 +390,8 @@ TOO_LONG_HEAD = (431, "the request head is longer than 16384 bytes")
     ],
 )
 def test_malformed_requests(client, request_, expected):
-    """The client sees why, although it goes on sending: the connection is not reset under its feet."""
+    """The client sees why, although it goes on sending: the connection is not reset under its
+    feet."""
     status, text = expected
     client.send(request_)
     client.send(b"x" * (6 << 20))
@@ -530,7 +534,8 @@ def test_at_max_connections_the_listener_pauses(executor):
 
 
 def test_clients_that_do_not_read_hold_no_thread(executor):
-    """More of them than http threads, each with megabytes to take; the answer is whole for who reads it at last."""
+    """More of them than http threads, each with megabytes to take; the answer is whole for who
+    reads it at last."""
     daemon = executor(
         {"long": {"shell": "yes 'a line of some forty characters, no more' | head -c 3000000"}}
     )
@@ -653,7 +658,8 @@ def test_a_daemon_that_stops_answers_to_the_last(executor):
 
 
 def test_close_answers_what_was_sent(serve):
-    """More requests than threads, and one more on each connection, which only learns that the connection closes."""
+    """More requests than threads, and one more on each connection, which only learns that the
+    connection closes."""
     go, entered = threading.Event(), threading.Semaphore(0)
 
     def answer(method, target, headers, body, peer):
@@ -785,7 +791,8 @@ def nginx(tmp_path):
 
 
 def test_behind_nginx_nothing_is_lost_over_idle_times(executor, admin, nginx):
-    """A heartbeat, silence until the proxy has dropped its connection, a trigger, a heartbeat, several times over."""
+    """A heartbeat, silence until the proxy has dropped its connection, a trigger, a heartbeat,
+    several times over."""
     daemon = executor({"hello": {"shell": 'echo "hello $1"'}}, admin=admin)
     url, runs, upstream = nginx(daemon.port), [], set()
 

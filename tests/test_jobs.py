@@ -1,4 +1,5 @@
-"""Shell and command jobs: what they are given, what becomes of their end, and that nothing of them is left."""
+"""Shell and command jobs: what they are given, what becomes of their end, and that nothing of them
+is left."""
 
 import contextlib
 import json
@@ -14,8 +15,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import xxl_executor
 from conftest import alive, result_of, run_job, wait_until
+
+import xxl_executor
 
 ROOT_ONLY = pytest.mark.skipif(os.geteuid() != 0, reason="only root may start jobs as another user")
 
@@ -42,7 +44,8 @@ def children_of(pid, states):
 
 # -- what a job is given
 
-# Each would make a file `hacked`, lose its quotes or become an option if a shell or a second replacement saw it.
+# Each would make a file `hacked`, lose its quotes or become an option if a shell or a second
+# replacement saw it.
 PARAMETERS = [
     "plain",
     "",
@@ -419,7 +422,8 @@ def test_nothing_survives(executor, admin, tmp_path, how):
 
 
 def test_strangers_survive(executor, admin, tmp_path):
-    """Only what belongs to the run is ended: no other run of this daemon, no run of another daemon, nobody else."""
+    """Only what belongs to the run is ended: no other run of this daemon, no run of another daemon,
+    nobody else."""
     marker = xxl_executor.MARKER
     with contextlib.ExitStack() as stack:
         strangers = []
@@ -436,7 +440,8 @@ def test_strangers_survive(executor, admin, tmp_path):
             strangers.append(process)
         job = {"shell": 'echo $$ > "$1"; sleep 600', "cwd": str(tmp_path), "kill_grace": "0.2s"}
         daemon = executor({"job": job}, admin=admin, executor={"drain_timeout": 0})
-        # 11 and 110: the marker of one begins like the other if its number were not written at full length.
+        # 11 and 110: the marker of one begins like the other if its number were not written at full
+        # length.
         ids = [
             admin.trigger(
                 daemon.url, "job", jobId=log_id, logId=log_id, executorParams=f"pid{log_id}"
@@ -463,7 +468,8 @@ def test_strangers_survive(executor, admin, tmp_path):
 
 
 def test_family_of_nobody():
-    """Session 0 is where all that came from outside a PID namespace is; it and an unknown marker match nothing."""
+    """Session 0 is where all that came from outside a PID namespace is; it and an unknown marker
+    match nothing."""
     assert xxl_executor.family("nosuchmarker") == {}
     assert xxl_executor.family("nosuchmarker", 0) == {}
     assert xxl_executor.kill_family("nosuchmarker", 0) == []
@@ -481,12 +487,14 @@ def test_family_finds_marked_and_descendants():
         stack.callback(parent.kill)
         child = int(parent.stdout.readline())
         assert set(xxl_executor.family("feedfacefeedface-1")) == {parent.pid, child}
-        assert set(xxl_executor.family("feedfacefeedface-")) == {parent.pid, child}, (
-            "the beginning of a marker"
-        )
-        assert set(xxl_executor.family("nosuchmarker", parent.pid)) == {parent.pid, child}, (
-            "by the session"
-        )
+        assert set(xxl_executor.family("feedfacefeedface-")) == {
+            parent.pid,
+            child,
+        }, "the beginning of a marker"
+        assert set(xxl_executor.family("nosuchmarker", parent.pid)) == {
+            parent.pid,
+            child,
+        }, "by the session"
         assert xxl_executor.family("eedfacefeedface-1") == {}, "not the middle of a marker"
         started = xxl_executor.family("feedfacefeedface-1")[child]
         assert xxl_executor.send_signal({child: started + 1}, signal.SIGKILL) == [], (
@@ -498,7 +506,8 @@ def test_family_finds_marked_and_descendants():
 
 
 def test_background_keep(executor, admin, tmp_path):
-    """What a finished job left may stay; its hold on stdout does not hold back the result; a timeout ends it too."""
+    """What a finished job left may stay; its hold on stdout does not hold back the result; a
+    timeout ends it too."""
     script = 'setsid sleep 600 & echo $! > "$1"; echo done; [ "$1" = kept ] || sleep 600'
     job = {
         "shell": script,
@@ -523,7 +532,10 @@ def test_background_keep(executor, admin, tmp_path):
 
 def test_background_kill_with_a_leaked_stdout(executor, admin, tmp_path):
     """Both polite and stubborn remains are gone when the result arrives."""
-    script = 'sleep 600 & echo $! > pids; (trap "" TERM; exec setsid sleep 600) & echo $! >> pids; echo done'
+    script = (
+        'sleep 600 & echo $! > pids; (trap "" TERM; exec setsid sleep 600) & echo $! >> pids; echo'
+        " done"
+    )
     daemon = executor(
         {"job": {"shell": script, "cwd": str(tmp_path), "kill_grace": "0.2s"}}, admin=admin
     )
@@ -579,7 +591,10 @@ def test_what_cannot_be_started_says_why(executor, admin, tmp_path):
         assert (result["code"], result["handleMsg"]) == (500, expected), handler
         assert expected in daemon.log_text(log_id)
     assert ending(daemon, admin, "shell") == (200, "")
-    warning = "jobs.no_interpreter.interpreter: /nonexistent/python cannot be started: No such file or directory"
+    warning = (
+        "jobs.no_interpreter.interpreter: /nonexistent/python cannot be started: No such file or"
+        " directory"
+    )
     assert warning in daemon.log
     assert children_of(daemon.process.pid, "Z") == []
 
@@ -627,16 +642,18 @@ def test_as_another_user(executor, admin, public_directory):
     assert ending(daemon, admin, "command") == (200, "nobody")
     assert ending(daemon, admin, "stubborn") == (502, "timed out after 1 s")
     code, message = ending(daemon, admin, "journal", executorParams=str(daemon.data / "journal.db"))
-    assert (code, message.endswith("Permission denied")) == (500, True), (
-        "the journal holds parameters"
-    )
+    assert (code, message.endswith("Permission denied")) == (
+        500,
+        True,
+    ), "the journal holds parameters"
 
 
 @pytest.mark.parametrize("user", [None, pytest.param("nobody", marks=ROOT_ONLY)])
 def test_the_result_file_of_an_interrupted_start_is_forgotten(
     executor, admin, public_directory, user
 ):
-    """After a crash the run starts again under its logId: what its first start wrote is not in the way."""
+    """After a crash the run starts again under its logId: what its first start wrote is not in the
+    way."""
     public_directory.chmod(0o777)
     script = (
         "[ -e started ] && { echo fresh; exit 0; }; "
@@ -664,7 +681,10 @@ def test_a_process_that_clears_its_environment_and_session_is_ended_with_the_run
     daemon = executor(
         {
             "hides": {
-                "shell": f"env -i setsid sh -c 'trap \"\" TERM; echo $$ >{pid}; while :; do sleep 1; done' & wait",
+                "shell": (
+                    f'env -i setsid sh -c \'trap "" TERM; echo $$ >{pid}; while :; do sleep 1;'
+                    " done' & wait"
+                ),
                 "timeout": "1s",
                 "kill_grace": "0.3s",
             }
@@ -679,7 +699,8 @@ def test_a_process_that_clears_its_environment_and_session_is_ended_with_the_run
 def test_the_first_logid_is_one_like_others(executor, admin, tmp_path):
     """Nothing of run 0 is taken for the Python server or the other way round."""
     (tmp_path / "waits.py").write_text(
-        "import os, time\ndef main():\n    while not os.path.exists('go'):\n        time.sleep(0.01)\n"
+        "import os, time\ndef main():\n    while not os.path.exists('go'):\n       "
+        " time.sleep(0.01)\n"
     )
     daemon = executor(
         {
@@ -697,7 +718,8 @@ def test_the_first_logid_is_one_like_others(executor, admin, tmp_path):
 
 
 def test_a_kept_process_is_not_looked_for_again(executor, admin, tmp_path):
-    """It is an orphan of the daemon for as long as it lives; later runs must not search the whole host for theirs because of it."""
+    """It is an orphan of the daemon for as long as it lives; later runs must not search the whole
+    host for theirs because of it."""
     daemon = executor(
         {
             "keeps": {"shell": f"setsid sleep 60 & echo $! >{tmp_path}/pid", "background": "keep"},
@@ -750,6 +772,7 @@ def test_too_few_files_are_told_at_the_start(executor, admin):
         pytest.skip("there is no limit")
     daemon = executor({}, admin=admin, executor={"max_connections": 100000, "max_running": 10})
     assert (
-        f"at most {hard} files may be open; max_connections 100000 and max_running 10 may need 100144: raise the limit "
-        f"(systemd: LimitNOFILE=100144) or lower them; until then {hard - 144} connections are served at once"
-    ) in daemon.log
+        f"at most {hard} files may be open; max_connections 100000 and max_running 10 may need"
+        " 100144: raise the limit (systemd: LimitNOFILE=100144) or lower them; until then"
+        f" {hard - 144} connections are served at once" in daemon.log
+    )

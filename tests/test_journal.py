@@ -1,4 +1,5 @@
-"""The journal: what it stores, how it commits, what it survives, and what a daemon makes of it after a crash."""
+"""The journal: what it stores, how it commits, what it survives, and what a daemon makes of it
+after a crash."""
 
 import contextlib
 import glob
@@ -10,8 +11,8 @@ import threading
 import time
 
 import pytest
-
 from conftest import alive, result_of, run_job, wait_until
+
 from xxl_executor import Journal, JournalError, Result, RunState, Trigger
 
 NOW = 1_790_000_000_000  # ms
@@ -253,7 +254,8 @@ def test_prune_forgets_what_is_old_and_settled(journal):
 def test_prune_works_in_parts(journal):
     rows = [(i, NOW, "delivered", 0.0, 0.0) for i in range(2500)]
     journal._db.executemany(
-        "INSERT INTO runs (log_id, log_date_time, state, accepted, finished) VALUES (?, ?, ?, ?, ?)",
+        "INSERT INTO runs (log_id, log_date_time, state, accepted, finished) VALUES (?, ?, ?,"
+        " ?, ?)",
         rows,
     )
     with commits(journal) as count:
@@ -281,7 +283,8 @@ def commits(journal):
 
 
 def together(work, arguments):
-    """Call `work` with each of `arguments` in a thread of its own, all at once; returns what each gave or raised."""
+    """Call `work` with each of `arguments` in a thread of its own, all at once; returns what each
+    gave or raised."""
     found, barrier = {}, threading.Barrier(len(arguments))
 
     def call(argument):
@@ -350,7 +353,8 @@ def test_of_many_starts_one_succeeds(journal):
 def failing(journal, what="INSERT"):
     """Let every INSERT or UPDATE of a run fail, as a full disk does."""
     journal._db.execute(
-        f"CREATE TEMP TRIGGER full BEFORE {what} ON main.runs BEGIN SELECT RAISE(ABORT, 'the disk is full'); END"
+        f"CREATE TEMP TRIGGER full BEFORE {what} ON main.runs BEGIN SELECT RAISE(ABORT, 'the disk"
+        " is full'); END"
     )
     yield
     journal._db.execute("DROP TRIGGER full")
@@ -432,7 +436,8 @@ def many_rows(file):
             journal.accept(trigger(log_id))
         journal._db.execute("BEGIN")
         journal._db.executemany(
-            "INSERT INTO runs (log_id, log_date_time, state, accepted, trigger) VALUES (?, ?, 'accepted', 1, ?)",
+            "INSERT INTO runs (log_id, log_date_time, state, accepted, trigger) VALUES (?, ?,"
+            " 'accepted', 1, ?)",
             ((i, NOW, "x" * 300) for i in range(1000, 5000)),
         )
         journal._db.execute("COMMIT")
@@ -490,7 +495,8 @@ def test_a_broken_file_is_set_aside(file, tmp_path, damage, caplog):
     (record,) = caplog.records
     assert record.levelname == "ERROR"
     assert re.fullmatch(
-        rf"the journal {re.escape(file)} is broken \(.+\): moved to {re.escape(str(aside))}, starting with an empty "
+        rf"the journal {re.escape(file)} is broken \(.+\): moved to {re.escape(str(aside))},"
+        r" starting with an empty "
         r"one; the admin will show runs that were in it as running",
         record.getMessage(),
         re.S,
@@ -575,7 +581,8 @@ def test_a_result_that_was_not_delivered_survives_a_crash(executor, loopback, tm
     daemon.start()
     result = result_of(admin, log_id)
     assert (result["handleCode"], result["handleMsg"]) == (200, "hello you")
-    # Its trigger repeated, as a Java client does after a lost connection: the same answer, nothing runs.
+    # Its trigger repeated, as a Java client does after a lost connection: the same answer, nothing
+    # runs.
     wait_until(lambda: daemon.status()["undelivered"] == 0)
     assert admin.trigger(daemon.url, "hello", logId=log_id)[1]["code"] == 200
     later, _ = run_job(daemon, admin, "hello")
@@ -584,7 +591,8 @@ def test_a_result_that_was_not_delivered_survives_a_crash(executor, loopback, tm
 
 
 def test_a_crash_in_the_middle_of_a_run(slow, admin):
-    """The tree is ended, the run is failed, what waited starts once, what was delivered does not start again."""
+    """The tree is ended, the run is failed, what waited starts once, what was delivered does not
+    start again."""
     done, _ = run_job(slow, admin, "quick", jobId=2)
     log_id, reply = admin.trigger(slow.url, "slow")
     behind, reply_behind = admin.trigger(slow.url, "quick")
@@ -602,11 +610,13 @@ def test_a_crash_in_the_middle_of_a_run(slow, admin):
         "executor restarted while the job ran, its outcome is unknown",
     )
     assert re.search(
-        r"(^|\n)----- [-\d]+ [:\d]+ failed: executor restarted while the job ran, its outcome is unknown -----\n$",
+        r"(^|\n)----- [-\d]+ [:\d]+ failed: executor restarted while the job ran, its outcome is"
+        r" unknown -----\n$",
         slow.log_text(log_id),
     )
     assert re.search(
-        f"failed slow logId={log_id} jobId=1: executor restarted while the job ran, its outcome is unknown",
+        f"failed slow logId={log_id} jobId=1: executor restarted while the job ran, its outcome is"
+        " unknown",
         slow.log,
     )
     assert re.search(r"ending [1-9]\d* processes that jobs of an earlier executor left", slow.log)
@@ -717,7 +727,8 @@ def test_a_journal_that_cannot_store_refuses_triggers_and_holds_results(executor
     for what in ("INSERT", "UPDATE"):
         edit(
             daemon,
-            f"CREATE TRIGGER full_{what} BEFORE {what} ON runs BEGIN SELECT RAISE(ABORT, 'the disk is full'); END",
+            f"CREATE TRIGGER full_{what} BEFORE {what} ON runs BEGIN SELECT RAISE(ABORT, 'the disk"
+            " is full'); END",
         )
     refused, reply = admin.trigger(daemon.url, "job", jobId=2)
     reason = f"{daemon.data / 'journal.db'}: the disk is full"
@@ -808,11 +819,15 @@ def test_a_full_disk_at_the_start_reports_what_cannot_be_run_again(slow, admin):
     slow.kill()
     with contextlib.closing(sqlite3.connect(slow.data / "journal.db")) as db:
         db.execute(
-            "CREATE TRIGGER full BEFORE UPDATE ON runs WHEN new.state = 'accepted' BEGIN SELECT RAISE(FAIL, 'disk full'); END"
+            "CREATE TRIGGER full BEFORE UPDATE ON runs WHEN new.state = 'accepted' BEGIN SELECT"
+            " RAISE(FAIL, 'disk full'); END"
         )
     slow.start()
     result = result_of(admin, log_id)
     assert (result["handleCode"], result["handleMsg"]) == (
         500,
-        f"executor restarted while the job ran, it cannot be run again: {slow.data}/journal.db: disk full",
+        (
+            f"executor restarted while the job ran, it cannot be run again: {slow.data}/journal.db:"
+            " disk full"
+        ),
     )

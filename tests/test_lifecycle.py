@@ -1,4 +1,5 @@
-"""Start, stop, reload and what the daemon says meanwhile: signals, draining, the lock, systemd, the log."""
+"""Start, stop, reload and what the daemon says meanwhile: signals, draining, the lock, systemd, the
+log."""
 
 import os
 import re
@@ -12,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import requests
-
 from conftest import LAUNCH, PROGRAM, alive, launch, result_of, run_job, wait_until
 
 program = PROGRAM  # a life begins as a user begins it
@@ -212,7 +212,8 @@ def test_reload_takes_over_jobs(executor, admin, tmp_path):
     }
     pid = daemon.process.pid
     assert reload(daemon, config_of(admin, jobs)) == [
-        f"INFO    reloaded {daemon.file}: 4 jobs, added another, python, changed altered, removed zzz"
+        f"INFO    reloaded {daemon.file}: 4 jobs, added another, python, changed altered,"
+        " removed zzz"
     ]
     for handler, message in (("kept", "kept"), ("altered", "new"), ("another", "another")):
         assert run_job(daemon, admin, handler, jobId=2)[1]["handleMsg"] == message
@@ -239,13 +240,15 @@ def test_reload_of_a_broken_file_keeps_the_old_jobs(executor, admin):
     (two,) = reload(daemon, "jobs:\n  hello:\n    shell: echo\n    timout: 3\nx: 1\n")
     assert (
         two
-        == f'{keep}{file}:4: jobs.hello.timout: unknown key, did you mean "timeout"? (and 1 more, see check)'
+        == f'{keep}{file}:4: jobs.hello.timout: unknown key, did you mean "timeout"? (and 1 more,'
+        " see check)"
     )
     (syntax,) = reload(daemon, "jobs:\n  hello: [\n")
     assert re.fullmatch(rf"{re.escape(keep + str(file))}:\d+: not YAML: .+", syntax)
     file.unlink()
     assert reload(daemon, None) == [
-        f"{keep}{file}: cannot be read: No such file or directory: give a readable file with -c FILE"
+        f"{keep}{file}: cannot be read: No such file or directory: give a readable file with -c"
+        " FILE"
     ]
     assert (
         daemon.status()["jobs"] == ["hello"]
@@ -263,7 +266,10 @@ def test_reload_warns_of_what_needs_a_restart(executor, admin):
     daemon = executor(jobs, admin=admin)
     config = config_of(admin, jobs, max_running=3)
     config["admin"].update(access_token="t", addresses=[])
-    warning = f"has changed in {daemon.file}: that takes effect at a restart, a reload takes over only jobs and the token"
+    warning = (
+        f"has changed in {daemon.file}: that takes effect at a restart, a reload takes over only"
+        " jobs and the token"
+    )
     done = f"INFO    reloaded {daemon.file}: 1 job, added none, changed none, removed none"
     assert reload(daemon, config) == [
         f"WARNING admin {warning}",
@@ -278,7 +284,8 @@ def test_reload_warns_of_what_needs_a_restart(executor, admin):
 
 
 def test_orphans_are_reaped_while_a_job_runs(executor, admin, tmp_path):
-    """A job forks short-lived processes into the background, twice; the daemon becomes their parent and reaps them."""
+    """A job forks short-lived processes into the background, twice; the daemon becomes their parent
+    and reaps them."""
     pids, again, go = tmp_path / "pids", tmp_path / "again", tmp_path / "go"
     wave = f"for i in 1 2 3 4 5 6 7 8; do sh -c 'sleep 0.1 & echo $! >> {pids}'; done; "
     daemon = executor(
@@ -326,7 +333,8 @@ signals.close()
 
 
 def test_python_keeps_the_handler_of_a_muted_signal():
-    """Else one that comes just then makes it complain in the log: "Signal 17 ignored due to race condition"."""
+    """Else one that comes just then makes it complain in the log: "Signal 17 ignored due to race
+    condition"."""
     ran = subprocess.run(
         [sys.executable, "-W", "error", "-c", MUTED],
         cwd=PROGRAM.parent,
@@ -349,9 +357,9 @@ def test_one_daemon_at_a_time(executor, admin):
     second.start(wait=False)
     assert second.wait(20) == 1
     assert (
-        f"xxl-executor: executor.data_dir: {first.data} is in use by another executor (pid {first.process.pid}): "
-        "stop it, or give this one a data_dir of its own\n"
-    ) in second.log
+        f"xxl-executor: executor.data_dir: {first.data} is in use by another executor (pid"
+        f" {first.process.pid}): stop it, or give this one a data_dir of its own\n" in second.log
+    )
     assert (first.data / "lock").read_text() == lock, "the one that was refused changed nothing"
     run_job(first, admin, "hello")
     first.kill()
@@ -363,7 +371,8 @@ def test_one_daemon_at_a_time(executor, admin):
 
 
 def test_the_lock_is_not_inherited_by_jobs(executor, admin, tmp_path):
-    """A background process that may stay must not keep the next daemon from starting, nor hold its port."""
+    """A background process that may stay must not keep the next daemon from starting, nor hold its
+    port."""
     pid_file = tmp_path / "pid"
     daemon = executor(
         {
@@ -526,7 +535,8 @@ def test_lines_under_systemd_have_a_priority(executor, admin, tmp_path):
 
 
 def test_nothing_is_left_after_runs(executor, admin, tmp_path):
-    """No scratch file, no descriptor, no thread and no process stays from a run, however it ended."""
+    """No scratch file, no descriptor, no thread and no process stays from a run, however it
+    ended."""
     result = 'echo message > "$XXL_JOB_RESULT_FILE"; '
     jobs = {
         "good": {"shell": result},
@@ -669,7 +679,10 @@ def test_a_mistake_is_told_once_and_its_correction_taken_over(watching, admin):
     more = daemon.directory / "jobs.d/more.yaml"
     more.parent.mkdir()
     more.write_text("jobs: {more: {shel: echo more}}")
-    mistake = f'reload failed, the old jobs stay: {more}:1: jobs.more.shel: unknown key, did you mean "shell"?'
+    mistake = (
+        f"reload failed, the old jobs stay: {more}:1: jobs.more.shel: unknown key, did you mean"
+        ' "shell"?'
+    )
     wait_until(lambda: mistake in daemon.log)
     assert run_job(daemon, admin, "old")[1]["handleMsg"] == "old"
     more.write_text("jobs: {more: {shell: echo more}}")
@@ -678,7 +691,8 @@ def test_a_mistake_is_told_once_and_its_correction_taken_over(watching, admin):
 
 
 def test_a_moved_symlink_is_a_change(watching, admin, tmp_path):
-    """As Kubernetes renews a ConfigMap and a Secret: the file leads through ..data, which is replaced by one that leads elsewhere."""
+    """As Kubernetes renews a ConfigMap and a Secret: the file leads through ..data, which is
+    replaced by one that leads elsewhere."""
     daemon = watching({"old": {"shell": "true"}}, start=False)
     volume, settings = (
         tmp_path / "volume",
@@ -730,7 +744,8 @@ def test_a_removed_job_finishes(watching, admin, tmp_path):
 
 
 def test_draining_with_watch_config_waits_quietly(watching, admin, tmp_path):
-    """A look that was due and never taken had the main thread turn round a thousand times a second until the end."""
+    """A look that was due and never taken had the main thread turn round a thousand times a second
+    until the end."""
     go = tmp_path / "go"
     daemon = watching({"job": {"shell": waits(go)}})
     admin.trigger(daemon.url, "job")

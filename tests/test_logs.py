@@ -1,4 +1,5 @@
-"""Job logs: what a file holds, how the admin reads it by page, caps, pruning, and that nothing else can be read."""
+"""Job logs: what a file holds, how the admin reads it by page, caps, pruning, and that nothing else
+can be read."""
 
 import json
 import os
@@ -12,8 +13,8 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-
 from conftest import result_of, run_job, wait_until
+
 from xxl_executor import JobLogs, RunLog, Trigger
 
 NOW = 1_790_000_000_000  # ms
@@ -48,7 +49,8 @@ def numbered(count, seed=1):
 
 
 def follow(read, first=1):
-    """Read page after page as the admin does, until the end; yields each page, its shape checked."""
+    """Read page after page as the admin does, until the end; yields each page, its shape
+    checked."""
     while True:
         page = read(first)
         assert page["fromLineNum"] == first
@@ -155,7 +157,10 @@ def test_polling_a_running_job(executor, admin, tmp_path):
     daemon = executor(
         {
             "slow": {
-                "shell": f"echo one; . {a}; printf 'par'; . {b}; printf 'tial\\n'; . {c}; echo last; . {d}"
+                "shell": (
+                    f"echo one; . {a}; printf 'par'; . {b}; printf 'tial\\n'; . {c}; echo last;"
+                    f" . {d}"
+                )
             }
         },
         admin=admin,
@@ -216,8 +221,9 @@ def test_unknown_run_says_so_and_ends(executor, admin):
     daemon = executor(admin=admin)
     page = daemon.page(987654321, NOW)
     place = daemon.data / "logs" / day_of(NOW) / "987654321.log"
-    assert page["logContent"] == (
-        f"no log: {place} on {socket.gethostname()}: No such file or directory; "
+    assert (
+        page["logContent"]
+        == f"no log: {place} on {socket.gethostname()}: No such file or directory; "
         "it may have been pruned after log_retention"
     )
     assert page["isEnd"] is True
@@ -550,8 +556,8 @@ def test_a_log_that_cannot_be_opened_drops_and_counts(logs, caplog):
     out.write(b"two\n")
     out.end("done")
     assert [record.getMessage() for record in caplog.records] == [
-        "cannot open the log of hello logId=5 jobId=7, its output is dropped: [Errno 20] Not a directory: "
-        f"'{logs.directory}/{day_of(NOW)}'"
+        "cannot open the log of hello logId=5 jobId=7, its output is dropped: [Errno 20] Not a"
+        f" directory: '{logs.directory}/{day_of(NOW)}'"
     ]
     assert out.last_line() == "two"
     assert out.dropped >= 8
@@ -626,8 +632,9 @@ def test_odd_numbers_never_reach_another_file(executor, admin):
         if reply["code"] == 500:
             assert re.match("(logId|logDateTime?|fromLineNum): ", reply["msg"]), (body, reply)
     assert answered >= 10
-    assert daemon.post("/log", {"logId": "../7", "logDateTim": NOW, "fromLineNum": 1})["msg"] == (
-        'logId: expected a whole number of 64 bits, got "../7"'
+    assert (
+        daemon.post("/log", {"logId": "../7", "logDateTim": NOW, "fromLineNum": 1})["msg"]
+        == 'logId: expected a whole number of 64 bits, got "../7"'
     )
     assert (
         daemon.post("/log", {"logId": 7, "logDateTim": 2**63 - 1})["msg"]
@@ -646,8 +653,9 @@ def test_symlinked_log_is_refused(executor, admin, tmp_path):
     file.unlink()
     file.symlink_to(secret)
     page = daemon.page(log_id, date)
-    assert page["logContent"] == (
-        f"no log: {file} on {socket.gethostname()}: Too many levels of symbolic links; "
+    assert (
+        page["logContent"]
+        == f"no log: {file} on {socket.gethostname()}: Too many levels of symbolic links; "
         "it may have been pruned after log_retention"
     )
     # Nor is it written through.
@@ -737,7 +745,8 @@ def test_the_daemon_prunes_at_start(executor, admin):
 
 
 def test_writers_and_readers_at_once(logs):
-    """Lines of several threads stay whole, and every page seen meanwhile is a prefix of the file."""
+    """Lines of several threads stay whole, and every page seen meanwhile is a prefix of the
+    file."""
     out, errors = logs.open(trigger()), []
 
     def write(name):

@@ -1,4 +1,5 @@
-"""Python entry points: in a process forked from a warm interpreter, and in a thread of the daemon."""
+"""Python entry points: in a process forked from a warm interpreter, and in a thread of the
+daemon."""
 
 import contextlib
 import json
@@ -13,8 +14,9 @@ import time
 from pathlib import Path
 
 import pytest
-import xxl_executor
 from conftest import alive, result_of, run_job, wait_until
+
+import xxl_executor
 
 ROOT_ONLY = pytest.mark.skipif(os.geteuid() != 0, reason="only root may start jobs as another user")
 BOTH = pytest.mark.parametrize("isolation", ["process", "thread"])
@@ -122,8 +124,8 @@ def parameters(context):
 @BOTH
 def test_alike(executor, admin, tmp_path, isolation):
     names = (
-        "fields no_argument optional number nothing silent logs coroutine fails fails_own exits_well long "
-        "parameters nosuch"
+        "fields no_argument optional number nothing silent logs coroutine fails fails_own"
+        " exits_well long parameters nosuch"
     )
     jobs = entry_points(tmp_path / "source", ALIKE, names, isolation=isolation, timeout="90s")
     jobs["no_module"] = {"python": "no_such_module:main", "isolation": isolation}
@@ -163,7 +165,10 @@ def test_alike(executor, admin, tmp_path, isolation):
     assert ending(daemon, admin, "parameters", executorParams='{"a": [1]}') == (200, '{"a": [1]}')
     assert ending(daemon, admin, "parameters", executorParams="no") == (
         500,
-        "ValueError: expected a JSON object, \"id=1&active=true\" or key=value words as parameter, got 'no'",
+        (
+            'ValueError: expected a JSON object, "id=1&active=true" or key=value words as'
+            " parameter, got 'no'"
+        ),
     )
 
     log_id, _ = run_job(daemon, admin, "fails")
@@ -561,7 +566,8 @@ def test_the_python_server_is_killed_while_a_job_runs(executor, admin, tmp_path,
 
 
 def test_the_python_server_dies_before_it_forks(executor, admin, tmp_path):
-    """A request that the server took with it to its grave: the run fails or starts anew, it does not hang."""
+    """A request that the server took with it to its grave: the run fails or starts anew, it does
+    not hang."""
     daemon = executor(
         entry_points(tmp_path / "source", FAMILY, "works", timeout="10s"), admin=admin
     )
@@ -618,11 +624,9 @@ def another_interpreter(tmp_path_factory):
 
 def test_interpreter(executor, admin, tmp_path, another_interpreter):
     source = (
-        "import importlib.util, json, sys\nfrom xxl_executor import Context\n"
-        "def main(context):\n"
-        "    assert isinstance(context, Context)\n"
-        "    found = [importlib.util.find_spec(name) is not None for name in ('requests', 'yaml')]\n"
-        "    return json.dumps([sys.prefix, found])\n"
+        "import importlib.util, json, sys\nfrom xxl_executor import Context\ndef main(context):\n  "
+        "  assert isinstance(context, Context)\n    found = [importlib.util.find_spec(name) is not"
+        " None for name in ('requests', 'yaml')]\n    return json.dumps([sys.prefix, found])\n"
     )
     jobs = entry_points(tmp_path / "source", source, "main", interpreter=str(another_interpreter))
     jobs["own"] = {**jobs["main"]}
@@ -691,9 +695,10 @@ def test_cancelled_threads(executor, admin, tmp_path):
     log_id, result = run_job(
         daemon, admin, "waits", jobId=5, executorTimeout=1, executorParams=str(tmp_path / "mark5")
     )
-    assert (result["code"], result["handleMsg"]) == (502, "timed out after 1 s"), (
-        "the admin's timeout"
-    )
+    assert (result["code"], result["handleMsg"]) == (
+        502,
+        "timed out after 1 s",
+    ), "the admin's timeout"
     assert "\ncleaned up\n" in daemon.log_text(log_id)
     result_of(admin, killed)
     assert stopped not in admin.results
@@ -732,12 +737,12 @@ def test_a_python_job_as_another_user(executor, admin):
     )  # pytest's own is closed to others
     try:
         directory.chmod(0o755)
-        # It imports nothing that is not loaded: the interpreter itself may lie where nobody may look.
+        # It imports nothing that is not loaded: the interpreter itself may lie where nobody may
+        # look.
         source = (
-            "import os, signal\n"
-            "def main():\n"
-            "    return f'{os.getresuid()} {os.getresgid()} {os.getgroups()} {os.environ[\"HOME\"]}'\n"
-            "def waits():\n    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n    signal.pause()\n"
+            "import os, signal\ndef main():\n    return f'{os.getresuid()} {os.getresgid()}"
+            ' {os.getgroups()} {os.environ["HOME"]}\'\ndef waits():\n   '
+            " signal.signal(signal.SIGTERM, signal.SIG_IGN)\n    signal.pause()\n"
         )
         jobs = entry_points(
             directory / "source", source, "main waits", user="nobody", cwd=str(directory)

@@ -1,4 +1,5 @@
-"""Lanes, block strategies, bounds, fairness, kill and stuck threads, through the HTTP API of a real daemon."""
+"""Lanes, block strategies, bounds, fairness, kill and stuck threads, through the HTTP API of a real
+daemon."""
 
 import concurrent.futures
 import contextlib
@@ -10,7 +11,8 @@ import time
 import pytest
 from conftest import alive, result_of, run_job, wait_until
 
-# Says that it started, then waits for its file or for go-all. `order` is opened for appending: lines never mix.
+# Says that it started, then waits for its file or for go-all. `order` is opened for appending:
+# lines never mix.
 GATED = (
     'echo "start $1" >> order; until [ -e "go-$1" ] || [ -e go-all ]; do sleep 0.02; done; '
     'echo "end $1" >> order; echo "done $1"'
@@ -116,7 +118,8 @@ def test_discard_later(executor, admin, tmp_path):
     assert order(tmp_path) == [f"{what} {name}" for name in "abc" for what in ("start", "end")]
 
 
-# The lock stays as long as any process of the tree lives. All ignore SIGTERM; the child writes while it lives.
+# The lock stays as long as any process of the tree lives. All ignore SIGTERM; the child writes
+# while it lives.
 HOLDER = """
 exec 9>tree.lock
 flock -n 9 || { echo "$1" >> overlap; exit 9; }
@@ -151,7 +154,8 @@ def test_cover_early_starts_when_the_old_tree_is_dead(executor, admin, tmp_path)
 
 
 def burst(daemon, bodies):
-    """POST all `bodies` to /run at the same moment, each on a connection of its own; returns the envelopes."""
+    """POST all `bodies` to /run at the same moment, each on a connection of its own; returns the
+    envelopes."""
     with contextlib.ExitStack() as stack:
         connections = [
             stack.enter_context(socket.create_connection(("127.0.0.1", daemon.port), 20))
@@ -170,7 +174,8 @@ def burst(daemon, bodies):
 
 
 def test_cover_early_in_bursts_loses_nothing(executor, admin, tmp_path):
-    """Runs that cover each other while they are being accepted: whatever was accepted gets one result."""
+    """Runs that cover each other while they are being accepted: whatever was accepted gets one
+    result."""
     daemon = executor(
         {
             "note": {
@@ -192,9 +197,9 @@ def test_cover_early_in_bursts_loses_nothing(executor, admin, tmp_path):
                     "logId": log_id,
                     "executorHandler": "note",
                     "logDateTime": int(time.time() * 1000),
-                    "executorBlockStrategy": "SERIAL_EXECUTION"
-                    if log_id % 4 == 0
-                    else "COVER_EARLY",
+                    "executorBlockStrategy": (
+                        "SERIAL_EXECUTION" if log_id % 4 == 0 else "COVER_EARLY"
+                    ),
                 }
                 for log_id in range(first, first + 16)
             ],
@@ -303,7 +308,8 @@ def test_a_long_queue_does_not_hold_back_another_lane(executor, admin, tmp_path)
 
 
 def test_kill_ends_what_runs_and_what_waits(executor, admin, tmp_path):
-    # It ignores SIGTERM and has all the time: only an answer that does not wait for its end comes at all.
+    # It ignores SIGTERM and has all the time: only an answer that does not wait for its end comes
+    # at all.
     stubborn = f'trap "" TERM; {GATED}'
     daemon = executor(
         {"stubborn": gated(tmp_path, shell=stubborn, kill_grace="1h"), "gated": gated(tmp_path)},
@@ -465,8 +471,10 @@ def test_a_thread_that_never_returns(executor, admin, tmp_path):
     reason = f"run {stuck} of this job does not return from its thread"
     for log_id in waiting:
         assert ending(admin, log_id) == (500, reason)
-    assert refusal(daemon, admin, "stuck", jobId=1) == (
-        f"{reason}: restart the executor, and let the job watch Context.cancelled or use isolation: process"
+    assert (
+        refusal(daemon, admin, "stuck", jobId=1)
+        == f"{reason}: restart the executor, and let the job watch Context.cancelled or use"
+        " isolation: process"
     )
     assert [(run["logId"], run["stuck"]) for run in daemon.status()["running"]] == [(stuck, True)]
     assert (

@@ -1,4 +1,5 @@
-"""The shape of xxl_executor.py: sections in order, one direction between them, few imports, an old syntax."""
+"""The shape of xxl_executor.py: sections in order, one direction between them, few imports, an old
+syntax."""
 
 import ast
 import re
@@ -67,7 +68,8 @@ def annotations(node):
 
 
 def names(statements):
-    """All that the statements name, also in string annotations; `sqlite3.Connection` is the name of another module."""
+    """All that the statements name, also in string annotations; `sqlite3.Connection` is the name of
+    another module."""
     found, left = set(), list(statements)
     while left:
         for node in ast.walk(left.pop()):
@@ -84,7 +86,8 @@ def names(statements):
 
 
 def upward(layers):
-    """Every (section, class) where a layer of {number: statements} names a class of an earlier one."""
+    """Every (section, class) where a layer of {number: statements} names a class of an earlier
+    one."""
     found, earlier = [], set()
     for number in sorted(layers):
         found += [(number, name) for name in sorted(names(layers[number]) & earlier)]
@@ -251,7 +254,8 @@ def test_it_starts_under_every_interpreter(interpreter):
 
 def test_the_syntax_is_that_of_python_3_9():
     ast.parse(SOURCE, feature_version=(3, 9))
-    # feature_version lets pass what only the grammar of a later version knows; these are the likely ones.
+    # feature_version lets pass what only the grammar of a later version knows; these are the likely
+    # ones.
     for node in ast.walk(TREE):
         assert type(node).__name__ not in ("Match", "TryStar", "TypeAlias"), f"line {node.lineno}"
 

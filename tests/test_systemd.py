@@ -1,4 +1,5 @@
-"""What systemd and the daemon tell each other: the notify socket, the watchdog, inherited sockets."""
+"""What systemd and the daemon tell each other: the notify socket, the watchdog, inherited
+sockets."""
 
 import contextlib
 import signal
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import requests
 from conftest import PROGRAM, run_job, wait_until
+
 import xxl_executor
 
 program = PROGRAM  # as the unit does
@@ -116,7 +118,8 @@ def test_no_watchdog_is_fed_that_nobody_asked_for(manager, monkeypatch, env):
 
 
 def test_http_threads_that_are_stuck_are_noticed():
-    """All threads hang in a request while another waits: the watchdog is not fed any more; it is when they go on."""
+    """All threads hang in a request while another waits: the watchdog is not fed any more; it is
+    when they go on."""
     go = threading.Event()
 
     def answer(*_):
@@ -262,17 +265,18 @@ def test_an_inherited_socket_of_another_kind_is_refused(activated, tmp_path, kin
         daemon = activated(other, {}).start(wait=False)
         assert daemon.wait() == 1
         assert daemon.log.endswith(
-            "xxl-executor: the first socket that systemd passed does not listen for TCP: its unit needs "
-            "ListenStream=<port>\n"
+            "xxl-executor: the first socket that systemd passed does not listen for TCP: its unit"
+            " needs ListenStream=<port>\n"
         )
 
 
 def test_a_restart_refuses_no_trigger(activated, admin):
-    """Triggers come all the time over new connections while the daemon is restarted: each is accepted and has a result."""
+    """Triggers come all the time over new connections while the daemon is restarted: each is
+    accepted and has a result."""
     accepted, failures, done = [], [], threading.Event()
 
     with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
-        url = "http://127.0.0.1:%d" % listener.getsockname()[1]
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         daemon = activated(listener, {"job": {"shell": "true"}}).start()
 
         def caller(job_id):
@@ -304,7 +308,8 @@ def test_a_restart_refuses_no_trigger(activated, admin):
 
 
 def test_a_restart_with_a_long_run_refuses_with_the_reason(activated, admin, tmp_path):
-    """When the next executor is not near, a caller is told so within a second or two, and running jobs end as always."""
+    """When the next executor is not near, a caller is told so within a second or two, and running
+    jobs end as always."""
     go = tmp_path / "go"
     with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
         daemon = activated(

@@ -1,4 +1,5 @@
-"""The units in systemd/: what the daemon relies on in them, and what systemd's own tools say about them."""
+"""The units in systemd/: what the daemon relies on in them, and what systemd's own tools say about
+them."""
 
 import configparser
 import os
@@ -9,9 +10,9 @@ import subprocess
 import sys
 
 import pytest
+from conftest import PROGRAM, ROOT
 
 import xxl_executor
-from conftest import PROGRAM, ROOT
 
 UNITS = ROOT / "systemd"
 SYSUSERS, TMPFILES = (
@@ -147,7 +148,8 @@ def test_the_daemon_may_use_the_sockets_and_calls_it_needs(service):
 
 
 def test_the_filter_has_the_calls_of_the_daemon():
-    """Names in the groups of the installed systemd; another group than @system-service would need them too."""
+    """Names in the groups of the installed systemd; another group than @system-service would need
+    them too."""
     text = run(tool("systemd-analyze", "syscall-filter"), "syscall-filter").stdout
     groups = {
         block.split("\n")[0]: re.findall(r"^ +([@\w-]+)$", block, re.M)
@@ -222,7 +224,8 @@ def test_the_socket_listens_where_the_daemon_does_by_default(tmp_path):
 
 
 def test_the_token_is_found_with_and_without_systemd(tmp_path, monkeypatch):
-    """What the unit tells to write into the configuration works in the service, and for root's `check` and `status`."""
+    """What the unit tells to write into the configuration works in the service, and for root's
+    `check` and `status`."""
     text = (UNITS / "xxl-executor.service").read_text(encoding="utf-8")
     [line] = re.findall(r"admin\.access_token_file: (\S+)", text)
     for directory, token in (("credentials", "copy"), ("etc", "original")):
@@ -247,7 +250,8 @@ def test_jobs_do_not_inherit_where_the_token_is():
 
 
 def install(directory, drop_in):
-    """Copies of the units that start this file with this Python, and the drop-in with every option switched on."""
+    """Copies of the units that start this file with this Python, and the drop-in with every option
+    switched on."""
     for name in NAMES:
         text = (UNITS / name).read_text(encoding="utf-8")
         for old, new in (
@@ -263,7 +267,8 @@ def install(directory, drop_in):
 
 
 def complaints(directory):
-    """What systemd says about the units in `directory`; about others of this host it may say what it likes."""
+    """What systemd says about the units in `directory`; about others of this host it may say what
+    it likes."""
     ran = run(
         tool("systemd-analyze", "verify"),
         "verify",
@@ -282,7 +287,8 @@ def test_verify_is_clean(tmp_path, options):
 
 
 def test_the_test_above_sees(tmp_path):
-    """A mistake in the drop-in or in the unit is reported, although the exit status of verify may be 0."""
+    """A mistake in the drop-in or in the unit is reported, although the exit status of verify may
+    be 0."""
     install(tmp_path, "[Service]\nReadWritPaths=/srv\n")
     [line] = complaints(tmp_path)
     assert "ReadWritPaths" in line

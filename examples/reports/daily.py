@@ -1,4 +1,5 @@
-"""Example jobs for config.example.yaml: plain functions, called with the executor's Context when they take an argument."""
+"""Example jobs for config.example.yaml: plain functions, called with the executor's Context when
+they take an argument."""
 
 import collections
 import csv
@@ -15,7 +16,8 @@ def read(month=""):
 
 
 def main(context):
-    """Print the revenue of each region; what is returned becomes the result message in the admin."""
+    """Print the revenue of each region; what is returned becomes the result message in the
+    admin."""
     month = context.params().get("month", "")
     revenue = collections.Counter()
     for row in read(month):

@@ -19,7 +19,8 @@ NOTES = os.open(
 
 
 def note(event, arguments):
-    """`open` comes from open(), io.open() and os.open(), before the file is opened; the others look into directories."""
+    """`open` comes from open(), io.open() and os.open(), before the file is opened; the others look
+    into directories."""
     if event == "open" or event in ("os.listdir", "os.scandir", "os.walk", "glob.glob", "os.chdir"):
         path, how = arguments[0], arguments[2] if event == "open" else event
         main = threading.get_ident() == threading.main_thread().ident

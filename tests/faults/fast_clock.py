@@ -1,10 +1,12 @@
-"""Run the daemon with a clock that runs $FAST_CLOCK times as fast, until SIGUSR1 has it go on at real speed.
+"""Run the daemon with a clock that runs $FAST_CLOCK times as fast, until SIGUSR1 has it go on at
+real speed.
 
-Fast are time.time, time.monotonic, Event.wait (so threading.Timer too) and select.poll, which is all that the backoffs,
-the heartbeats, the deadlines of an exchange and the housekeeping wait with. Not fast are sockets, joins and the HTTP
-server's epoll. Its patience with a client and the time to kill a tree are stretched: clients and processes live in real
-time. The file $FAST_CLOCK_ATTEMPTS gets a line "time thread port", in the daemon's own time, for each connection it
-tries to open, and one of thread "real" when the speed changed. Constants come as in ../launch.py.
+Fast are time.time, time.monotonic, Event.wait (so threading.Timer too) and select.poll, which is
+all that the backoffs, the heartbeats, the deadlines of an exchange and the housekeeping wait with.
+Not fast are sockets, joins and the HTTP server's epoll. Its patience with a client and the time to
+kill a tree are stretched: clients and processes live in real time. The file $FAST_CLOCK_ATTEMPTS
+gets a line "time thread port", in the daemon's own time, for each connection it tries to open, and
+one of thread "real" when the speed changed. Constants come as in ../launch.py.
 """
 
 import json

@@ -1,4 +1,5 @@
-"""What comes in over HTTP and signals: fuzzed requests, paths in /log, tokens, reloads under a flood of triggers.
+"""What comes in over HTTP and signals: fuzzed requests, paths in /log, tokens, reloads under a
+flood of triggers.
 
 As a program, this file is the client of the tests with many requests: see `client`.
 """
@@ -31,11 +32,15 @@ import pytest
 import yaml
 from conftest import ROOT, wait_until
 from tools import Ledger, forget_peak, rounds, rss, stderr_lines
+
 import xxl_executor
 
 AUDIT = Path(__file__).with_name("audit.py")
 POST_PATHS = ("/beat", "/idleBeat", "/run", "/trigger", "/kill", "/log")
-WRONG_TOKEN = "The access token is wrong: give admin and executor the same xxl.job.accessToken / admin.access_token."
+WRONG_TOKEN = (
+    "The access token is wrong: give admin and executor the same xxl.job.accessToken /"
+    " admin.access_token."
+)
 MIB = 1 << 20
 
 
@@ -57,8 +62,8 @@ class Client:
         self.sock.close()
 
     def answer(self, bodiless=False):
-        """(status, head, body) of the next answer, None at the end; ValueError when it cannot be parsed.
-        `bodiless`: it answers a HEAD."""
+        """(status, head, body) of the next answer, None at the end; ValueError when it cannot be
+        parsed. `bodiless`: it answers a HEAD."""
         while True:
             head, found, rest = self.buffer.partition(b"\r\n\r\n")
             if found:
@@ -100,7 +105,8 @@ def quantiles(times):
 
 
 class Pulse:
-    """Beats every few ms on a connection of its own, in a thread, and keeps how long each answer took."""
+    """Beats every few ms on a connection of its own, in a thread, and keeps how long each answer
+    took."""
 
     def __init__(self, port):
         self.times, self.error = [], None
@@ -130,8 +136,8 @@ class Pulse:
 
 @contextlib.contextmanager
 def clients(directory, *calls):
-    """Run this file as a program for each (function, arguments); the list that is yielded holds at the end what they
-    returned."""
+    """Run this file as a program for each (function, arguments); the list that is yielded holds at
+    the end what they returned."""
     found, running = [], []
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
     with contextlib.ExitStack() as stack:
@@ -344,7 +350,8 @@ class Fuzzer:
         self.random, self.log_id = random.Random(seed), first
 
     def body(self, path, handlers=HANDLERS):
-        """The bytes of a body for `path`, most often with something odd; seldom a trigger that may be accepted."""
+        """The bytes of a body for `path`, most often with something odd; seldom a trigger that may
+        be accepted."""
         rand = self.random
         pairs = list(BODIES[path].items())
         if path in ("/run", "/trigger"):
@@ -419,7 +426,8 @@ class Fuzzer:
         return bytes(self.random.randrange(256) for _ in range(self.random.randint(1, most)))
 
     def framed(self):
-        """(request, its method, its path, its body): odd in all ways that leave clear where it ends."""
+        """(request, its method, its path, its body): odd in all ways that leave clear where it
+        ends."""
         rand = self.random
         path = rand.choice(POST_PATHS)
         body, method, target, version, headers = (
@@ -451,7 +459,8 @@ class Fuzzer:
         return head.encode("latin-1"), method, path, body
 
     def unframed(self):
-        """A request of which nobody can tell where it ends, or that does not end. It triggers nothing."""
+        """A request of which nobody can tell where it ends, or that does not end. It triggers
+        nothing."""
         rand = self.random
         path = rand.choice(POST_PATHS)
         body = self.body(path, handlers=())
@@ -549,7 +558,8 @@ def check_envelope(status, head, body, bodiless):
 
 
 def fuzz(port, seed, first, count):
-    """Send `count` requests and read what is answered; a part breaks the framing, on connections of their own."""
+    """Send `count` requests and read what is answered; a part breaks the framing, on connections of
+    their own."""
     fuzzer, statuses, found = Fuzzer(seed, first), collections.Counter(), collections.Counter()
     accepted, problems = [], []
     began = time.perf_counter()
@@ -614,7 +624,8 @@ def fuzz(port, seed, first, count):
 
 
 def break_framing(port, fuzzer, statuses, problems, found):
-    """One connection with bytes that are no request, then its end: closed, reset, or the answers read to their end."""
+    """One connection with bytes that are no request, then its end: closed, reset, or the answers
+    read to their end."""
     data = fuzzer.unframed()
     found["broken"] += 1
     with contextlib.suppress(ConnectionError), Client(port) as client:
@@ -637,7 +648,8 @@ def break_framing(port, fuzzer, statuses, problems, found):
 
 
 def test_fuzzed_requests(executor, admin, tmp_path):
-    """Whatever bytes come, the daemon lives, answers every request, keeps its memory, and beats take at most 100 ms."""
+    """Whatever bytes come, the daemon lives, answers every request, keeps its memory, and beats
+    take at most 100 ms."""
     count, seed = rounds(100_000, "XXL_FAULT_REQUESTS"), rounds(25, "XXL_FAULT_SEED")
     ledger = Ledger(admin, tmp_path)
     jobs = {
@@ -675,10 +687,10 @@ def test_fuzzed_requests(executor, admin, tmp_path):
     ledger.accepted |= {log_id for one in found for log_id in one["accepted"]}
     statuses = sum((collections.Counter(one["statuses"]) for one in found), collections.Counter())
     print(
-        f"{count} requests, {count / max(one['seconds'] for one in found):.0f}/s, {answered} of {framed} answered, "
-        f"{count - framed} broken, {sum(one['connections'] for one in found)} connections, {dict(statuses)}, "
-        f"{len(ledger.accepted)} accepted; memory +{grown / MIB:.1f} MiB; "
-        f"{len(pulse.times)} beats, ms: p50 {p50}, p99 {p99}, max {most}"
+        f"{count} requests, {count / max(one['seconds'] for one in found):.0f}/s, {answered} of"
+        f" {framed} answered, {count - framed} broken, {sum(one['connections'] for one in found)}"
+        f" connections, {dict(statuses)}, {len(ledger.accepted)} accepted; memory"
+        f" +{grown / MIB:.1f} MiB; {len(pulse.times)} beats, ms: p50 {p50}, p99 {p99}, max {most}"
     )
     assert not [problem for one in found for problem in one["problems"]]
     assert answered == framed
@@ -697,7 +709,8 @@ def test_fuzzed_requests(executor, admin, tmp_path):
 
 
 def test_long_texts_in_every_field(executor, admin, tmp_path):
-    """A text as long as a body may be costs little beyond that: in memory, in the answer and in the daemon's log."""
+    """A text as long as a body may be costs little beyond that: in memory, in the answer and in the
+    daemon's log."""
     ledger = Ledger(admin, tmp_path)
     daemon = executor({"job": ledger.job()}, admin=admin)
     ledger.trigger(daemon)
@@ -723,7 +736,8 @@ def test_long_texts_in_every_field(executor, admin, tmp_path):
                 True,
                 True,
             ), (
-                f"{field}: answer of {len(answer['msg'])}, {told} bytes logged, +{grown / MIB:.1f} MiB"
+                f"{field}: answer of {len(answer['msg'])}, {told} bytes logged,"
+                f" +{grown / MIB:.1f} MiB"
             )
     ledger.settle(daemon)
 
@@ -777,7 +791,8 @@ def at(days):
 
 
 def plant(logs, outside):
-    """One log in earnest and all that must not be opened as one; returns [(what, logId, days after DAY)]."""
+    """One log in earnest and all that must not be opened as one; returns [(what, logId, days after
+    DAY)]."""
     secret = outside / "secret"
     outside.mkdir()
     secret.write_text("SECRET\n")
@@ -827,7 +842,8 @@ def plant(logs, outside):
 def audited(daemon, directory):
     """The list that is yielded holds at the end (path, flags) of what the daemon opened meanwhile.
 
-    Without the main thread: it answers no request, and looks into /proc for orphans whenever a run has ended.
+    Without the main thread: it answers no request, and looks into /proc for orphans whenever a run
+    has ended.
     """
     notes, found = directory / "audit.txt", []
     before = notes.stat().st_size
@@ -838,7 +854,8 @@ def audited(daemon, directory):
 
 @contextlib.contextmanager
 def straced(daemon, directory):
-    """As `audited`, as the kernel sees it; the path of a descriptor that was opened counts as well."""
+    """As `audited`, as the kernel sees it; the path of a descriptor that was opened counts as
+    well."""
     out, errors = directory / "strace.txt", directory / "strace-errors.txt"
     if not shutil.which("strace"):
         pytest.skip("strace is not installed")
@@ -884,7 +901,8 @@ WATCHES = {"audit": audited, "strace": straced}
 
 @pytest.mark.parametrize("watch", WATCHES)
 def test_log_requests_open_nothing_but_logs(executor, admin, tmp_path, watch):
-    """Whatever /log is asked for, only directories of days and numbered files in them are opened."""
+    """Whatever /log is asked for, only directories of days and numbered files in them are
+    opened."""
     ledger = Ledger(admin, tmp_path)
     notes = tmp_path / "audit.txt"
     daemon = executor(
@@ -957,7 +975,8 @@ def test_log_requests_open_nothing_but_logs(executor, admin, tmp_path, watch):
 
 
 def test_what_is_no_file_in_place_of_a_log(executor, admin, tmp_path):
-    """A FIFO holds no http thread, and no run whose log it stands for; nor does anything else fail one."""
+    """A FIFO holds no http thread, and no run whose log it stands for; nor does anything else fail
+    one."""
     ledger = Ledger(admin, tmp_path)
     daemon = executor({"job": ledger.job("echo output")}, admin=admin, executor={"max_running": 2})
     logs = daemon.data / "logs"
@@ -1052,7 +1071,8 @@ WRONG = {  # [(name, value)] of headers
 
 
 def ask(client, method, path, body=b"", headers=()):
-    """(HTTP status, body) on a connection of its own; any headers, any number of times, in bytes."""
+    """(HTTP status, body) on a connection of its own; any headers, any number of times, in
+    bytes."""
     lines = [
         f"{method} {path} HTTP/1.1".encode(),
         b"Host: x",
@@ -1072,7 +1092,8 @@ def ask(client, method, path, body=b"", headers=()):
 
 
 def test_wrong_tokens(executor, loopback, tmp_path):
-    """Only the right token, once, in its header, is taken; /health and /metrics need none and tell no secret."""
+    """Only the right token, once, in its header, is taken; /health and /metrics need none and tell
+    no secret."""
     admin = loopback(token=TOKEN)
     ledger = Ledger(admin, tmp_path)
     daemon = executor({"job": ledger.job('echo "OUTPUT-of-a-run $1"')}, admin=admin)
@@ -1131,7 +1152,8 @@ def headers_of(*pairs):
 
 
 def test_tokens_are_compared_in_constant_time(executor, admin, tmp_path, monkeypatch):
-    """hmac.compare_digest sees the whole of every token that comes, and nothing else compares it."""
+    """hmac.compare_digest sees the whole of every token that comes, and nothing else compares
+    it."""
     ledger = Ledger(admin, tmp_path)
     daemon = executor({"job": ledger.job()}, admin=admin, start=False)
     config = xxl_executor.load_config(str(daemon.file))
@@ -1223,7 +1245,8 @@ def reason(message):
 
 
 def flood(port, first, count, seconds, callers):
-    """`count` triggers spread over `seconds`, on `callers` connections; returns what came of them."""
+    """`count` triggers spread over `seconds`, on `callers` connections; returns what came of
+    them."""
     accepted, times, refused, errors = (
         [],
         {"accepted": [], "refused": []},
@@ -1280,7 +1303,7 @@ class Tail:
     """The lines that the daemon wrote since the last look, without reading the old ones again."""
 
     def __init__(self, file):
-        self._stream, self.lines, self._rest = open(file, "rb"), [], b""
+        self._stream, self.lines, self._rest = file.open("rb"), [], b""
 
     def close(self):
         self._stream.close()
@@ -1305,7 +1328,8 @@ BROKEN = {
 
 
 def test_a_flood_of_triggers_while_good_and_broken_files_are_reloaded(executor, admin, tmp_path):
-    """Refusals are explicit and fast, nothing accepted is lost, and a broken file changes nothing."""
+    """Refusals are explicit and fast, nothing accepted is lost, and a broken file changes
+    nothing."""
     count, reloads = rounds(10_000, "XXL_FAULT_TRIGGERS"), rounds(100, "XXL_FAULT_RELOADS")
     ledger = Ledger(admin, tmp_path)
     options = {"queue_limit": 40}
@@ -1339,7 +1363,8 @@ def test_a_flood_of_triggers_while_good_and_broken_files_are_reloaded(executor, 
         daemon.signal(signal.SIGHUP)
 
     def probe(number):
-        """Trigger the job that only the good file `number` has; returns why it was refused, or None."""
+        """Trigger the job that only the good file `number` has; returns why it was refused, or
+        None."""
         return ledger.refused.get(ledger.trigger(daemon, f"good_{number}", jobId=100 + number % 7))
 
     pause, seconds = threading.Event(), count / 1000
@@ -1394,9 +1419,10 @@ def test_a_flood_of_triggers_while_good_and_broken_files_are_reloaded(executor, 
     ledger.settle(daemon, 60)
     refused, accepted = quantiles(found["times"]["refused"]), quantiles(found["times"]["accepted"])
     print(
-        f"{count} triggers in {found['seconds']:.1f} s; ms: (p50, p99, max); {len(found['accepted'])} accepted "
-        f"{accepted}, {sum(found['refused'].values())} refused {refused} {found['refused']}; "
-        f"2 x {reloads} reloads in {reloaded:.1f} s; memory +{grown / MIB:.1f} MiB"
+        f"{count} triggers in {found['seconds']:.1f} s; ms: (p50, p99, max);"
+        f" {len(found['accepted'])} accepted {accepted}, {sum(found['refused'].values())} refused"
+        f" {refused} {found['refused']}; 2 x {reloads} reloads in {reloaded:.1f} s; memory"
+        f" +{grown / MIB:.1f} MiB"
     )
     assert not found["errors"]
     assert len(found["accepted"]) + sum(found["refused"].values()) == count

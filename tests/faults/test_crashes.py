@@ -1,4 +1,5 @@
-"""The daemon dies by SIGKILL at each moment of a run and starts again on the same data directory."""
+"""The daemon dies by SIGKILL at each moment of a run and starts again on the same data
+directory."""
 
 import collections
 import contextlib
@@ -15,6 +16,7 @@ import time
 import pytest
 from conftest import alive, wait_until
 from tools import Ledger, rounds, run_processes, stderr_lines
+
 from xxl_executor import MAX_STARTS, Journal, Trigger
 
 FAILPOINT = "XXL_EXECUTOR_FAILPOINT"
@@ -84,7 +86,8 @@ def python_first(ledger, first):
     )
 
 
-# -- 7 to 12: one moment after the other. Each daemon recovers from one round and crashes in the next.
+# -- 7 to 12: one moment after the other. Each daemon recovers from one round and crashes in the
+# next.
 
 
 def test_after_the_accept_before_the_answer(executor, admin, tmp_path):
@@ -109,7 +112,8 @@ def test_after_the_accept_before_the_answer(executor, admin, tmp_path):
 
 
 def test_after_the_answer_before_the_start(executor, admin, tmp_path):
-    """An accepted run starts once after the restart; one that was accepted more than 5 minutes ago is failed."""
+    """An accepted run starts once after the restart; one that was accepted more than 5 minutes ago
+    is failed."""
     ledger, gate = Ledger(admin, tmp_path), tmp_path / "gate"
     os.mkfifo(gate)
     jobs = {"first": ledger.job(f"read _ < {gate}; true"), "job": ledger.job("echo done")}
@@ -136,7 +140,8 @@ def test_after_the_answer_before_the_start(executor, admin, tmp_path):
 
 
 def test_after_the_fork_before_anything_is_stored(executor, admin, tmp_path):
-    """A child that nothing is known of is found and killed; its run is failed, or run again when the job wants that."""
+    """A child that nothing is known of is found and killed; its run is failed, or run again when
+    the job wants that."""
     ledger = Ledger(admin, tmp_path)
     shell, wait = (
         shell_first(ledger, "sleep 600"),
@@ -171,12 +176,14 @@ def test_after_the_fork_before_anything_is_stored(executor, admin, tmp_path):
         ledger.settle(daemon, again=again)
 
 
-# What a job may start: a child, one in a session of its own, one whose parent has ended, one that ignores SIGTERM.
+# What a job may start: a child, one in a session of its own, one whose parent has ended, one that
+# ignores SIGTERM.
 TREE = 'sleep 600 & setsid sleep 600 & (setsid sleep 600 &); (trap "" TERM; exec sleep 600) & '
 
 
 def test_in_the_middle_of_a_run(executor, admin, tmp_path):
-    """The whole tree is dead within 5 s of the restart, the run is failed or run again, its log says what happened."""
+    """The whole tree is dead within 5 s of the restart, the run is failed or run again, its log
+    says what happened."""
     ledger = Ledger(admin, tmp_path)
     shell = shell_first(
         ledger, TREE + 'trap "" TERM; echo "one"; printf "two\\nha"; wait; sleep 600'
@@ -247,7 +254,8 @@ def test_in_the_middle_of_a_run(executor, admin, tmp_path):
 
 
 def test_after_the_exit_before_the_result_is_stored(executor, admin, tmp_path):
-    """Nobody knows any more how the run ended: it is reported as a failure with unknown outcome, never as a success."""
+    """Nobody knows any more how the run ended: it is reported as a failure with unknown outcome,
+    never as a success."""
     ledger = Ledger(admin, tmp_path)
     jobs = {
         "shell": ledger.job("echo done"),
@@ -321,7 +329,8 @@ def size_of(file):
 
 
 def break_first_page(db, wal, offset, data):
-    """SQLite takes a page from the log if it is there, as the first one is when the file has grown, and sees no damage."""
+    """SQLite takes a page from the log if it is there, as the first one is when the file has grown,
+    and sees no damage."""
     replace(db, offset, data)
     log = wal.read_bytes()
     for frame in range(
@@ -410,7 +419,8 @@ def both_truncated(db, wal):
     ids=lambda value: getattr(value, "__name__", "") or value.replace("|", ", ") or "unnoticed",
 )
 def test_a_broken_journal(executor, admin, tmp_path, damage, broken):
-    """The daemon is up within 5 s, sets the broken file aside and says so once, and serves; the next start is quiet."""
+    """The daemon is up within 5 s, sets the broken file aside and says so once, and serves; the
+    next start is quiet."""
     ledger = Ledger(admin, tmp_path)
     daemon = executor({"job": ledger.job('echo "result of $1"')}, admin=admin, start=False)
     daemon.data.mkdir()
@@ -420,8 +430,8 @@ def test_a_broken_journal(executor, admin, tmp_path, damage, broken):
         with journal._db:
             journal._db.execute("BEGIN")
             journal._db.executemany(
-                "INSERT INTO runs (log_id, log_date_time, state, accepted, code, message, finished) "
-                "VALUES (?, 1, 'delivered', ?, 200, ?, ?)",
+                "INSERT INTO runs (log_id, log_date_time, state, accepted, code, message, finished)"
+                " VALUES (?, 1, 'delivered', ?, 200, ?, ?)",
                 (
                     (i, time.time(), f"result of {i} {'x' * 300}", time.time())
                     for i in range(1, 4001)
@@ -456,7 +466,8 @@ def test_a_broken_journal(executor, admin, tmp_path, damage, broken):
             if re.search(rf" ERROR .*the ({broken}) \S+ is broken.*: moved to ", line)
         ]
         assert errors == said_so and len(errors) == 1 + broken.count("|"), errors
-        # Nothing of it is lost: it is in the files set aside, or still in use. SQLite itself may move what a log holds.
+        # Nothing of it is lost: it is in the files set aside, or still in use. SQLite itself may
+        # move what a log holds.
         assert kept <= set(stored.findall(b"".join(file.read_bytes() for file in [*aside, db])))
         assert "write-ahead log" not in broken or whole in [file.read_bytes() for file in aside]
     else:  # a run whose end is lost is failed
@@ -503,7 +514,8 @@ def test_a_broken_row(executor, admin, tmp_path, garbage):
 
 
 def free_port():
-    """One that no outgoing connection takes while the daemon is down, least of all one to this very port."""
+    """One that no outgoing connection takes while the daemon is down, least of all one to this very
+    port."""
     ports = list(range(20000, 32000))
     random.shuffle(ports)
     for port in ports:
@@ -512,7 +524,8 @@ def free_port():
 
 
 def test_at_random_moments_under_load(executor, admin, tmp_path):
-    """Every accepted run gets one result, starts at most once and leaves nothing, and the journal is sound."""
+    """Every accepted run gets one result, starts at most once and leaves nothing, and the journal
+    is sound."""
     seed, seconds = int(os.environ.get("XXL_FAULT_SEED", "14")), rounds(20, "XXL_FAULT_SECONDS")
     ledger, plan, port = Ledger(admin, tmp_path), random.Random(seed), free_port()
     tree = "sleep 0.3 & (setsid sleep 0.3 &); wait; echo done"
@@ -533,11 +546,13 @@ def test_at_random_moments_under_load(executor, admin, tmp_path):
         url = f"http://127.0.0.1:{port}"
 
     def call(number):
-        """One run after the other, with up to 5 that wait; an unanswered trigger is sent until it is answered."""
+        """One run after the other, with up to 5 that wait; an unanswered trigger is sent until it
+        is answered."""
         choice, own = random.Random(seed + number), []
         while not over.is_set():
             kind = choice.randrange(len(names))
-            # Two jobIds of each kind, two callers of each jobId: some runs wait for others, some do not.
+            # Two jobIds of each kind, two callers of each jobId: some runs wait for others, some do
+            # not.
             fields = {
                 "jobId": 10 * list(jobs).index(names[kind]) + number % 2,
                 "logDateTime": int(time.time() * 1000),
@@ -609,8 +624,8 @@ def test_at_random_moments_under_load(executor, admin, tmp_path):
         sum(len(items) > 1 for items in admin.results.values()),
     )
     print(
-        f"{seconds} s, seed {seed}: {kills} kills, {next(repeated)} triggers repeated, {len(results)} accepted, "
-        f"{codes[200]} succeeded, {codes[500]} failed as unknown, {rerun} of {len(again)} run again, "
-        f"{twice} results sent twice"
+        f"{seconds} s, seed {seed}: {kills} kills, {next(repeated)} triggers repeated,"
+        f" {len(results)} accepted, {codes[200]} succeeded, {codes[500]} failed as unknown, {rerun}"
+        f" of {len(again)} run again, {twice} results sent twice"
     )
     assert kills > 3 and codes[200] > kills

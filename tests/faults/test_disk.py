@@ -1,4 +1,5 @@
-"""The disk of the data directory is full, or becomes read-only, while runs are accepted, run and finish."""
+"""The disk of the data directory is full, or becomes read-only, while runs are accepted, run and
+finish."""
 
 import contextlib
 import os
@@ -18,7 +19,8 @@ FULL = "the executor cannot store the trigger: {}/journal.db: the disk is full"
 
 @pytest.fixture
 def disk(tmp_path):
-    """A small disk, mounted for the time of the test: disk("tmpfs") or disk("ext4"), each of `mib` MiB."""
+    """A small disk, mounted for the time of the test: disk("tmpfs") or disk("ext4"), each of `mib`
+    MiB."""
     need_root()
     place = tmp_path / "disk"
     place.mkdir()
@@ -52,7 +54,8 @@ def disk(tmp_path):
 
 @pytest.fixture
 def gates():
-    """A factory of FIFOs that jobs read a line from: gates(path).open(count) lets `count` of them through."""
+    """A factory of FIFOs that jobs read a line from: gates(path).open(count) lets `count` of them
+    through."""
 
     class Gate:
         def __init__(self, path):
@@ -97,8 +100,8 @@ def check_journal(data):
 
 @pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
 def test_full_disk(disk, executor, admin, tmp_path, gates, kind):
-    """Triggers are refused with the reason; what runs ends, its result is stored with the help of the reserve and delivered;
-    triggers are accepted again within 5 s of space returning."""
+    """Triggers are refused with the reason; what runs ends, its result is stored with the help of
+    the reserve and delivered; triggers are accepted again within 5 s of space returning."""
     place, ledger = disk(kind, 24), Ledger(admin, tmp_path)
     go = tmp_path / "go"
     gate = gates(go)
@@ -127,12 +130,14 @@ def test_full_disk(disk, executor, admin, tmp_path, gates, kind):
     assert not (daemon.data / "reserve").exists()
     assert (
         daemon.log.count(
-            "is given up for results; triggers are refused and output of jobs is dropped until there is space"
+            "is given up for results; triggers are refused and output of jobs is dropped until"
+            " there is space"
         )
         == 1
     )
 
-    # At log write and at result store: all that was accepted runs and its result arrives while there is no space.
+    # At log write and at result store: all that was accepted runs and its result arrives while
+    # there is no space.
     gate.open(4)
     wait_until(
         lambda: all(log_id in admin.results for log_id in running), 20, "the results on a full disk"
@@ -163,7 +168,8 @@ def test_full_disk(disk, executor, admin, tmp_path, gates, kind):
 
 @pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
 def test_results_beyond_the_reserve_are_held(disk, executor, admin, tmp_path, gates, kind):
-    """Somebody else takes even the reserve: results are held in memory, stored within 5 s of space returning, then delivered."""
+    """Somebody else takes even the reserve: results are held in memory, stored within 5 s of space
+    returning, then delivered."""
     place, ledger = disk(kind, 24), Ledger(admin, tmp_path)
     go = tmp_path / "go"
     gate = gates(go)
@@ -182,7 +188,8 @@ def test_results_beyond_the_reserve_are_held(disk, executor, admin, tmp_path, ga
 
     use_up(daemon, ledger, "job")
     accepted = set(ledger.accepted)
-    # The write-ahead log has room of its own in blocks that it has already: take those too, one result after the other.
+    # The write-ahead log has room of its own in blocks that it has already: take those too, one
+    # result after the other.
     for count in range(1, 17):
         fill(place)
         gate.open(1)
@@ -200,7 +207,8 @@ def test_results_beyond_the_reserve_are_held(disk, executor, admin, tmp_path, ga
 
 
 def test_start_on_a_full_disk(disk, executor, admin, tmp_path, gates):
-    """Killed while the disk was full, it starts on the full disk, reports what was interrupted, and goes on when there is space."""
+    """Killed while the disk was full, it starts on the full disk, reports what was interrupted, and
+    goes on when there is space."""
     place, ledger = disk("ext4"), Ledger(admin, tmp_path)
     go = tmp_path / "go"
     gate = gates(go)
@@ -239,7 +247,8 @@ def test_start_on_a_full_disk(disk, executor, admin, tmp_path, gates):
 
 
 def test_a_disk_without_room_for_the_reserve(disk, executor, admin, tmp_path):
-    """A first start on a disk that has too little room answers heartbeats and refuses triggers, until there is space."""
+    """A first start on a disk that has too little room answers heartbeats and refuses triggers,
+    until there is space."""
     place, ledger = disk("tmpfs", 16), Ledger(admin, tmp_path)
     with open(place / "ballast", "wb") as stream:
         os.posix_fallocate(stream.fileno(), 0, 13 * MIB)
@@ -252,17 +261,17 @@ def test_a_disk_without_room_for_the_reserve(disk, executor, admin, tmp_path):
     log_id = ledger.trigger(daemon)
     assert ledger.refused[log_id] == FULL.format(daemon.data)
     assert (
-        f"the disk is full: the reserve {daemon.data}/reserve cannot be made; triggers are refused and output of jobs is dropped "
-        "until there is space"
-    ) in daemon.log
+        f"the disk is full: the reserve {daemon.data}/reserve cannot be made; triggers are refused"
+        " and output of jobs is dropped until there is space" in daemon.log
+    )
     os.unlink(place / "ballast")
     wait_until(lambda: ledger.trigger(daemon) in ledger.accepted, 5, "an accepted trigger")
     ledger.settle(daemon)
 
 
 def test_a_disk_that_becomes_read_only(disk, executor, admin, tmp_path, gates):
-    """As after an I/O error: triggers are refused with the reason, what runs ends, its results are held; after the disk was
-    mended and the executor restarted each accepted run has a result."""
+    """As after an I/O error: triggers are refused with the reason, what runs ends, its results are
+    held; after the disk was mended and the executor restarted each accepted run has a result."""
     place, ledger = disk("ext4", 24), Ledger(admin, tmp_path)
     go = tmp_path / "go"
     gate = gates(go)

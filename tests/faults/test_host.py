@@ -1,4 +1,5 @@
-"""The host fails: its clock jumps, it is short of processes and descriptors, its PIDs come again, it has no init."""
+"""The host fails: its clock jumps, it is short of processes and descriptors, its PIDs come again,
+it has no init."""
 
 import contextlib
 import glob
@@ -16,9 +17,10 @@ import time
 from pathlib import Path
 
 import pytest
-import xxl_executor
 from conftest import LAUNCH, PROGRAM, alive, launch, wait_until
 from tools import Ledger, Proxy, need_root, rounds
+
+import xxl_executor
 
 program = PROGRAM  # limits and namespaces hold from the first moment
 
@@ -41,7 +43,8 @@ DAY = 86_400
 
 
 class Clock:
-    """The wall clock of the processes that got `env`: `jump` moves it, the monotonic one goes on; see faketime(1)."""
+    """The wall clock of the processes that got `env`: `jump` moves it, the monotonic one goes on;
+    see faketime(1)."""
 
     def __init__(self, file):
         libraries = [
@@ -86,10 +89,12 @@ def heartbeats(admin):
 
 @pytest.mark.parametrize("jump", [DAY, -DAY], ids=["forward", "back"])
 def test_the_wall_clock_jumps(executor, admin, tmp_path, jump):
-    """Timeouts, heartbeats, backoff and draining take as long as always when the clock jumps a day while they wait."""
+    """Timeouts, heartbeats, backoff and draining take as long as always when the clock jumps a day
+    while they wait."""
     if not sysconfig.get_config_var("HAVE_SEM_CLOCKWAIT"):
         pytest.skip(
-            "waits for locks by the wall clock: needs CPython 3.9.8, 3.10.1 or later, built with glibc 2.30"
+            "waits for locks by the wall clock: needs CPython 3.9.8, 3.10.1 or later, built with"
+            " glibc 2.30"
         )
     ledger, clock, down = Ledger(admin, tmp_path), Clock(tmp_path / "clock"), False
     with Proxy(admin, lambda number: "reset" if down else "pass") as proxy:
@@ -155,7 +160,8 @@ def test_the_wall_clock_jumps(executor, admin, tmp_path, jump):
 
 
 class Unprivileged:
-    """A user of its own, whom RLIMIT_NPROC binds; it may read what root may, to run the interpreter of the tests."""
+    """A user of its own, whom RLIMIT_NPROC binds; it may read what root may, to run the interpreter
+    of the tests."""
 
     def __init__(self, directory):
         """`directory` will belong to it."""
@@ -196,7 +202,8 @@ class Unprivileged:
         return found
 
     def limit(self, more):
-        """Allow `more` than there are now; 0: none at all, even when some end; None: no limit of its own."""
+        """Allow `more` than there are now; 0: none at all, even when some end; None: no limit of
+        its own."""
         found = self.processes()
         most = self.hard if more is None else sum(found.values()) + more if more else 1
         for pid in found:  # as this user: root in a container may not change the limits of others
@@ -249,7 +256,8 @@ def poor(executor, admin, tmp_path):
 
 
 def test_no_more_processes(poor):
-    """A run that finds no process fails and says so, its slot is free again, and the next runs succeed."""
+    """A run that finds no process fails and says so, its slot is free again, and the next runs
+    succeed."""
     user, ledger, daemon = poor
     user.limit(0)
     expected = {
@@ -271,7 +279,8 @@ def test_no_more_processes(poor):
 
 
 def test_a_job_finds_no_more_processes(poor):
-    """A job that uses up its user's processes fails by itself, nothing of it stays, and the daemon goes on."""
+    """A job that uses up its user's processes fails by itself, nothing of it stays, and the daemon
+    goes on."""
     user, ledger, daemon = poor
     user.limit(8)
     hungry = ledger.trigger(daemon, "forks")
@@ -298,9 +307,10 @@ def test_no_more_threads(poor):
     user.limit(None)
     assert [ledger.result(log_id) for log_id in ids] == [(200, "done")] * len(ids)
     code, message = ledger.result(watched)
-    assert (code, message[:13]) == (500, "cannot start "), (
-        "without the thread that watches over its timeout"
-    )
+    assert (code, message[:13]) == (
+        500,
+        "cannot start ",
+    ), "without the thread that watches over its timeout"
     ids = [ledger.trigger(daemon, "gate", jobId=number) for number in range(3)]
     wait_until(lambda: len(daemon.status()["running"]) == 3, 10, "the third slot")
     (user.directory / "gate").touch()
@@ -405,7 +415,8 @@ def test_the_limit_of_descriptors_that_would_do_is_told(executor, short):
 
 
 def test_more_connections_than_descriptors(short):
-    """Connections beyond the limit wait and cost nothing, accepted runs get results, all is well when they close."""
+    """Connections beyond the limit wait and cost nothing, accepted runs get results, all is well
+    when they close."""
     ledger, daemon, before = short
     pid = daemon.process.pid
     for _ in range(rounds(2)):
@@ -424,7 +435,8 @@ def test_more_connections_than_descriptors(short):
 
 
 def test_no_descriptor_at_all(short):
-    """Accepted runs fail and say why, new connections wait without a busy loop, all is well with some again."""
+    """Accepted runs fail and say why, new connections wait without a busy loop, all is well with
+    some again."""
     ledger, daemon, before = short
     pid = daemon.process.pid
     for _ in range(rounds(2)):
@@ -458,7 +470,8 @@ NAMESPACE = [
 
 @pytest.fixture
 def namespace():
-    """namespace(daemon) -> its process 1, as the PID that we see; whatever is in the namespace at the end is killed."""
+    """namespace(daemon) -> its process 1, as the PID that we see; whatever is in the namespace at
+    the end is killed."""
     need_root()
     need("unshare")
     tried = subprocess.run([*NAMESPACE, "true"], capture_output=True, text=True)
@@ -533,12 +546,16 @@ for line in commands:
 
 
 def test_pids_that_are_given_out_again(executor, admin, tmp_path, namespace):
-    """Who got the PIDs of the dead daemon and its job survives the next daemon; what is really left of jobs dies."""
+    """Who got the PIDs of the dead daemon and its job survives the next daemon; what is really left
+    of jobs dies."""
     ledger = Ledger(admin, tmp_path)
     (tmp_path / "init.py").write_text(INIT)
     for name in ("commands", "answers"):
         os.mkfifo(tmp_path / name)
-    script = 'echo $$ > "$XXL_JOB_PARAM"; setsid sleep 600 & echo $! > "$XXL_JOB_PARAM.child"; exec sleep 600'
+    script = (
+        'echo $$ > "$XXL_JOB_PARAM"; setsid sleep 600 & echo $! > "$XXL_JOB_PARAM.child"; exec'
+        " sleep 600"
+    )
     daemon = executor(
         {"waits": ledger.job(script, cwd=str(tmp_path))},
         admin=admin,
@@ -624,7 +641,8 @@ def test_pids_that_are_given_out_again(executor, admin, tmp_path, namespace):
 
 
 def test_as_process_1_of_a_container(executor, admin, tmp_path, namespace):
-    """With no init above it the daemon reaps orphans of jobs, tells exit statuses exactly, and drains at SIGTERM."""
+    """With no init above it the daemon reaps orphans of jobs, tells exit statuses exactly, and
+    drains at SIGTERM."""
     ledger = Ledger(admin, tmp_path)
     daemon = executor(
         {

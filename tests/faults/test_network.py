@@ -1,4 +1,5 @@
-"""The network to the admin fails: refused, hanging, reset, nonsense for an answer, unknown names, one of two dead."""
+"""The network to the admin fails: refused, hanging, reset, nonsense for an answer, unknown names,
+one of two dead."""
 
 import concurrent.futures
 import contextlib
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import LAUNCH, launch, wait_until
 from tools import Ledger, Proxy, forget_peak, need_root, rounds, rss
+
 import xxl_executor
 
 FAST_CLOCK = Path(__file__).with_name("fast_clock.py")
@@ -26,12 +28,14 @@ LATE = 1.0  # how much later than that a timer may act on a busy machine
 
 
 def at(url):
-    """What `executor(admin=...)` needs to know of an admin that is somewhere else or not there yet."""
+    """What `executor(admin=...)` needs to know of an admin that is somewhere else or not there
+    yet."""
     return SimpleNamespace(url=url, token="")
 
 
 def fast(speed, **more):
-    """Arguments of `executor` for a clock that runs `speed` times as fast; exchanges may take as long as ever."""
+    """Arguments of `executor` for a clock that runs `speed` times as fast; exchanges may take as
+    long as ever."""
     return {
         "program": FAST_CLOCK,
         "env": {"FAST_CLOCK": str(speed), **more},
@@ -40,7 +44,8 @@ def fast(speed, **more):
 
 
 def prefill(daemon, ledger, count):
-    """Have `count` finished runs wait in the journal of a daemon that was not started yet; returns their logIds."""
+    """Have `count` finished runs wait in the journal of a daemon that was not started yet; returns
+    their logIds."""
     daemon.data.mkdir()
     now = int(time.time() * 1000)
     triggers = [
@@ -81,10 +86,11 @@ def answer(status, body):
 
 
 class Line(Proxy):
-    """A proxy that keeps what it did: `seen` has (call, items, act, seconds that it was stalled) of each request.
+    """A proxy that keeps what it did: `seen` has (call, items, act, seconds that it was stalled) of
+    each request.
 
-    `choose(call)` names the act for a request: those of Proxy, or "silent" and "dripping", which keep the connection
-    until the client leaves it; the admin never sees such a request.
+    `choose(call)` names the act for a request: those of Proxy, or "silent" and "dripping", which
+    keep the connection until the client leaves it; the admin never sees such a request.
     """
 
     def __init__(self, admin, choose=lambda call: "pass"):
@@ -140,7 +146,8 @@ def attempts(file, thread):
 
 
 def test_attempts_at_an_address_that_refuses(executor, port, tmp_path):
-    """Results and heartbeats together try an address that refuses connections at most once a second."""
+    """Results and heartbeats together try an address that refuses connections at most once a
+    second."""
     speed, seconds, file = 20, rounds(60, "XXL_FAULT_REFUSED"), tmp_path / "attempts"
     ledger = Ledger(None, tmp_path)
     daemon = executor(
@@ -159,13 +166,15 @@ def test_attempts_at_an_address_that_refuses(executor, port, tmp_path):
     )
     both = sorted(attempts(file, "callback") + attempts(file, "registration"))
     print(
-        f"{len(attempts(file, 'callback'))} of {len(both)} attempts were callbacks, gaps from {min(gaps(both)):.2f} s"
+        f"{len(attempts(file, 'callback'))} of {len(both)} attempts were callbacks, gaps from"
+        f" {min(gaps(both)):.2f} s"
     )
     assert min(gaps(both)) >= 1.0
 
 
 def test_six_hours_of_refused_connections(executor, loopback, port, tmp_path):
-    """After six hours of refused connections 10,000 results arrive within 60 s; meanwhile memory does not grow."""
+    """After six hours of refused connections 10,000 results arrive within 60 s; meanwhile memory
+    does not grow."""
     seconds, file = float(os.environ.get("XXL_FAULT_OUTAGE", 12)), tmp_path / "attempts"
     ledger = Ledger(None, tmp_path)
     daemon = executor(
@@ -195,13 +204,15 @@ def test_six_hours_of_refused_connections(executor, loopback, port, tmp_path):
     took = time.monotonic() - returned
     grown_later = rss(daemon.process.pid, "VmHWM") - before
     print(
-        f"{len(beats)} heartbeats and {len(attempts(file, 'callback'))} callbacks tried; memory grew by "
-        f"{grown / 2**20:.1f} MiB, with the delivery {grown_later / 2**20:.1f} MiB; delivered after {took:.1f} s"
+        f"{len(beats)} heartbeats and {len(attempts(file, 'callback'))} callbacks tried; memory"
+        f" grew by {grown / 2**20:.1f} MiB, with the delivery {grown_later / 2**20:.1f} MiB;"
+        f" delivered after {took:.1f} s"
     )
     assert took <= 60
     assert max(grown, grown_later) <= 20 << 20
-    # A heartbeat that fails puts off the callbacks too, one that works wakes them: so heartbeats go on all the time.
-    # At this speed a moment of the machine is seconds of the clock: how close attempts may come is the test above.
+    # A heartbeat that fails puts off the callbacks too, one that works wakes them: so heartbeats go
+    # on all the time. At this speed a moment of the machine is seconds of the clock: how close
+    # attempts may come is the test above.
     assert len(beats) >= 100 and max(gaps(beats)) < HOURS / 4, "the daemon did not go on trying"
     assert sorted(admin.results) == sorted(ledger.accepted)
     assert all(len(items) == 1 for items in admin.results.values())
@@ -214,7 +225,8 @@ def test_six_hours_of_refused_connections(executor, loopback, port, tmp_path):
 
 @pytest.mark.parametrize("act", ["silent", "dripping"])
 def test_an_admin_that_never_completes_an_answer(executor, admin, tmp_path, act):
-    """Each exchange ends within admin.timeout; triggers are answered and jobs run meanwhile; results come later."""
+    """Each exchange ends within admin.timeout; triggers are answered and jobs run meanwhile;
+    results come later."""
     ledger = Ledger(admin, tmp_path)
     with Line(admin, lambda call: act) as line:
         daemon = executor(
@@ -256,7 +268,8 @@ RESETS = ("reset", "lost", "reset-in", "reset-after")
 
 
 def test_resets_at_every_moment_of_an_exchange(executor, admin, tmp_path):
-    """A result stays until an unambiguous acknowledgement, through any resets; its duplicates are identical."""
+    """A result stays until an unambiguous acknowledgement, through any resets; its duplicates are
+    identical."""
     wanted, ledger = rounds(300, "XXL_FAULT_RESETS"), Ledger(admin, tmp_path)
     acts = itertools.cycle(
         [
@@ -292,20 +305,21 @@ def test_resets_at_every_moment_of_an_exchange(executor, admin, tmp_path):
         wait_until(lambda: daemon.status()["undelivered"] == 0)
     met = {log_id: [] for log_id in ledger.accepted}
     payloads = {}
-    for call, items, act, _ in line.seen:
+    for _call, items, act, _ in line.seen:
         for item in items:
             met[item["logId"]].append(act)
             assert item == payloads.setdefault(item["logId"], item)
     for log_id, acts in met.items():
-        assert acts[-1] in ("pass", "reset-after"), (
-            f"{log_id} was forgotten without an acknowledgement: {acts}"
-        )
+        assert acts[-1] in (
+            "pass",
+            "reset-after",
+        ), f"{log_id} was forgotten without an acknowledgement: {acts}"
         assert "pass" not in acts[:-1], f"{log_id} was sent again after its acknowledgement: {acts}"
     counts = {act: line.count("callback", act=act) for act in RESETS}
     duplicates = sum(len(items) > 1 for items in admin.results.values())
     print(
-        f"{wanted} resets in {took:.1f} s, of callbacks {counts}; {len(met)} runs, {duplicates} delivered more than "
-        f"once, at most {max(map(len, met.values()))} attempts for one"
+        f"{wanted} resets in {took:.1f} s, of callbacks {counts}; {len(met)} runs, {duplicates}"
+        f" delivered more than once, at most {max(map(len, met.values()))} attempts for one"
     )
     assert min(counts.values()) >= wanted // 20 and duplicates
 
@@ -326,7 +340,8 @@ bad_answers = pytest.mark.parametrize("bad", BAD_ANSWERS.values(), ids=BAD_ANSWE
 
 @bad_answers
 def test_an_answer_that_is_no_acknowledgement(executor, admin, tmp_path, bad):
-    """The result stays undelivered, little of the answer is read, and the result arrives when the admin is well."""
+    """The result stays undelivered, little of the answer is read, and the result arrives when the
+    admin is well."""
     ledger = Ledger(admin, tmp_path)
     with Line(admin, lambda call: answer(*bad)) as line:
         daemon = executor({"job": ledger.job("echo done")}, admin=at(line.url), **fast(10))
@@ -339,13 +354,15 @@ def test_an_answer_that_is_no_acknowledgement(executor, admin, tmp_path, bad):
         wait_until(lambda: daemon.status()["undelivered"] == 0)
         exchanges = sum(act != "pass" for _, _, act, _ in line.seen)
         print(f"{exchanges} bad answers, {line.sent // exchanges} bytes of each taken on average")
-        # The line waits 20 ms after each 8 KiB: more goes out only while the daemon does not come to close it.
+        # The line waits 20 ms after each 8 KiB: more goes out only while the daemon does not come
+        # to close it.
         assert line.sent <= exchanges * (xxl_executor.REPLY_LIMIT + (1 << 20))
 
 
 @bad_answers
 def test_a_poisonous_result(executor, admin, tmp_path, bad):
-    """A result that has every batch with it answered so holds back the others for no more than one backoff."""
+    """A result that has every batch with it answered so holds back the others for no more than one
+    backoff."""
     ledger, alone = Ledger(admin, tmp_path), []
     daemon = executor({"job": ledger.job("echo done")}, admin=admin, start=False, **fast(4))
     others, poison = {*prefill(daemon, ledger, 60)} - {30}, 30
@@ -359,10 +376,12 @@ def test_a_poisonous_result(executor, admin, tmp_path, bad):
     admin.behave = behave
     daemon.start()
     assert admin.wait(lambda: alone and others <= set(admin.results), 30)
-    # It was alone once, in both dialects, and perhaps after one backoff, before the last of the others was there.
+    # It was alone once, in both dialects, and perhaps after one backoff, before the last of the
+    # others was there.
     assert sum(missing > 0 for missing in alone) <= 4
     print(
-        f"alone {len(alone)} times, {sum(missing > 0 for missing in alone)} of them before the last of the others"
+        f"alone {len(alone)} times, {sum(missing > 0 for missing in alone)} of them before the last"
+        " of the others"
     )
     later = ledger.trigger(daemon)
     assert ledger.result(later) == (200, "done")
@@ -405,7 +424,8 @@ class Resolver:
 
 @pytest.mark.parametrize("answers", [True, False], ids=["no such name", "resolver hangs"])
 def test_one_of_two_admins_has_a_name_that_is_not_resolved(executor, admin, tmp_path, answers):
-    """The heartbeats to the other slip by less than 5 s, results reach it, the daemon stops without the resolver."""
+    """The heartbeats to the other slip by less than 5 s, results reach it, the daemon stops without
+    the resolver."""
     need_root()
     ledger, beats, interval = Ledger(admin, tmp_path), [], 1.5
 
@@ -414,7 +434,9 @@ def test_one_of_two_admins_has_a_name_that_is_not_resolved(executor, admin, tmp_
             beats.append(time.monotonic())
 
     admin.behave = behave
-    address = f"127.53.{os.getpid() >> 8 & 255}.{os.getpid() & 255}"  # of this test run: resolv.conf knows no ports
+    address = (  # of this test run: resolv.conf knows no ports
+        f"127.53.{os.getpid() >> 8 & 255}.{os.getpid() & 255}"
+    )
     (tmp_path / "resolv.conf").write_text(f"nameserver {address}\noptions timeout:30 attempts:1\n")
     (tmp_path / "nsswitch.conf").write_text("hosts: files dns\n")
     mounts = "".join(
@@ -443,8 +465,9 @@ def test_one_of_two_admins_has_a_name_that_is_not_resolved(executor, admin, tmp_
         stopped = time.monotonic() - began_stop
         slips = [gap - interval for gap in gaps([began, *beats])[1:]]
         print(
-            f"first heartbeat after {beats[0] - began:.1f} s, slips {', '.join(f'{slip:.1f}' for slip in slips)} s, "
-            f"{resolver.questions} questions, stopped in {stopped:.1f} s"
+            f"first heartbeat after {beats[0] - began:.1f} s, slips"
+            f" {', '.join(f'{slip:.1f}' for slip in slips)} s, {resolver.questions} questions,"
+            f" stopped in {stopped:.1f} s"
         )
         assert beats[0] - began < 5 + 5  # the start of the daemon is in it
         assert max(slips) < 5
@@ -460,7 +483,8 @@ def cut(path, body):
 
 
 def test_one_of_two_admins_dies_under_load(executor, loopback, tmp_path):
-    """The second gets heartbeats and results at the next attempt; the first gets them again when it is back."""
+    """The second gets heartbeats and results at the next attempt; the first gets them again when it
+    is back."""
     one, two = loopback(), loopback()
     two.results, two.changed = one.results, one.changed  # one cluster over one database
     ledger = Ledger(one, tmp_path)
@@ -512,8 +536,8 @@ def test_one_of_two_admins_dies_under_load(executor, loopback, tmp_path):
         loading.result()
     ledger.settle(daemon)
     print(
-        f"{len(ledger.accepted)} runs; the second got results after {results:.2f} s, a heartbeat after {beats:.2f} "
-        f"s, the first was asked again {back:.1f} s after its return"
+        f"{len(ledger.accepted)} runs; the second got results after {results:.2f} s, a heartbeat"
+        f" after {beats:.2f} s, the first was asked again {back:.1f} s after its return"
     )
     wait_until(lambda: daemon.status()["undelivered"] == 0)
     assert calls(again, "registry")

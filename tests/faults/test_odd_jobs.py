@@ -1,4 +1,5 @@
-"""Jobs that misbehave: trees that keep forking, floods of output, odd results, Python jobs that break Python."""
+"""Jobs that misbehave: trees that keep forking, floods of output, odd results, Python jobs that
+break Python."""
 
 import contextlib
 import os
@@ -11,9 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
-import xxl_executor
 from conftest import PROGRAM, alive, wait_until
 from tools import Ledger, forget_peak, need_root, rounds, rss, stderr_lines
+
+import xxl_executor
 
 MIB = 1 << 20
 
@@ -36,8 +38,9 @@ def is_running(daemon, log_id):
 
 
 class Fifo:
-    """A FIFO between the test and a job. A reader sees its end when the last process that holds it has gone: the kernel
-    tells, while a look at /proc is too slow for processes that live for milliseconds."""
+    """A FIFO between the test and a job. A reader sees its end when the last process that holds it
+    has gone: the kernel tells, while a look at /proc is too slow for processes that live for
+    milliseconds."""
 
     def __init__(self, path):
         self.path = path
@@ -58,7 +61,8 @@ class Fifo:
         self.poller.register(self.fd, select.POLLIN)
 
     def at_end(self, seconds=0.01):
-        """Take what has come in, and tell whether all writers have gone (one must have come before)."""
+        """Take what has come in, and tell whether all writers have gone (one must have come
+        before)."""
         if self.poller.poll(seconds * 1000):
             data = os.read(self.fd, 1 << 16)
             self.got += len(data)
@@ -66,7 +70,8 @@ class Fifo:
         return False
 
     def connect(self):
-        """Open for writing when the job reads; such a job waits with `read x <FIFO` or `cat FIFO`."""
+        """Open for writing when the job reads; such a job waits with `read x <FIFO` or `cat
+        FIFO`."""
 
         def opened():
             with contextlib.suppress(OSError):  # ENXIO: the job is not here yet
@@ -111,8 +116,8 @@ while time.monotonic() < end and not os.path.exists(stop) and not os.path.exists
 
 @pytest.mark.parametrize("how", ["timeout", "kill", "cover", "end"])
 def test_a_tree_that_keeps_forking(executor, admin, ledger, tmp_path, how):
-    """200 chains of processes that fork a successor and exit, each in a session of its own and deaf to SIGTERM, are
-    gone within 2 s after the grace."""
+    """200 chains of processes that fork a successor and exit, each in a session of its own and deaf
+    to SIGTERM, are gone within 2 s after the grace."""
     count, grace, timeout = 200, 1, 6
     (tmp_path / "chains.py").write_text(CHAINS)
     stop, gate = tmp_path / "stop", tmp_path / "gate"
@@ -171,7 +176,8 @@ def test_a_tree_that_keeps_forking(executor, admin, ledger, tmp_path, how):
 
 
 def test_a_gigabyte_of_output(executor, admin, ledger):
-    """Output beyond log_limit costs neither disk nor memory; the run succeeds and its log says how it was cut."""
+    """Output beyond log_limit costs neither disk nor memory; the run succeeds and its log says how
+    it was cut."""
     size, limit = rounds(1 << 30, "XXL_FAULT_OUTPUT"), 8 * MIB
     daemon = executor(
         {"job": ledger.job(f"yes | head -c {size}; echo the end")},
@@ -197,7 +203,8 @@ def test_a_gigabyte_of_output(executor, admin, ledger):
 
 
 def test_one_line_of_100_megabytes(executor, admin, ledger, tmp_path):
-    """A line far beyond a page is stored whole, shown cut, and costs bounded memory while it is read."""
+    """A line far beyond a page is stored whole, shown cut, and costs bounded memory while it is
+    read."""
     size, date = 100_000_000, int(time.time() * 1000)
     with Fifo(tmp_path / "gate") as gate:
         script = f"head -c {size} /dev/zero | tr '\\0' x; read go <{gate.path}; echo; echo the end"
@@ -273,7 +280,8 @@ def text_of(data):
 
 @pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
 def test_bytes_that_are_no_text(executor, admin, ledger, tmp_path, large):
-    """Whatever bytes come in whatever pieces, the pages join to exactly the file, while it grows and afterwards."""
+    """Whatever bytes come in whatever pieces, the pages join to exactly the file, while it grows
+    and afterwards."""
     pieces, date = (
         PIECES if large else [piece for piece in PIECES if len(piece) < 10_000],
         int(time.time() * 1000),
@@ -342,7 +350,8 @@ def test_bytes_that_are_no_text(executor, admin, ledger, tmp_path, large):
 
 
 def test_closed_output(executor, admin, ledger, tmp_path):
-    """A job that closes its output goes on, costs no CPU time meanwhile, and ends with its own result."""
+    """A job that closes its output goes on, costs no CPU time meanwhile, and ends with its own
+    result."""
     with Fifo(tmp_path / "gate") as gate:
         script = f'echo before; exec >&- 2>&-; read go <{gate.path}; exit "$1"'
         daemon = executor({"job": ledger.job(script)}, admin=admin)
@@ -365,7 +374,8 @@ def test_closed_output(executor, admin, ledger, tmp_path):
 
 
 def test_jobs_that_stop_or_kill_themselves(executor, admin, ledger):
-    """A stopped job ends by its timeout or a kill, one that kills its process group by that signal."""
+    """A stopped job ends by its timeout or a kill, one that kills its process group by that
+    signal."""
     short = {"kill_grace": "0.3s"}
     daemon = executor(
         {
@@ -402,7 +412,8 @@ def test_jobs_that_stop_or_kill_themselves(executor, admin, ledger):
 
 
 def test_a_python_job_that_kills_its_server(executor, admin, ledger, tmp_path):
-    """The runs of a Python server that a job kills fail with that reason, and the next ones have a new server."""
+    """The runs of a Python server that a job kills fail with that reason, and the next ones have a
+    new server."""
     daemon = executor(
         {
             "killer": ledger.python_job(
@@ -416,7 +427,7 @@ def test_a_python_job_that_kills_its_server(executor, admin, ledger, tmp_path):
         },
         admin=admin,
     )
-    for number in range(rounds(2)):
+    for _number in range(rounds(2)):
         siblings = [ledger.trigger(daemon, "sibling", jobId=10 + i) for i in range(3)]
         wait_until(lambda: set(siblings) <= set(ledger.started()), 20, "the siblings")
         killer = ledger.trigger(daemon, "killer", jobId=1)
@@ -434,7 +445,8 @@ FILE = '"$XXL_JOB_RESULT_FILE"'
 
 
 def test_result_files(executor, admin, ledger, tmp_path):
-    """A huge result file gives its tail and costs no memory; what is no file gives the output; a restart cleans up."""
+    """A huge result file gives its tail and costs no memory; what is no file gives the output; a
+    restart cleans up."""
     (tmp_path / "outside").write_text("not yours")
     daemon = executor({"job": ledger.job('eval "$1"', cwd=str(tmp_path))}, admin=admin)
     assert run(ledger, daemon, executorParams="echo warm")[1] == (200, "warm")
@@ -480,7 +492,8 @@ def test_result_files(executor, admin, ledger, tmp_path):
 
 
 def test_an_unreadable_result_file(executor, admin, ledger):
-    """A result file that the daemon may not read is none: the message is the last line of the output."""
+    """A result file that the daemon may not read is none: the message is the last line of the
+    output."""
     need_root()
     without = "-dac_override,-dac_read_search"
     daemon = executor(
@@ -493,7 +506,8 @@ def test_an_unreadable_result_file(executor, admin, ledger):
 
 
 def test_what_does_not_exist(executor, admin, ledger, tmp_path):
-    """A directory, user, interpreter, program or module that does not exist is named in the result, with its key."""
+    """A directory, user, interpreter, program or module that does not exist is named in the result,
+    with its key."""
     (tmp_path / "thing.py").write_text("def main():\n    return 'fine'\n")
     nowhere, python = (
         str(tmp_path / "nowhere"),
@@ -561,8 +575,10 @@ PROCESS = {
     "os.abort()": (500, "killed by signal 6"),
     # The child lives on in the background, is deaf, or says something else.
     "if os.fork() == 0:\n    threading.Event().wait()\nreturn 'parent'": (200, "parent"),
-    "if os.fork() == 0:\n    os.setsid()\n    signal.signal(15, signal.SIG_IGN)\n    threading.Event().wait()\n"
-    "return 'parent'": (200, "parent"),
+    "if os.fork() == 0:\n    os.setsid()\n    signal.signal(15, signal.SIG_IGN)\n    threading.Event().wait()\nreturn 'parent'": (
+        200,
+        "parent",
+    ),
     "child = os.fork()\nif child:\n    os.waitpid(child, 0)\nreturn 'parent' if child else 'child'": (
         200,
         "parent",
@@ -589,8 +605,10 @@ PROCESS = {
     "os.closerange(0, 65536)\nreturn 'lost'": (200, "words"),
     "os.closerange(0, 65536)\nos._exit(4)": (500, "exit status 4: words"),
     "os.closerange(0, 65536)\nos.fork()\nthreading.Event().wait(0.01)": (200, "words"),
-    "os.closerange(3, 65536)\nfds = [os.open(notes, os.O_CREAT | os.O_APPEND | os.O_WRONLY) for _ in range(30)]\n"
-    "return 'lost'": (200, "words"),
+    "os.closerange(3, 65536)\nfds = [os.open(notes, os.O_CREAT | os.O_APPEND | os.O_WRONLY) for _ in range(30)]\nreturn 'lost'": (
+        200,
+        "words",
+    ),
     "os.execvp('sh', ['sh', '-c', 'echo replaced'])": (200, "replaced"),
     "os.execvp('sh', ['sh', '-c', 'echo replaced; exit 6'])": (500, "exit status 6: replaced"),
     "os.execvp('no-such-program', ['x'])": (
@@ -612,7 +630,8 @@ return names["job"]()
 
 
 def test_ends_of_a_python_process(executor, admin, ledger, tmp_path):
-    """However a Python job ends, its result is clear and its own, nothing of it is left, and the next run works."""
+    """However a Python job ends, its result is clear and its own, nothing of it is left, and the
+    next run works."""
     notes = tmp_path / "notes"
     daemon = executor(
         {
@@ -667,7 +686,8 @@ def test_ends_of_a_thread(executor, admin, ledger, tmp_path):
 
 
 def test_a_thread_that_never_returns(executor, admin, ledger, tmp_path):
-    """Its result comes after timeout and grace, its lost slot is shown, others go on, and a stop is not held back."""
+    """Its result comes after timeout and grace, its lost slot is shown, others go on, and a stop is
+    not held back."""
     daemon = executor(
         {
             "stuck": ledger.python_job(
@@ -707,12 +727,14 @@ def test_a_thread_that_never_returns(executor, admin, ledger, tmp_path):
         re.MULTILINE,
     )
     assert len(stderr_lines(daemon, "thread of stuck .* does not return; its slot is lost")) == 1
-    for number in range(3):
+    for _number in range(3):
         assert run(ledger, daemon, "fine", jobId=2)[1] == (200, "fine")
     refused = ledger.trigger(daemon, "stuck")
     assert ledger.refused == {
-        refused: f"run {stuck} of this job does not return from its thread: restart the "
-        "executor, and let the job watch Context.cancelled or use isolation: process"
+        refused: (
+            f"run {stuck} of this job does not return from its thread: restart the "
+            "executor, and let the job watch Context.cancelled or use isolation: process"
+        )
     }
     ledger.settle(daemon)
     since = time.monotonic()

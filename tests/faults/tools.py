@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import requests
 from conftest import wait_until
+
 import xxl_executor
 
 
 def rounds(ci, name="XXL_FAULT_ROUNDS"):
-    """How often a fault is repeated: `ci` times, or as often as the environment variable `name` says."""
+    """How often a fault is repeated: `ci` times, or as often as the environment variable `name`
+    says."""
     return int(os.environ.get(name, ci))
 
 
@@ -39,7 +41,8 @@ def forget_peak(pid):
 
 
 class Ledger:
-    """What was accepted, and what every fault promises about it: one result each, at most one start, no process left.
+    """What was accepted, and what every fault promises about it: one result each, at most one
+    start, no process left.
 
     Jobs come from `job` or `python_job`: they note their start in a file. Any thread may trigger.
     """
@@ -58,17 +61,19 @@ class Ledger:
         }
 
     def python_job(self, directory, name, body, **options):
-        """A Python job `name` whose function body is the lines of `body`, with `context`, `os`, `sys`, `time`."""
+        """A Python job `name` whose function body is the lines of `body`, with `context`, `os`,
+        `sys`, `time`."""
         lines = "".join(f"    {line}\n" for line in body.splitlines())
         (directory / f"{name}.py").write_text(
-            "import os, signal, subprocess, sys, threading, time\n\n\ndef main(context):\n"
-            f"    fd = os.open({str(self.starts)!r}, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)\n"
-            f"    os.write(fd, b'%d\\n' % context.log_id)\n    os.close(fd)\n{lines}"
+            "import os, signal, subprocess, sys, threading, time\n\n\ndef main(context):\n    fd ="
+            f" os.open({str(self.starts)!r}, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)\n   "
+            f" os.write(fd, b'%d\\n' % context.log_id)\n    os.close(fd)\n{lines}"
         )
         return {"python": f"{name}:main", "pythonpath": [str(directory)], **options}
 
     def trigger(self, daemon, handler="job", **fields):
-        """Trigger and note the answer; returns the logId. A request that got no answer is neither accepted nor refused."""
+        """Trigger and note the answer; returns the logId. A request that got no answer is neither
+        accepted nor refused."""
         with self._lock:
             self.admin._next_id += 1
             log_id = fields.setdefault("logId", self.admin._next_id)
@@ -96,14 +101,16 @@ class Ledger:
         return item["handleCode"], item["handleMsg"]
 
     def settle(self, daemon, seconds=30, again=()):
-        """Wait until every accepted run has a result; assert that it has one, that no run started twice (but those in `again`)
-        and that no process of a run is alive."""
-        missing = lambda: [
-            log_id for log_id in list(self.accepted) if log_id not in self.admin.results
-        ]  # noqa: E731
+        """Wait until every accepted run has a result; assert that it has one, that no run started
+        twice (but those in `again`) and that no process of a run is alive."""
+
+        def missing():
+            return [log_id for log_id in list(self.accepted) if log_id not in self.admin.results]
+
         self.admin.wait(lambda: not missing(), seconds)
         assert not missing(), (
-            f"no result of {len(missing())} of {len(self.accepted)} accepted runs: {sorted(missing())[:10]}"
+            f"no result of {len(missing())} of {len(self.accepted)} accepted runs:"
+            f" {sorted(missing())[:10]}"
         )
         for log_id, items in list(self.admin.results.items()):
             assert all(item == items[0] for item in items), (
@@ -128,12 +135,15 @@ def run_processes(daemon):
 
 
 class Proxy:
-    """A TCP proxy in front of a loopback admin that breaks connections; `url` takes the place of the admin's.
+    """A TCP proxy in front of a loopback admin that breaks connections; `url` takes the place of
+    the admin's.
 
-    `plan(number)` is asked for each connection (from 0) and each further request on it; it returns one of: "pass"; "reset" (the
-    request is read, the admin never sees it, RST), "reset-in" (the admin has it; half of the answer, then RST), "reset-after" (the
-    admin has it; the whole answer, then RST), "lost" (the admin has it; no byte of the answer, RST), "hang" (no answer until the
-    client goes away), "drip" (a byte of the answer every 0.7 s), or bytes (sent as they are, then closed).
+    `plan(number)` is asked for each connection (from 0) and each further request on it; it returns
+    one of: "pass"; "reset" (the request is read, the admin never sees it, RST), "reset-in" (the
+    admin has it; half of the answer, then RST), "reset-after" (the admin has it; the whole answer,
+    then RST), "lost" (the admin has it; no byte of the answer, RST), "hang" (no answer until the
+    client goes away), "drip" (a byte of the answer every 0.7 s), or bytes (sent as they are, then
+    closed).
     """
 
     def __init__(self, admin, plan=lambda number: "pass"):
@@ -217,7 +227,8 @@ class Proxy:
         return self._reset(client) if act == "reset-after" else True
 
     def _send(self, client, data):
-        """Send piece by piece, only as long as the other side keeps the connection; `sent` counts the bytes."""
+        """Send piece by piece, only as long as the other side keeps the connection; `sent` counts
+        the bytes."""
         client.settimeout(0.02)
         for start in range(0, len(data), 8192):
             client.sendall(data[start : start + 8192])
