@@ -34,6 +34,7 @@ import ctypes
 import dataclasses
 import datetime
 import difflib
+import email.message
 import email.utils
 import enum
 import errno
@@ -43,6 +44,7 @@ import gc
 import glob
 import hashlib
 import hmac
+import http
 import http.server
 import importlib
 import inspect
@@ -178,6 +180,11 @@ class Trigger:
     def __str__(self) -> str:
         return f"{self.handler} logId={self.log_id} jobId={self.job_id}"
 
+    @property
+    def label(self) -> str:
+        """For metrics and `status`: the handler, one for all scripts from the admin."""
+        return self.handler if self.glue_type == "BEAN" else "glue"
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:
@@ -187,6 +194,34 @@ class Result:
     code: int
     message: str
     exit_status: int | None = None
+
+
+class Route(enum.Enum):
+    """Who answers a request."""
+
+    DIRECT = "the selector: it needs no decision, no file and no lock"
+    WORK = "a thread of those that the admin waits for"
+    POOL = "a thread for what may read a file or the journal"
+    PAGE = "the same, once a log page has its part of the budget"
+
+
+class Request:
+    """One request, whole; `trusted`: it has shown the token, or none is needed."""
+
+    __slots__ = ("method", "path", "headers", "body", "peer", "trusted")
+
+    def __init__(self, method: str, target: str, headers: email.message.Message, peer: str):
+        self.method, self.headers, self.peer = method, headers, peer
+        self.path = re.sub("/+", "/", target.partition("?")[0])
+        self.body, self.trusted = b"", False
+
+
+class Reply(typing.NamedTuple):
+    """An answer to be rendered: HTTP status, content type, body."""
+
+    status: int
+    kind: str
+    body: bytes
 
 
 def unusable(error: OSError) -> ExecutorError:
@@ -1038,127 +1073,137 @@ class Metrics:
 # 4 HTTP server
 # --------------------------------------------------------------------------------------------------
 HEAD_LIMIT, BODY_LIMIT = 16 << 10, 5 << 20  # bytes
-REQUEST_TIMEOUT, IDLE_TIMEOUT, LINGER = (
-    10.0,
-    120.0,
-    2.0,
-)  # seconds; the admin's client gives up after 3 (10 at most)
+REQUEST_TIMEOUT = 10.0  # seconds from a request's first byte to its last; the admin waits 3 to 10
+IDLE_TIMEOUT = 3900.0  # seconds; longer than any proxy keeps a connection (Envoy: 1 h)
+STRANGER_TIMEOUT = 15.0  # seconds of idleness for who has not shown the token
+LINGER = 2.0  # seconds for the client to read why a connection ends
 ALIVE = 15.0  # seconds; the selector turns at least every LINGER
+POOL_THREADS = 4
+SMALL_BODY = HEAD_LIMIT  # bytes; what is no longer than a head needs no part of the budget
+BODY_BUDGET = PAGE_BUDGET = 64 << 20  # bytes of all bodies, and of all log pages, at a time
+PAGE_COST = 9 << 20  # bytes; more than any answer to /log, see PAGE_LIMIT
+_TURN = 1 << 16  # bytes that one connection may send or be sent before others get their turn
 _JSON = "application/json;charset=UTF-8"
-_HEAD_END = re.compile(rb"\r?\n\r?\n")
-_FRAMING = re.compile(
-    rb"^(content-length|transfer-encoding|expect)[ \t]*:[ \t]*([^\r\n]*?)[ \t]*\r?$", re.I | re.M
-)
-# bytes; a client repeats its heads, so what was parsed is remembered for the last 256 that are not
-# longer
-_CACHED_HEAD = 1024
-_ONCE = select.EPOLLONESHOT  # whoever got the event owns the connection until it arms it again
+_CACHED_HEAD = 1024  # bytes; a client repeats its heads: what the last 256 short ones say is kept
+_FIELD_NAME = b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_FIELD_TEXT = b"\t" + bytes(range(0x20, 0x7F)) + bytes(range(0x80, 0x100))
+_VISIBLE = bytes(range(0x21, 0x7F))
 
 
 def envelope(code: int, message: str | None = None, data: typing.Any = None) -> bytes:
     """The reply that every admin reads: the payload is `content` up to 3.2 and `data` from 3.3."""
-    return json.dumps(
-        {"code": code, "msg": message, "content": data, "data": data}, ensure_ascii=False
-    ).encode("utf-8", "replace")
+    payload = json.dumps(data, ensure_ascii=False)  # once: a log page is long
+    text = json.dumps({"code": code, "msg": message}, ensure_ascii=False)
+    return f'{text[:-1]}, "content": {payload}, "data": {payload}}}'.encode("utf-8", "replace")
+
+
+def refusal(status: int, text: str) -> Reply:
+    return Reply(status, _JSON, envelope(FAILURE, text))
 
 
 class HttpError(Exception):
-    """A request that cannot be framed: `status` and a text for the client; the connection is closed
-    after it."""
+    """A request that cannot be framed: `status` and a text for the client; the connection ends."""
 
     def __init__(self, status: int, text: str):
         super().__init__(text)
         self.status = status
 
 
-class Connection:
-    """A client socket and the bytes of its current request; owned by one thread at a time (see
-    _ONCE)."""
+class Head(typing.NamedTuple):
+    """What the head of a request says."""
 
-    __slots__ = (
-        "sock",
-        "peer",
-        "buffer",
-        "head_end",
-        "total",
-        "out",
-        "deadline",
-        "busy",
-        "used",
-        "close_after",
-        "lingering",
+    method: str
+    target: str  # in origin-form
+    headers: email.message.Message
+    length: int  # of the body, in bytes
+    expects: bool  # the client waits for "100 Continue"
+    close: bool  # the client wants the connection to end with the answer
+    old: bool  # HTTP/1.0
+
+
+class _Parser(http.server.BaseHTTPRequestHandler):
+    """http.server's reading of a head that is whole and well-formed; never touches a socket."""
+
+    protocol_version = "HTTP/1.1"
+
+    def __init__(self, head: bytes):
+        self.rfile = io.BytesIO(head)
+        self.raw_requestline = self.rfile.readline()
+        self.parse_request()
+
+    def handle_expect_100(self) -> bool:
+        return True  # answered when the body is wanted
+
+    def send_error(self, code, message=None, explain=None) -> None:
+        raise HttpError(int(code), message or self.responses[code][0])
+
+
+def parse_head(head: bytes) -> Head:
+    """Raises HttpError for all that RFC 9110 and 9112 forbid and that two servers could read
+    differently. Takes time linear in the bytes: they come from anybody."""
+    line, *fields = head[:-4].split(b"\r\n")
+    if any(part.translate(None, _FIELD_TEXT) for part in (line, *fields)):
+        raise HttpError(400, "the head holds a control character, or a line without CR LF")
+    target = _request_target(line)
+    found: dict[bytes, list[bytes]] = {}
+    for field in fields:
+        name, colon, value = field.partition(b":")
+        if not colon or not name or name.translate(None, _FIELD_NAME):
+            raise HttpError(400, "a header line is not a name, a colon and a value")
+        found.setdefault(name.lower(), []).append(value.strip(b" \t"))
+    parsed = _Parser(head)
+    old = parsed.request_version == "HTTP/1.0"
+    hosts = found.get(b"host", [])
+    if len(hosts) > 1 or not (hosts or old) or any(b" " in host or b"," in host for host in hosts):
+        raise HttpError(400, "expected one Host")
+    length = _body_length(found, old)
+    expectations = found.get(b"expect", [])
+    if any(expectation.lower() != b"100-continue" for expectation in expectations):
+        raise HttpError(417, "the only expectation that can be met is 100-continue")
+    expects = bool(expectations) and not old
+    return Head(
+        parsed.command, target, parsed.headers, length, expects, parsed.close_connection, old
     )
 
-    def __init__(self, sock: socket.socket, peer: str):
-        self.sock, self.peer = sock, peer
-        self.buffer, self.out = bytearray(), b""
-        self.head_end = self.total = 0
-        self.deadline = time.monotonic() + REQUEST_TIMEOUT
-        self.busy = self.used = self.close_after = self.lingering = False
 
-    def idle(self) -> bool:
-        """Whether the client has had its answers and sends nothing now."""
-        if self.busy or self.buffer or self.out or not self.used:
-            return False
-        try:
-            return not self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except OSError:
-            return True
-
-    def frame(self) -> tuple[bytes, bytes] | None:
-        """Take (head, body) of one complete request from the buffer, or None. Raises HttpError."""
-        if not self.head_end:
-            while self.buffer[:1] in (
-                b"\r",
-                b"\n",
-            ):  # RFC 9112, 2.2: empty lines before a request are skipped
-                del self.buffer[:1]
-            found = _HEAD_END.search(self.buffer, 0, HEAD_LIMIT)
-            if not found:
-                if len(self.buffer) >= HEAD_LIMIT:
-                    raise HttpError(431, f"the request head is longer than {HEAD_LIMIT} bytes")
-                return None
-            self.head_end = found.end()
-            self.total = self.head_end + self._body_length(bytes(self.buffer[: self.head_end]))
-        if len(self.buffer) < self.total:
-            return None
-        head, body = (
-            bytes(self.buffer[: self.head_end]),
-            bytes(self.buffer[self.head_end : self.total]),
-        )
-        del self.buffer[: self.total]
-        self.head_end = self.total = 0
-        return head, body
-
-    def _body_length(self, head: bytes) -> int:
-        length, expects = (
-            _framing(head) if len(head) <= _CACHED_HEAD else _framing.__wrapped__(head)
-        )
-        if expects and length > len(self.buffer) - self.head_end:
-            with contextlib.suppress(OSError):
-                self.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        return length
+def _request_target(line: bytes) -> str:
+    """The target of a request line in origin-form. Raises HttpError."""
+    words = line.split(b" ")
+    if len(words) != 3 or not all(words) or words[0].translate(None, _FIELD_NAME):
+        raise HttpError(400, 'the request line is not "METHOD target HTTP/1.1"')
+    target, version = words[1:]
+    if not re.fullmatch(rb"HTTP/[0-9]\.[0-9]", version):
+        raise HttpError(400, "the version of HTTP is none")
+    if not version.startswith(b"HTTP/1."):
+        raise HttpError(505, "expected HTTP/1.1")
+    if target.translate(None, _VISIBLE) or b"#" in target:
+        raise HttpError(400, "the target holds a character that no URL has")
+    absolute = re.match(rb"(?i)https?://[^/?@]+", target)
+    if absolute:
+        target = target[absolute.end() :]
+        target = target if target.startswith(b"/") else b"/" + target
+    if not target.startswith(b"/"):
+        raise HttpError(400, "the target is neither a path nor a URL")
+    return target.decode()
 
 
-@functools.lru_cache(256)
-def _framing(head: bytes) -> tuple[int, bool]:
-    """(length of the body, whether the client waits for 100 Continue). Raises HttpError."""
-    fields = collections.defaultdict(set)
-    for name, value in _FRAMING.findall(head):
-        fields[name.lower()].add(value)
-    lengths = fields[b"content-length"]
-    if fields[b"transfer-encoding"]:
+def _body_length(fields: dict[bytes, list[bytes]], old: bool) -> int:
+    lengths = fields.get(b"content-length", [])
+    if b"transfer-encoding" in fields:
         if lengths:
             raise HttpError(400, "Content-Length and Transfer-Encoding exclude each other")
+        if old:
+            raise HttpError(400, "HTTP/1.0 has no Transfer-Encoding")
         raise HttpError(411, "send the body with a Content-Length, without Transfer-Encoding")
-    if len(lengths) > 1 or any(not re.fullmatch(rb"[0-9]{1,18}", value) for value in lengths):
+    if len(lengths) > 1 or any(not re.fullmatch(rb"[0-9]+", value) for value in lengths):
         raise HttpError(400, "Content-Length is not one whole number")
-    length = int(lengths.pop()) if lengths else 0
-    if length > BODY_LIMIT:
+    digits = lengths[0].lstrip(b"0") if lengths else b""
+    if len(digits) > 18 or int(digits or b"0") > BODY_LIMIT:
         raise HttpError(413, f"the body is longer than {BODY_LIMIT} bytes")
-    if any(expectation.lower() != b"100-continue" for expectation in fields[b"expect"]):
-        raise HttpError(417, "the only expectation that can be met is 100-continue")
-    return length, bool(fields[b"expect"])
+    return int(digits or b"0")
+
+
+_known_head = functools.lru_cache(256)(parse_head)
 
 
 @functools.lru_cache(2)
@@ -1166,77 +1211,130 @@ def _http_date(second: int) -> str:
     return email.utils.formatdate(second, usegmt=True)
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
-    """Parses one complete request and renders its answer into `wfile`; never touches a socket."""
+def render(reply: Reply, close: bool, head: Head | None = None) -> bytes:
+    """The bytes of an answer to `head`, None for a request that could not be read."""
+    reason = http.server.BaseHTTPRequestHandler.responses[http.HTTPStatus(reply.status)][0]
+    connection = "close" if close else "keep-alive" if head is not None and head.old else ""
+    text = (
+        f"HTTP/1.1 {reply.status} {reason}\r\nDate: {_http_date(int(time.time()))}\r\n"
+        f"Content-Type: {reply.kind}\r\nContent-Length: {len(reply.body)}\r\n"
+        + (f"Connection: {connection}\r\n" if connection else "")
+        + "\r\n"
+    )
+    return text.encode() + (reply.body if head is None or head.method != "HEAD" else b"")
 
-    protocol_version = "HTTP/1.1"
-    _parsed: dict[bytes, dict] = {}
 
-    def __init__(
-        self, head: bytes, body: bytes, peer: str, answer, closing: typing.Callable[[], bool]
-    ):
-        self.rfile, self.wfile = io.BytesIO(head), io.BytesIO()
-        self.body, self.client_address, self.closing = body, (peer, 0), closing
-        known = self._parsed.get(head)
-        if known is not None or self._parse(head):
-            vars(self).update(known or {})
-            self.reply(*answer(self.command, self.path, self.headers, body, peer))
-        elif not self.wfile.tell():
-            self.send_error(400, "the request line is blank")
+class Phase(enum.Enum):
+    """What a connection waits for."""
 
-    def _parse(self, head: bytes) -> bool:
-        self.command, self.request_version, self.close_connection = "", self.protocol_version, True
-        self.raw_requestline = self.rfile.readline(HEAD_LIMIT)
-        parsed = self.parse_request()
-        if parsed and len(head) <= _CACHED_HEAD:
-            if len(self._parsed) >= 256:
-                self._parsed.clear()
-            self._parsed[head] = {
-                name: getattr(self, name)
-                for name in (
-                    "command",
-                    "path",
-                    "request_version",
-                    "requestline",
-                    "headers",
-                    "close_connection",
-                )
-            }
-        return parsed
+    IDLE = "the first byte of a request"
+    HEAD = "the rest of its head"
+    BODY = "the rest of its body"
+    WAITING = "its part of a budget"
+    ANSWERING = "a thread that makes the answer"
+    SENDING = "the client to take the answer"
+    LINGERING = "the client to close"
+    CLOSED = "nothing"
 
-    def handle_expect_100(self) -> bool:
-        return True  # answered while the body was still missing
 
-    def send_error(self, code, message=None, explain=None) -> None:
-        self.close_connection = True
-        self.reply(code, _JSON, envelope(FAILURE, message or self.responses[code][0]))
+class Connection:
+    """A client socket and the bytes of its current exchange; used by the selector thread only."""
 
-    def reply(self, status: int, kind: str, body: bytes) -> None:
-        self.close_connection = self.close_connection or self.closing()
-        if self.request_version == "HTTP/0.9":
-            self.request_version = (
-                self.protocol_version
-            )  # an answer without a status line would mean nothing to anybody
-        self.send_response_only(status)
-        self.send_header("Date", _http_date(int(time.time())))
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        if self.close_connection or self.request_version == "HTTP/1.0":
-            self.send_header("Connection", "close" if self.close_connection else "keep-alive")
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+    __slots__ = (
+        *("sock", "fd", "peer", "phase", "since", "deadline", "events", "trusted", "used"),
+        *("buffer", "skipped", "head", "request", "out", "sent", "close_after", "lent"),
+    )
+
+    def __init__(self, sock: socket.socket, peer: str):
+        self.sock, self.fd, self.peer = sock, sock.fileno(), peer
+        self.phase, self.since = Phase.IDLE, time.monotonic()
+        self.deadline = self.since + STRANGER_TIMEOUT
+        self.events = select.EPOLLIN
+        self.trusted = self.used = False  # has shown the token; has had an answer
+        self.buffer, self.skipped = bytearray(), 0  # blank lines before the request, in bytes
+        self.head: Head | None = None
+        self.request: Request | None = None
+        self.out, self.sent, self.close_after = b"", 0, False
+        self.lent: list[tuple[Budget, int]] = []
+
+    def enter(self, phase: Phase, seconds: float) -> None:
+        self.phase, self.since = phase, time.monotonic()
+        self.deadline = self.since + seconds
+
+    def unread(self) -> bool:
+        """Whether something came that was not looked at yet, be it the end."""
+        try:
+            self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+        return True
+
+    def take_head(self) -> bytes | None:
+        """The next head in the buffer, None while it is not whole. Raises HttpError."""
+        blank = len(self.buffer) - len(self.buffer.lstrip(b"\r\n"))
+        blank -= blank % 2  # RFC 9112, 2.2: empty lines before a request are skipped
+        if blank and self.buffer[:blank] != b"\r\n" * (blank // 2):
+            raise HttpError(400, "a line ends without CR LF")
+        del self.buffer[:blank]
+        self.skipped += blank
+        end = self.buffer.find(b"\r\n\r\n", 0, HEAD_LIMIT) + 4
+        if end < 4:
+            if len(self.buffer) + self.skipped >= HEAD_LIMIT:
+                raise HttpError(431, f"the request head is longer than {HEAD_LIMIT} bytes")
+            if self.buffer.count(b"\n") != self.buffer.count(b"\r\n"):
+                raise HttpError(400, "a line ends without CR LF")
+            return None
+        head = bytes(self.buffer[:end])
+        del self.buffer[:end]
+        self.skipped = 0
+        return head
+
+
+class Budget:
+    """Bytes that all connections share: who does not fit waits for its turn; selector thread."""
+
+    def __init__(self, total: int):
+        self._left = total
+        self.waiting: collections.deque[tuple[Connection, int]] = collections.deque()
+
+    def lend(self, connection: Connection, amount: int) -> bool:
+        """Whether `connection` has got its part; else `served` names it later."""
+        if self.waiting or amount > self._left:
+            self.waiting.append((connection, amount))
+            return False
+        self.occupy(connection, amount)
+        return True
+
+    def occupy(self, connection: Connection, amount: int) -> None:
+        """Lend without asking, for what exists already."""
+        self._left -= amount
+        connection.lent.append((self, amount))
+
+    def give_back(self, amount: int) -> None:
+        self._left += amount
+
+    def served(self) -> typing.Iterator[Connection]:
+        """Those whose turn has come."""
+        while self.waiting and self.waiting[0][1] <= self._left:
+            connection, amount = self.waiting.popleft()
+            if connection.phase is Phase.WAITING:
+                self.occupy(connection, amount)
+                yield connection
 
 
 class Listener:
-    """The listening socket in the selector; used by the selector thread, but for `resume`.
+    """The listening socket in the selector; used by the selector thread.
 
     It pauses where accepting makes no sense: new connections then wait in the backlog, and no loop
     turns for nothing.
     """
 
     def __init__(self, sock: socket.socket, epoll):
-        self._sock, self._epoll, self.fd, self.paused_until = sock, epoll, sock.fileno(), 0.0
+        self._sock, self._epoll, self.fd = sock, epoll, sock.fileno()
+        self.paused_until = 0.0  # monotonic
+        self.closed = False
         sock.setblocking(False)
 
     def register(self) -> None:
@@ -1248,8 +1346,10 @@ class Listener:
         for _ in range(min(room, 64)):  # then the open connections get their turn
             try:
                 sock, address = self._sock.accept()
-            except (BlockingIOError, InterruptedError, ConnectionError):
+            except BlockingIOError:
                 return
+            except ConnectionError:  # it left while it was waiting
+                continue
             except OSError as error:  # out of descriptors or memory
                 log.warning("cannot accept connections for a moment: %s", error)
                 self.pause(0.5)
@@ -1264,43 +1364,50 @@ class Listener:
         self._epoll.modify(self.fd, 0)
 
     def resume(self) -> None:
-        """Any thread, whenever a connection closes."""
-        if self.paused_until:
+        if self.paused_until and not self.closed:
             self.paused_until = 0.0
-            with contextlib.suppress(OSError, ValueError):  # closed meanwhile
-                self._epoll.modify(self.fd, select.EPOLLIN)
+            self._epoll.modify(self.fd, select.EPOLLIN)
 
     def close(self) -> None:
-        self.paused_until = 0.0
+        self.paused_until, self.closed = 0.0, True
         self._epoll.unregister(self.fd)
         self._sock.close()
 
 
 class HttpServer:
-    """Receives whole requests in one selector thread and has a few threads answer them.
+    """Receives whole requests in one selector thread, which alone owns every connection.
 
     No connection holds a thread unless its request is complete, and no slow reader holds one
-    either: what a socket does not take at once is sent by the selector. At `max_connections` the
-    listener pauses; connections are never evicted for others. `answer(method, target, headers,
-    body, address of the client)` returns (status, content type, body) and must not raise.
+    either. What needs no decision and no file is answered by the selector itself; the rest by a
+    few threads: what may take long by others than what the admin waits for, see Route.
+    Nobody who has not shown the token gets a body kept, and at `max_connections` such connections
+    make room first, then the one that is idle the longest.
+
+    `api` has trusts(request), route(request) -> Route, and answer(request) -> Reply.
+    None of them may raise; the first two, and answer for DIRECT, must not wait for anything.
     """
 
-    def __init__(self, listener: socket.socket, answer, max_connections: int, threads: int = 8):
-        self._answer, self._limit = answer, max_connections
-        self._ready: queue.SimpleQueue = queue.SimpleQueue()
+    def __init__(self, listener: socket.socket, api, max_connections: int, threads: int = 8):
+        self._api, self._limit = api, max_connections
+        self._work: queue.SimpleQueue = queue.SimpleQueue()
+        self._pool: queue.SimpleQueue = queue.SimpleQueue()
+        self._answered: collections.deque[tuple[Connection, Reply]] = collections.deque()
         self._epoll = select.epoll()
         self._listener = Listener(listener, self._epoll)
         self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_read, False)
+        os.set_blocking(self._wake_write, False)
         self._connections: dict[int, Connection] = {}
+        self._bodies, self._pages = Budget(BODY_BUDGET), Budget(PAGE_BUDGET)
+        self._unfinished: list[Connection] = []  # with requests that wait for their turn
         self._closing, self._holding = threading.Event(), threading.Event()
-        self._quiet = (
-            threading.Event()
-        )  # held, and every request that had begun to come is answered
+        self._quiet = threading.Event()  # held, and what had begun to come is answered
+        self._held, self._stop_at = False, float("inf")
         self._ticked, self._handled, self._seen = time.monotonic(), 0, (0, 0)  # for `alive`
-        self._threads = [threading.Thread(target=self._select, name="http-selector", daemon=True)]
-        self._threads += [
-            threading.Thread(target=self._work, name=f"http-{i}", daemon=True)
-            for i in range(threads)
+        self._selector = threading.Thread(target=self._loop, name="http-selector", daemon=True)
+        self._workers = [
+            threading.Thread(target=self._serve, args=(work,), name=f"http-{i}", daemon=True)
+            for i, work in enumerate([self._work] * threads + [self._pool] * POOL_THREADS)
         ]
 
     @property
@@ -1310,37 +1417,37 @@ class HttpServer:
     def start(self) -> None:
         self._epoll.register(self._wake_read, select.EPOLLIN)
         self._listener.register()
-        for thread in self._threads:
+        for thread in (self._selector, *self._workers):
             thread.start()
 
     def alive(self) -> bool:
         """Whether the selector turns, and requests are answered if any wait since the last call;
         one thread calls it."""
-        before, self._seen = self._seen, (self._ready.qsize(), self._handled)
-        return time.monotonic() < self._ticked + ALIVE and not (
-            before[0] and self._seen[0] and before[1] == self._seen[1]
-        )
+        before, self._seen = self._seen, (self._work.qsize(), self._handled)
+        stuck = before[0] and self._seen[0] and before[1] == self._seen[1]
+        return time.monotonic() < self._ticked + ALIVE and not stuck
 
     def hold(self, seconds: float) -> None:
         """Take no new connection and no further request of an old one until `release`; returns when
         what had begun to come is answered, after `seconds` at the latest."""
         self._holding.set()
-        os.write(self._wake_write, b"x")
+        self._wake()
         self._quiet.wait(seconds)
 
     def release(self) -> None:
         self._holding.clear()
-        os.write(self._wake_write, b"x")
+        self._wake()
 
     def close(self, timeout: float = 3.0) -> None:
         """Refuse new connections, let requests that are being answered finish, close the rest."""
         self._closing.set()
-        os.write(self._wake_write, b"x")
+        self._wake()
         deadline = time.monotonic() + timeout
-        self._threads[0].join(timeout)
-        for _ in self._threads[1:]:
-            self._ready.put(None)
-        for thread in self._threads[1:]:
+        self._selector.join(timeout)
+        for _ in self._workers:
+            self._work.put(None)
+            self._pool.put(None)
+        for thread in self._workers:
             thread.join(max(0.0, deadline - time.monotonic()))
         for connection in list(self._connections.values()):
             self._drop(connection)
@@ -1348,52 +1455,74 @@ class HttpServer:
         os.close(self._wake_read)
         os.close(self._wake_write)
 
-    def _select(self) -> None:
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # it is full: the selector will wake
+            os.write(self._wake_write, b"x")
+
+    def _serve(self, work: queue.SimpleQueue) -> None:
         share_core()
-        sweep, held = 0.0, False
-        stop_at = None
-        while stop_at is None or (self._connections and time.monotonic() < stop_at):
+        for connection in iter(work.get, None):
+            reply = self._api.answer(connection.request)
+            self._handled += 1
+            self._answered.append((connection, reply))
+            self._wake()
+
+    # -- the selector thread
+
+    def _loop(self) -> None:
+        share_core()
+        sweep = 0.0
+        while time.monotonic() < self._stop_at and (self._connections or not self._listener.closed):
             now = self._ticked = time.monotonic()
-            if held and all(c.lingering for c in list(self._connections.values())):
+            if self._held and all(c.phase is Phase.LINGERING for c in self._connections.values()):
                 self._quiet.set()
             if now >= sweep:
                 sweep = self._sweep(now)
-            limits = [limit for limit in (sweep, self._listener.paused_until, stop_at) if limit]
-            events = self._epoll.poll(max(0.0, min(limits) - now + 0.001))
-            if time.monotonic() >= self._listener.paused_until:
+            limits = [sweep, self._stop_at, self._listener.paused_until or sweep]
+            wait = 0.0 if self._unfinished else max(0.0, min(limits) - now + 0.001)
+            events = self._epoll.poll(wait)
+            if time.monotonic() >= self._listener.paused_until and not self._held:
                 self._listener.resume()
+            unfinished, self._unfinished = self._unfinished, []
+            for connection in unfinished:
+                self._guarded(self._advance, connection)
             for fd, event in events:
-                connection = self._connections.get(fd)
-                if fd == self._listener.fd:
-                    if not held:
+                if fd == self._wake_read:
+                    self._woken()
+                elif fd == self._listener.fd:
+                    if not (self._held or self._listener.closed):
                         self._accept()
-                elif connection is not None:
-                    connection.busy = True
-                    self._guarded(
-                        self._send if event & select.EPOLLOUT else self._receive, connection
-                    )
-                elif fd == self._wake_read and stop_at is None:
-                    os.read(fd, 64)
-                    if self._closing.is_set():
-                        self._epoll.unregister(fd)
-                        self._listener.close()
-                        stop_at = time.monotonic() + LINGER
-                    else:
-                        held = self._holding.is_set()
-                        if held:
-                            self._listener.pause(ALIVE)
-                        else:
-                            self._listener.resume()
-                    for connection in list(self._connections.values()) if self._leaving() else ():
-                        if (
-                            connection.idle()
-                            or self._closing.is_set()
-                            and not (connection.busy or connection.buffer or connection.out)
-                        ):
-                            self._drop(connection)
-            sweep = min(
-                sweep, time.monotonic() + LINGER
-            )  # the soonest that anything armed just now can expire
+                elif fd in self._connections:
+                    self._guarded(self._happened, self._connections[fd], event)
+            for budget in (self._bodies, self._pages):
+                for connection in budget.served():
+                    self._guarded(self._lent, connection)
+            sweep = min(sweep, time.monotonic() + LINGER)  # the soonest that can expire now
+
+    def _woken(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._wake_read, 4096)
+        while self._answered:
+            connection, reply = self._answered.popleft()
+            if connection.phase is Phase.ANSWERING:
+                self._guarded(self._reply_and_go_on, connection, reply)
+        if self._closing.is_set() and not self._listener.closed:
+            while not self._held and self._accept():  # who waits in the backlog has connected
+                pass
+            self._listener.close()
+            self._stop_at = time.monotonic() + LINGER
+        if self._held != self._holding.is_set() and not self._listener.closed:
+            self._held = not self._held
+            if self._held:
+                self._listener.pause(ALIVE)
+            else:
+                self._listener.resume()
+        if self._leaving():
+            for connection in list(self._connections.values()):
+                # While held a client that has not sent anything yet may still do so.
+                waits = connection.phase is Phase.IDLE and (connection.used or not self._held)
+                if waits and not connection.unread():
+                    self._drop(connection)
 
     def _leaving(self) -> bool:
         """Whether each connection is to end with its next answer."""
@@ -1402,22 +1531,24 @@ class HttpServer:
     def _sweep(self, now: float) -> float:
         """Close what is past its deadline; returns when to look again."""
         soonest = now + REQUEST_TIMEOUT
+        hurry = REQUEST_TIMEOUT - LINGER if self._pages.waiting else 0.0  # who does not read leaves
         for connection in list(self._connections.values()):
-            if connection.busy:
+            if connection.phase in (Phase.WAITING, Phase.ANSWERING):
                 continue
-            if connection.deadline <= now:
-                connection.busy = True
-                if connection.buffer and not connection.out and not connection.lingering:
-                    self._guarded(
-                        self._fail, connection, HttpError(408, "the request did not arrive in time")
-                    )
-                else:
-                    self._drop(connection)
-            soonest = min(soonest, connection.deadline)
+            deadline = connection.deadline
+            if connection.phase is Phase.SENDING:
+                deadline -= hurry
+            if deadline > now:
+                soonest = min(soonest, deadline)
+            elif connection.phase in (Phase.HEAD, Phase.BODY):
+                late = HttpError(408, "the request did not arrive in time")
+                self._guarded(self._fail, connection, late)
+            else:
+                self._drop(connection)
         return max(soonest, now + 0.05)
 
     def _guarded(self, step, connection: Connection, *arguments) -> None:
-        """No failure of one connection may end a thread that serves them all."""
+        """No failure of one connection may end the thread that serves them all."""
         try:
             step(connection, *arguments)
         except OSError:
@@ -1429,92 +1560,209 @@ class HttpServer:
             )
             self._drop(connection)
 
-    def _accept(self) -> None:
+    def _accept(self) -> bool:
+        """Whether somebody has come."""
         room = self._limit - len(self._connections)
-        if room <= 0:
-            self._listener.pause(IDLE_TIMEOUT)
-            if len(self._connections) < self._limit:  # one closed between the two
-                self._listener.resume()
-        for sock, peer in self._listener.accept(room):
-            self._connections[sock.fileno()] = Connection(sock, peer)
-            self._epoll.register(sock.fileno(), select.EPOLLIN | _ONCE)
+        if room <= 0 and not self._make_room():
+            self._listener.pause(REQUEST_TIMEOUT)  # or until one closes or gets idle
+            return False
+        before = len(self._connections)
+        for sock, peer in self._listener.accept(max(1, room)):
+            connection = Connection(sock, peer)
+            self._connections[connection.fd] = connection
+            self._epoll.register(connection.fd, connection.events)
+        return len(self._connections) > before
+
+    def _make_room(self) -> bool:
+        """Close what can be done without best: who has never shown the token, then the longest
+        idle, but none that has something unread or a request under way."""
+        found = [
+            connection
+            for connection in self._connections.values()
+            if connection.phase is Phase.IDLE
+            or connection.phase in (Phase.HEAD, Phase.LINGERING)
+            and not connection.trusted
+        ]
+        found.sort(key=lambda connection: (connection.trusted, connection.since))
+        made = 0
+        for connection in found:
+            if made and (connection.trusted or made >= self._limit // 64):
+                break  # several strangers at once: a crowd of them must not have each one searched
+            if not connection.unread():
+                self._drop(connection)
+                made += 1
+        return made > 0
 
     def _drop(self, connection: Connection) -> None:
-        self._connections.pop(connection.sock.fileno(), None)
+        if connection.phase is Phase.CLOSED:
+            return
+        connection.phase = Phase.CLOSED
+        del self._connections[connection.fd]
+        self._give_back(connection)
+        with contextlib.suppress(OSError, ValueError):  # before closing: a child that is being
+            self._epoll.unregister(connection.fd)  # started may hold the descriptor a moment longer
         connection.sock.close()
+        connection.buffer, connection.out = bytearray(), b""
         if not self._leaving():
             self._listener.resume()
 
-    def _arm(self, connection: Connection, event: int, seconds: float) -> None:
-        connection.deadline = time.monotonic() + seconds
-        connection.busy = False
-        self._epoll.modify(connection.sock.fileno(), event | _ONCE)
+    @staticmethod
+    def _give_back(connection: Connection) -> None:
+        for budget, amount in connection.lent:
+            budget.give_back(amount)
+        connection.lent = []
+
+    def _watch(self, connection: Connection, events: int) -> None:
+        if connection.events != events:
+            connection.events = events
+            self._epoll.modify(connection.fd, events)
+
+    def _happened(self, connection: Connection, event: int) -> None:
+        if connection.phase is Phase.SENDING and event & select.EPOLLOUT:
+            self._send(connection)
+            self._advance(connection)
+        elif event & (select.EPOLLHUP | select.EPOLLERR):
+            self._drop(connection)
+        elif connection.phase in (Phase.ANSWERING, Phase.WAITING, Phase.SENDING):
+            self._watch(connection, 0)  # the next request, or its end: after this one
+        else:
+            self._receive(connection)
 
     def _receive(self, connection: Connection) -> None:
-        data = connection.sock.recv(1 << 16)
+        data = connection.sock.recv(_TURN)
         if not data:
             self._drop(connection)
-        elif connection.lingering:  # read and forget until the client has seen the answer
-            connection.busy = False
-            self._epoll.modify(connection.sock.fileno(), select.EPOLLIN | _ONCE)
-        else:
-            fresh = not connection.buffer
+        elif connection.phase is not Phase.LINGERING:  # else: read and forget
             connection.buffer += data
-            self._advance(
-                connection,
-                REQUEST_TIMEOUT if fresh else max(0.0, connection.deadline - time.monotonic()),
-            )
+            if connection.phase is Phase.IDLE:
+                connection.enter(Phase.HEAD, REQUEST_TIMEOUT)
+            self._advance(connection)
 
-    def _advance(self, connection: Connection, patience: float) -> None:
-        """Hand over the next complete request, or wait `patience` seconds for the rest of it."""
+    def _advance(self, connection: Connection) -> None:
+        """Take requests out of the buffer until one is not whole, or cannot be answered at once."""
         try:
-            request = connection.frame()
+            for _ in range(32):  # pipelined: then others get their turn
+                if connection.phase is Phase.HEAD and not self._take_head(connection):
+                    return
+                if connection.phase is Phase.BODY and not self._take_body(connection):
+                    return
+                if connection.phase is not Phase.HEAD:
+                    return
         except HttpError as error:
             self._fail(connection, error)
-            return
-        if request:
-            connection.used = True
-            self._ready.put((connection, request))
         else:
-            self._arm(connection, select.EPOLLIN, patience)
+            self._watch(connection, 0)  # it has enough to say for now
+            self._unfinished.append(connection)
+
+    def _take_head(self, connection: Connection) -> bool:
+        """Whether a head was whole; then the body, its part of the budget or the answer is next."""
+        data = connection.take_head()
+        if data is None:
+            self._watch(connection, select.EPOLLIN)
+            return False
+        head = connection.head = (_known_head if len(data) <= _CACHED_HEAD else parse_head)(data)
+        request = connection.request = Request(
+            head.method, head.target, head.headers, connection.peer
+        )
+        request.trusted = self._api.trusts(request)
+        connection.trusted = connection.trusted or request.trusted
+        if not request.trusted:
+            missing = head.length - len(connection.buffer)
+            del connection.buffer[: head.length]
+            connection.close_after = missing > 0
+            self._dispatch(connection)
+        elif head.length <= SMALL_BODY or self._bodies.lend(connection, head.length):
+            self._expect_body(connection)
+        else:
+            connection.phase = Phase.WAITING
+        return True
+
+    def _expect_body(self, connection: Connection) -> None:
+        head = connection.head
+        assert head is not None
+        if connection.phase is Phase.WAITING:
+            connection.enter(Phase.BODY, REQUEST_TIMEOUT)
+        connection.phase = Phase.BODY  # with the deadline that began with its first byte
+        if head.expects and head.length > len(connection.buffer):
+            connection.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _take_body(self, connection: Connection) -> bool:
+        head, request = connection.head, connection.request
+        assert head is not None and request is not None
+        if len(connection.buffer) < head.length:
+            self._watch(connection, select.EPOLLIN)
+            return False
+        request.body = bytes(connection.buffer[: head.length])
+        del connection.buffer[: head.length]
+        self._dispatch(connection)
+        return True
+
+    def _lent(self, connection: Connection) -> None:
+        """A connection that waited has its part of a budget now."""
+        if connection.lent[-1][0] is self._pages:
+            self._hand_over(connection, Route.PAGE)
+        else:
+            self._expect_body(connection)
+            self._advance(connection)
+
+    def _dispatch(self, connection: Connection) -> None:
+        route = self._api.route(connection.request)
+        if route == Route.DIRECT:
+            connection.phase = Phase.ANSWERING
+            self._reply(connection, self._api.answer(connection.request))
+        elif route == Route.PAGE and not self._pages.lend(connection, PAGE_COST):
+            connection.phase = Phase.WAITING
+        else:
+            self._hand_over(connection, route)
+
+    def _hand_over(self, connection: Connection, route: Route) -> None:
+        connection.phase = Phase.ANSWERING
+        (self._work if route == Route.WORK else self._pool).put(connection)
 
     def _fail(self, connection: Connection, error: HttpError) -> None:
-        body = envelope(FAILURE, str(error))
-        reason = http.server.BaseHTTPRequestHandler.responses[error.status][0]
-        head = (
-            f"HTTP/1.1 {error.status} {reason}\r\nContent-Type: {_JSON}\r\nContent-Length:"
-            f" {len(body)}\r\nConnection: close\r\n\r\n"
-        )
-        connection.out, connection.close_after = head.encode() + body, True
+        connection.head, connection.close_after = None, True
+        self._reply(connection, refusal(error.status, str(error)))
+
+    def _reply(self, connection: Connection, reply: Reply) -> None:
+        head = connection.head
+        if head is not None and head.close or self._leaving():
+            connection.close_after = True
+        connection.out, connection.sent = render(reply, connection.close_after, head), 0
+        connection.head = connection.request = None
+        self._give_back(connection)
+        if len(connection.out) > SMALL_BODY:  # less than what a page had, so it need not wait
+            self._pages.occupy(connection, len(connection.out))
+        connection.enter(Phase.SENDING, REQUEST_TIMEOUT)
         self._send(connection)
 
-    def _work(self) -> None:
-        share_core()
-        for connection, request in iter(self._ready.get, None):
-            self._guarded(self._handle, connection, *request)
-
-    def _handle(self, connection: Connection, head: bytes, body: bytes) -> None:
-        handler = _Handler(head, body, connection.peer, self._answer, self._leaving)
-        self._handled += 1
-        connection.out, connection.close_after = handler.wfile.getvalue(), handler.close_connection
-        self._send(connection)
+    def _reply_and_go_on(self, connection: Connection, reply: Reply) -> None:
+        self._reply(connection, reply)
+        self._advance(connection)
 
     def _send(self, connection: Connection) -> None:
         with contextlib.suppress(BlockingIOError):
-            connection.out = connection.out[connection.sock.send(connection.out) :]
-        if connection.out:
-            self._arm(connection, select.EPOLLOUT, REQUEST_TIMEOUT)
-        elif connection.close_after or (self._leaving() and not connection.buffer):
+            view = memoryview(connection.out)[connection.sent : connection.sent + 4 * _TURN]
+            connection.sent += connection.sock.send(view)
+            connection.deadline = time.monotonic() + REQUEST_TIMEOUT
+        if connection.sent < len(connection.out):
+            self._watch(connection, select.EPOLLOUT)
+            return
+        connection.out, connection.used = b"", True
+        self._give_back(connection)
+        if connection.close_after or (self._leaving() and not connection.buffer):
             # Closing with unread input would reset the connection and take the answer with it.
             connection.sock.shutdown(socket.SHUT_WR)
-            connection.lingering = True
-            self._arm(connection, select.EPOLLIN, LINGER)
-            if self._holding.is_set():
-                os.write(self._wake_write, b"x")
+            connection.buffer.clear()
+            connection.enter(Phase.LINGERING, LINGER)
         elif connection.buffer:  # pipelined
-            self._advance(connection, REQUEST_TIMEOUT)
+            connection.enter(Phase.HEAD, REQUEST_TIMEOUT)
+            return
         else:
-            self._arm(connection, select.EPOLLIN, IDLE_TIMEOUT)
+            seconds = IDLE_TIMEOUT if connection.trusted else STRANGER_TIMEOUT
+            connection.enter(Phase.IDLE, seconds)
+            if len(self._connections) >= self._limit and not self._leaving():
+                self._listener.resume()
+        self._watch(connection, select.EPOLLIN)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1587,21 +1835,36 @@ def decode_trigger(fields: dict) -> Trigger:
     )
 
 
+class Complaints:
+    """Warnings about what anybody may send: one line a second for each reason, and how many were
+    not shown; any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._told: dict[str, tuple[float, int]] = {}  # reason: (when, monotonic; not shown since)
+
+    def tell(self, reason: str, text: str) -> None:
+        now = time.monotonic()
+        with self._lock:
+            when, hidden = self._told.get(reason, (float("-inf"), 0))
+            shown = now >= when + 1.0
+            self._told[reason] = (now, 0) if shown else (when, hidden + 1)
+        if shown:
+            more = f" (and {hidden} more that were not shown)" if hidden else ""
+            log.warning("%.500s%s", text, more)
+
+
 class Api:
-    """Answers every request; called by the http threads, any number at a time."""
+    """Answers every request; `route` says in which thread."""
 
     def __init__(
         self, config: Config, scheduler, logs, scripts, metrics: Metrics, status, learned_path
     ):
         self.config = config  # replaced as a whole by a reload
-        self._scheduler, self._logs, self._scripts, self._metrics = (
-            scheduler,
-            logs,
-            scripts,
-            metrics,
-        )
-        self._status, self._learned = status, learned_path
+        self._scheduler, self._logs, self._scripts = scheduler, logs, scripts
+        self._metrics, self._status, self._learned = metrics, status, learned_path
         self.draining = False
+        self._complaints = Complaints()
         self._prefix = urllib.parse.urlsplit(config.executor.address or "").path.rstrip("/")
         self._post = {
             "/beat": self._beat,
@@ -1616,115 +1879,135 @@ class Api:
             "/metrics": self._show_metrics,
             "/status": self._show_status,
         }
-        self._alive = (200, _JSON, envelope(SUCCESS))
+        self._alive = Reply(200, _JSON, envelope(SUCCESS))
 
-    def answer(
-        self, method: str, target: str, headers, body: bytes, peer: str
-    ) -> tuple[int, str, bytes]:
-        path = re.sub("/+", "/", target.partition("?")[0])
-        if self._prefix and path.startswith(self._prefix + "/"):
-            path = path[len(self._prefix) :]
+    def trusts(self, request: Request) -> bool:
+        """Whether it has shown the token, or none is needed; a web page in somebody's browser,
+        which says so by Origin, is never trusted."""
+        token = self.config.admin.access_token
+        given = request.headers.get_all("XXL-JOB-ACCESS-TOKEN", [])
+        if "Origin" in request.headers:
+            return False
+        if not token:
+            return True
+        shown = given[0].strip(" \t").encode("latin-1", "replace") if len(given) == 1 else b""
+        return hmac.compare_digest(shown, token.encode())
+
+    def route(self, request: Request) -> Route:
+        path = self._path(request)
+        if path in ("/metrics", "/status"):
+            return Route.POOL
+        if path not in self._post or path == "/beat" or not request.trusted:
+            return Route.DIRECT
+        return Route.PAGE if path == "/log" else Route.WORK
+
+    def _path(self, request: Request) -> str:
+        """Without the prefix of the advertised address."""
+        if self._prefix and request.path.startswith(self._prefix + "/"):
+            return request.path[len(self._prefix) :]
+        return request.path
+
+    def answer(self, request: Request) -> Reply:
+        path, method = self._path(request), request.method
+        if "Origin" in request.headers:
+            self._complaints.tell("origin", f"refused a web page's request from {request.peer}")
+            return refusal(403, "requests of web pages (with an Origin) are not answered")
         if path in self._post:
             if method != "POST":
-                return 405, _JSON, envelope(FAILURE, f"{path} takes POST, not {method}")
-            try:
-                self._authorize(headers)
-                return self._post[path](path, body, peer)
-            except Refused as error:
-                if path in ("/run", "/trigger"):
-                    self._metrics.count("refused_triggers_total", reason=error.reason)
-                    log.warning("refused a trigger: %s", error)
-                return 200, _JSON, envelope(FAILURE, str(error))
-            except Exception as error:
-                log.exception("%s failed unexpectedly, please report it", path)
-                return (
-                    200,
-                    _JSON,
-                    envelope(FAILURE, f"the executor failed: {type(error).__name__}: {error}"),
-                )
+                return refusal(405, f"{path} takes POST, not {method}")
+            return self._answer_post(path, request)
         if path in self._get:
             if method not in ("GET", "HEAD"):
-                return 405, _JSON, envelope(FAILURE, f"{path} takes GET, not {method}")
+                return refusal(405, f"{path} takes GET, not {method}")
             try:
-                return self._get[path](headers)
+                return self._get[path](request)
             except Refused as error:
-                return 403, _JSON, envelope(FAILURE, str(error))
+                return refusal(403, str(error))
             except JournalError as error:
-                return 503, _JSON, envelope(FAILURE, str(error))
-        return (
-            404,
-            _JSON,
-            envelope(
-                FAILURE,
-                "no such path; this is an XXL-JOB executor:"
-                f" {', '.join([*self._post, *self._get])}",
-            ),
-        )
+                return refusal(503, str(error))
+        known = ", ".join([*self._post, *self._get])
+        return refusal(404, f"no such path; this is an XXL-JOB executor: {known}")
 
-    def _authorize(self, headers) -> None:
-        token = self.config.admin.access_token
-        given = headers.get_all("XXL-JOB-ACCESS-TOKEN", [])
-        if token and (
-            len(given) != 1
-            or not hmac.compare_digest(given[0].encode("latin-1", "replace"), token.encode())
-        ):
+    def _answer_post(self, path: str, request: Request) -> Reply:
+        """Always HTTP 200: the admin shows nothing of another status."""
+        try:
+            self._authorize(request)
+            return self._post[path](path, request)
+        except Refused as error:
+            if path in ("/run", "/trigger"):
+                self._metrics.count("refused_triggers_total", reason=error.reason)
+                self._complaints.tell(error.reason, f"refused a trigger: {error}")
+            return refusal(200, str(error))
+        except Exception as error:
+            log.exception("%s failed unexpectedly, please report it", path)
+            return refusal(200, f"the executor failed: {type(error).__name__}: {error}")
+
+    def _authorize(self, request: Request) -> None:
+        if not request.trusted:
             raise Refused(
                 "The access token is wrong: give admin and executor the same xxl.job.accessToken /"
                 " admin.access_token.",
                 "token",
             )
-        for name in headers.get_all("XXL-JOB-APPNAME", []):
-            if name != self.config.executor.app_name:
+        own = self.config.executor.app_name
+        for name in request.headers.get_all("XXL-JOB-APPNAME", []):
+            if name.strip(" \t") != own:
                 raise Refused(
-                    f"this executor is {self.config.executor.app_name}, not {name[:100]}: check its"
-                    " address in the admin",
+                    f"this executor is {own}, not {name[:100]}: check its address in the admin",
                     "app_name",
                 )
 
-    def _beat(self, path: str, body: bytes, peer: str):
+    def _beat(self, path: str, request: Request) -> Reply:
         if self.draining:
             raise Refused("the executor is stopping")
         return self._alive
 
-    def _idle_beat(self, path: str, body: bytes, peer: str):
+    def _idle_beat(self, path: str, request: Request) -> Reply:
         if self.draining:
             raise Refused("the executor is stopping")
-        if self._scheduler.busy(number(decode(body), "jobId")):
-            raise Refused(
-                "job thread is running or has trigger queue."
-            )  # the Java executor's words
+        if self._scheduler.busy(number(decode(request.body), "jobId")):
+            # the Java executor's words
+            raise Refused("job thread is running or has trigger queue.")
         return self._alive
 
-    def _run(self, path: str, body: bytes, peer: str):
-        fields = decode(body)
+    def _run(self, path: str, request: Request) -> Reply:
+        fields = decode(request.body)
         trigger = decode_trigger(fields)
         self._learned(path)
-        if trigger.glue_type != "BEAN":
-            trigger = dataclasses.replace(trigger, handler=f"glue-{trigger.job_id}")
-            job = self._scripts.job(trigger)
-            self._scripts.store(trigger, text(fields, "glueSource"), peer)
-            self._scheduler.submit(trigger, job)
-            return self._alive
-        job = self.config.jobs.get(trigger.handler)
-        if job is None:
-            name = trigger.handler[
-                :100
-            ]  # whatever a request holds, the answer and the log stay short
-            near = difflib.get_close_matches(name, self.config.jobs, 1)
-            hint = (
-                f', did you mean "{near[0]}"?'
-                if near
-                else f": add it under jobs in {self.config.file}"
-            )
-            raise Refused(f'job handler "{name}" not found{hint}', "unknown_handler")
-        self._scheduler.submit(trigger, job)
+        try:
+            if trigger.glue_type == "BEAN":
+                self._scheduler.submit(trigger, self._job(trigger.handler))
+            else:
+                self._run_script(trigger, fields, request.peer)
+        except Refused:  # a trigger that is known stays accepted, whatever has changed since
+            if not self._scheduler.accepted(trigger.log_id):
+                raise
         return self._alive
 
-    def _kill(self, path: str, body: bytes, peer: str):
-        return 200, _JSON, envelope(SUCCESS, self._scheduler.kill(number(decode(body), "jobId")))
+    def _job(self, handler: str) -> JobConfig:
+        """Raises Refused."""
+        job = self.config.jobs.get(handler)
+        if job is None:
+            name = handler[:100]  # whatever a request holds, the answer and the log stay short
+            near = difflib.get_close_matches(name, self.config.jobs, 1)
+            here = f": add it under jobs in {self.config.file}"
+            hint = f', did you mean "{near[0]}"?' if near else here
+            raise Refused(f'job handler "{name}" not found{hint}', "unknown_handler")
+        return job
 
-    def _log(self, path: str, body: bytes, peer: str):
-        fields = decode(body)
+    def _run_script(self, trigger: Trigger, fields: dict, peer: str) -> None:
+        trigger = dataclasses.replace(trigger, handler=f"glue-{trigger.job_id}")
+        job = self._scripts.job(trigger)
+        if not self._scheduler.accepted(trigger.log_id):  # else its script is there already
+            self._scripts.store(trigger, text(fields, "glueSource"), peer)
+            self._scheduler.submit(trigger, job)
+
+    def _kill(self, path: str, request: Request) -> Reply:
+        found = self._scheduler.kill(number(decode(request.body), "jobId"))
+        return Reply(200, _JSON, envelope(SUCCESS, found))
+
+    def _log(self, path: str, request: Request) -> Reply:
+        fields = decode(request.body)
         log_id = number(fields, "logId")
         page = self._logs.page(
             log_id,
@@ -1732,17 +2015,19 @@ class Api:
             number(fields, "fromLineNum", 1),
             ended=not self._scheduler.knows(log_id),
         )
-        return 200, _JSON, envelope(SUCCESS, None, page)
+        return Reply(200, _JSON, envelope(SUCCESS, None, page))
 
-    def _health(self, headers):
-        return (503, _JSON, envelope(FAILURE, "stopping")) if self.draining else self._alive
+    def _health(self, request: Request) -> Reply:
+        return refusal(503, "stopping") if self.draining else self._alive
 
-    def _show_metrics(self, headers):
-        return 200, "text/plain; version=0.0.4; charset=utf-8", self._metrics.render().encode()
+    def _show_metrics(self, request: Request) -> Reply:
+        kind = "text/plain; version=0.0.4; charset=utf-8"
+        return Reply(200, kind, self._metrics.render().encode())
 
-    def _show_status(self, headers):
-        self._authorize(headers)
-        return 200, _JSON, json.dumps(self._status(), ensure_ascii=False).encode("utf-8", "replace")
+    def _show_status(self, request: Request) -> Reply:
+        self._authorize(request)
+        shown = json.dumps(self._status(), ensure_ascii=False)
+        return Reply(200, _JSON, shown.encode("utf-8", "replace"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1884,13 +2169,7 @@ class Scheduler:
     def submit(self, trigger: Trigger, job: JobConfig) -> None:
         """Accept `trigger`, or raise Refused. A logId that is known already is accepted again and
         starts nothing."""
-        try:
-            run = self._reserve(trigger, job)
-        except Refused:
-            with contextlib.suppress(JournalError):
-                if self._journal.knows(trigger.log_id):
-                    return
-            raise
+        run = self._reserve(trigger, job)
         if run is None:
             return
         try:
@@ -1940,15 +2219,8 @@ class Scheduler:
                 "max_delay",
             )
         with self._lock:
-            known = self._runs.get(trigger.log_id)
-            while known is not None:
-                while known.state is RunState.ACCEPTING:
-                    self._settled.wait()
-                latest = self._runs.get(trigger.log_id)
-                if latest is known:
-                    return None
-                # it could not be stored, or has ended and another of those who waited was faster
-                known = latest
+            if self._await_accepting(trigger.log_id):
+                return None
             if self._idle_hook is not None:
                 raise Refused("the executor is stopping", "stopping")
             lane = self._lanes.get(trigger.job_id) or Lane()
@@ -1964,6 +2236,22 @@ class Scheduler:
             lane.waiting.append(run)
             self._queued += 1
             return run
+
+    def _await_accepting(self, log_id: int) -> bool:
+        """With the lock held: wait while another thread stores this run; whether it is one."""
+        while (run := self._runs.get(log_id)) and run.state is RunState.ACCEPTING:
+            self._settled.wait()
+        return run is not None
+
+    def accepted(self, log_id: int) -> bool:
+        """Whether this run was accepted, however long ago."""
+        with self._lock:
+            if self._await_accepting(log_id):
+                return True
+        try:
+            return self._journal.knows(log_id)
+        except JournalError:
+            return False
 
     def _withdraw(self, run: Run) -> None:
         with self._lock:
@@ -2067,9 +2355,8 @@ class Scheduler:
             runs = [run for run in runs if run.result is None]
             for run in runs:
                 run.result, run.state = result, RunState.FINISHED
-                self.recent.setdefault(run.trigger.handler, collections.deque(maxlen=10)).append(
-                    result.code
-                )
+                recent = self.recent.setdefault(run.trigger.label, collections.deque(maxlen=10))
+                recent.append(result.code)
         if not runs:
             return
         self._journal.finish([run.trigger for run in runs], result)
@@ -2078,7 +2365,7 @@ class Scheduler:
                 self._runs.pop(run.trigger.log_id, None)
         for run in runs:
             took = time.monotonic() - run.started if run.started else 0.0
-            self._metrics.count("runs_total", job=run.trigger.handler, code=result.code)
+            self._metrics.count("runs_total", job=run.trigger.label, code=result.code)
             self._metrics.observe("run_duration_seconds", took)
             log.info(
                 "finished %s code=%d in %s: %.200s",
@@ -2151,7 +2438,7 @@ class Scheduler:
                 if run is not None and run.started
             ]
         waiting = collections.Counter(
-            run.trigger.handler for run in runs if not run.started and run.result is None
+            run.trigger.label for run in runs if not run.started and run.result is None
         )
         return {
             "running": running,
@@ -5214,7 +5501,7 @@ class Daemon:
                 self.status,
                 self._admin.learned,
             )
-            self._http = HttpServer(listener, self._api.answer, room)
+            self._http = HttpServer(listener, self._api, room)
             self.metrics.gauge("connections", lambda: self._http.connections)
             self.metrics.gauge("undelivered_results", lambda: self._journal.counts()["undelivered"])
             self.metrics.gauge(
