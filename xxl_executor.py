@@ -2461,7 +2461,7 @@ class Scheduler:
 _CHUNK = 1 << 16  # bytes; what one read of a pipe or file asks for
 KILL_LIMIT = 10.0  # seconds that SIGKILL is repeated for a tree that keeps forking
 SERVER_LIMIT = 10.0  # seconds that a Python server may take to fork; it takes milliseconds
-PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
+PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 4, 36  # <linux/prctl.h>
 M_MMAP_THRESHOLD = -3  # <malloc.h>
 _KEPT: dict[int, int] = {}  # {pid: start time} of what jobs with background: keep left
 _OWN: set[int] = (
@@ -2685,75 +2685,70 @@ class Scripts:
 
 
 def serve_python(fd: int) -> typing.Callable[[], int] | None:
-    """Fork a child for every request on the socket `fd` and report its pid and status; returns the
-    work in each child.
+    """Fork a child for every request on the socket `fd`; returns the work in each child.
 
-    A request is 8 bytes of length, that many bytes of JSON, and two descriptors: for output and for
-    the report. Ends when the daemon closes the socket.
+    A request is one byte with three descriptors: `output`, `report` and `channel`. `report` is held
+    by this process and the daemon alone and gets a line of JSON with the PID, and one with the exit
+    status. The child is reaped when the daemon has closed its end: until then its PID is nobody
+    else's. What to run comes over `channel`, from the daemon to the child itself, once its PID is
+    known: this process, whose memory all children inherit, never sees a run's environment.
+    Ends when the daemon closes the socket.
     """
     trim_memory()
-    marker = LIBC.getenv
-    marker.restype = ctypes.c_void_p
-    marker_at = marker(MARKER.encode())
     server = socket.socket(fileno=fd)
     wake_read, wake_write = socket.socketpair()
     for end in (wake_read, wake_write):
         end.setblocking(False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wake_write.fileno(), warn_on_full_buffer=False)
-    reports: dict[int, int] = {}
+    poller = select.poll()
+    for end in (server, wake_read):
+        poller.register(end, select.POLLIN)
+    running: dict[int, int] = {}  # descriptor of the report: PID
+    ended: dict[int, int] = {}  # the same, not reaped yet
+    left: set[int] = set()  # PIDs that the daemon has given up
     while True:
-        ready, _, _ = select.select([server, wake_read], [], [])
-        if wake_read in ready:
+        ready = {number for number, _ in poller.poll()}
+        if wake_read.fileno() in ready:
             wake_read.recv(4096)
-            for pid in list(reports):
-                ended, status = os.waitpid(pid, os.WNOHANG)
-                if ended:
-                    _report(reports[pid], status=os.waitstatus_to_exitcode(status))
-                    os.close(reports.pop(pid))
-        if server not in ready:
+            for report, pid in list(running.items()):
+                found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                if found is not None:
+                    ended[report] = running.pop(report)
+                    _report(report, status=exit_status(found))
+            left = {pid for pid in left if os.waitpid(pid, os.WNOHANG)[0] == 0}
+        for report in ready & {*running, *ended}:  # the daemon has closed its end
+            poller.unregister(report)
+            os.close(report)
+            if report in ended:
+                os.waitpid(ended.pop(report), 0)
+            else:
+                left.add(running.pop(report))
+        if server.fileno() not in ready:
             continue
-        head, fds, _, _ = socket.recv_fds(server, 8, 2)
-        if not head:
+        request, fds, _, _ = socket.recv_fds(server, 1, 3)
+        if not request:
             signal.set_wakeup_fd(-1)
             return None
-        while len(head) < 8:
-            head += server.recv(8 - len(head))
-        body = bytearray()
-        while len(body) < int.from_bytes(head, "big"):
-            part = server.recv(
-                int.from_bytes(head, "big") - len(body)
-            )  # not into the next request, which brings descriptors
-            if not part:
-                signal.set_wakeup_fd(-1)
-                return None
-            body += part
-        request = json.loads(body)
+        output, report, channel = fds
         try:
             pid = os.fork()
         except OSError as error:
-            _report(fds[1], message=f"cannot fork: {error.strerror}", status=1)
-            os.close(fds[1])
+            _report(report, error=f"cannot fork: {error.strerror}")
+            os.close(report)
         else:
             if pid == 0:
                 signal.set_wakeup_fd(-1)
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                for other in (
-                    *reports.values(),
-                    server.detach(),
-                    wake_read.detach(),
-                    wake_write.detach(),
-                ):
+                ours = (server.detach(), wake_read.detach(), wake_write.detach())
+                for other in (report, *running, *ended, *ours):
                     os.close(other)
-                # /proc/PID/environ of a process that did not exec shows the memory it inherited:
-                # write the marker there.
-                ctypes.memmove(
-                    marker_at, request["env"][MARKER].encode(), len(request["env"][MARKER])
-                )
-                return lambda: _python_child(request, *fds)
-            _report(fds[1], pid=pid)
-            reports[pid] = fds[1]
-        os.close(fds[0])
+                return lambda: _python_child(output, channel)
+            _report(report, pid=pid)
+            running[report] = pid
+            poller.register(report, 0)  # POLLERR comes unasked
+        os.close(output)
+        os.close(channel)
 
 
 def _report(fd: int, **fields: typing.Any) -> None:
@@ -2761,20 +2756,22 @@ def _report(fd: int, **fields: typing.Any) -> None:
         os.write(fd, json.dumps(fields).encode() + b"\n")
 
 
-def _python_child(request: dict, output: int, report: int) -> int:
-    """In the forked child: become the job, call it, report its return value or its exception;
-    returns the exit status."""
-    os.set_inheritable(report, False)
-    own, pipe = os.getpid(), os.fstat(report).st_ino
+def _python_child(output: int, channel: int) -> int:
+    """In the forked child: become the job, call it, send its return value or its exception; returns
+    the exit status."""
+    own, pipe = os.getpid(), os.fstat(channel).st_ino
 
     def tell(message: str) -> None:
         """Not from a child that the job forked and that came back here, and not into what the job
-        opened in place of the pipe."""
+        opened in place of the channel."""
         with contextlib.suppress(OSError):  # the job closed it
-            if os.getpid() == own and os.fstat(report).st_ino == pipe:
-                _report(report, message=clip(message))
+            if os.getpid() == own and os.fstat(channel).st_ino == pipe:
+                os.write(channel, clip(message).encode())
 
     try:
+        request = _take_request(channel)
+        if request is None:  # the daemon has given up, or is gone
+            return 1
         os.setsid()
         null = os.open(os.devnull, os.O_RDONLY)
         for source, target in ((null, 0), (output, 1), (output, 2)):
@@ -2788,6 +2785,7 @@ def _python_child(request: dict, output: int, report: int) -> int:
             os.initgroups(user.pw_name, user.pw_gid)
             os.setgid(user.pw_gid)
             os.setuid(user.pw_uid)
+            LIBC.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)  # else its own /proc/self is root's
         os.environ.clear()
         os.environ.update(request["env"])
         os.chdir(request["cwd"])
@@ -2803,11 +2801,28 @@ def _python_child(request: dict, output: int, report: int) -> int:
         print(error.code, file=sys.stderr)
         return 1
     except BaseException as error:
-        tell(
-            traceback.format_exception_only(type(error), error)[-1].strip()
-        )  # first: it needs the least memory
+        # first: it needs the least memory
+        tell(traceback.format_exception_only(type(error), error)[-1].strip())
         traceback.print_exception(type(error), error, _own_frames(error.__traceback__))
         return 1
+
+
+def _take_request(channel: int) -> dict | None:
+    """What to run, from the daemon; it is sent when this process is known to the daemon."""
+    os.set_inheritable(channel, False)
+    with socket.socket(fileno=os.dup(channel)) as sock:
+        _, fds, _, _ = socket.recv_fds(sock, 1, 1)
+    if not fds:
+        return None
+    with open(fds[0], "rb") as stream:
+        stream.seek(0)
+        request = json.load(stream)
+    # /proc/PID/environ of a process that did not exec shows the memory it inherited: write the
+    # marker there.
+    LIBC.getenv.restype = ctypes.c_void_p
+    marker = request["env"][MARKER].encode()
+    ctypes.memmove(LIBC.getenv(MARKER.encode()), marker, len(marker))
+    return request
 
 
 def _own_frames(trace):
@@ -2845,11 +2860,19 @@ def trim_memory() -> None:
         LIBC.malloc_trim(0)
 
 
+def exit_status(found) -> int:
+    """What waitid() found as an exit status, negative for a signal."""
+    return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+
+
 class Child:
-    """A job process that subprocess started: `fd` is readable when it has ended."""
+    """A job process that subprocess started: `fd` is readable when it has ended. It is reaped by
+    `close`: until then its PID, which is its session too, is nobody else's."""
 
     def __init__(self, popen: subprocess.Popen):
         self._popen, self.pid, self.message, self.lost = popen, popen.pid, "", False
+        self._status: int | None = None
+        self.session, self.seen = popen.pid, {}
         _OWN.add(popen.pid)
         try:
             self.fd = os.pidfd_open(popen.pid)
@@ -2861,70 +2884,88 @@ class Child:
 
     def poll(self) -> int | None:
         """The exit status, negative for a signal, or None while it runs."""
-        return self._popen.poll()
+        if self._status is None:
+            found = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            self._status = None if found is None else exit_status(found)
+        return self._status
 
     def close(self) -> None:
         os.close(self.fd)
+        if self._status is not None:
+            self._popen.wait()
         _OWN.discard(self.pid)
 
 
 class ForkedChild:
-    """A job process that a Python server forked: `fd` is readable when there is a report of it, or
-    the server is gone."""
+    """A job process that a Python server forked: `fd` is readable when the server reports of it, or
+    is gone. Only the server and this process hold the other end; the job has one of `channel`."""
 
-    def __init__(self, report: int, server: int):
-        """Waits for the pid. Raises TimeoutError when the server, process `server`, does not
-        answer."""
-        self.pid, self.message, self.lost = 0, "", False
-        self._report, self._data, self._status = report, b"", None
-        try:
-            self._server = os.pidfd_open(server)
-            self._epoll = select.epoll()
-        except OSError:
-            os.close(report)
-            raise
-        self.fd = self._epoll.fileno()
+    def __init__(self, report: int, channel: socket.socket):
+        self.fd, self._channel = report, channel
         os.set_blocking(report, False)
-        for fd in (report, self._server):
-            self._epoll.register(fd, select.EPOLLIN)
-        deadline = time.monotonic() + SERVER_LIMIT
-        while self.poll() is None and not self.pid:
+        self.pid, self.seen, self.lost = 0, {}, False
+        self._data, self._status, self._error = b"", None, ""
+
+    def go_on(self, request: dict) -> None:
+        """Wait for the PID, then have the child run `request`. Raises OSError: nothing ran then."""
+        deadline, poller = time.monotonic() + SERVER_LIMIT, select.poll()
+        poller.register(self.fd, select.POLLIN)
+        while self.poll() is None and not (self.pid or self._error):
             if time.monotonic() >= deadline:
-                self.close()
                 raise TimeoutError(errno.ETIMEDOUT, "the Python server does not answer")
-            self._epoll.poll(max(0.0, deadline - time.monotonic()) + 0.001)
+            poller.poll(max(0.0, deadline - time.monotonic()) * 1000 + 1)
+        if self._error:
+            raise OSError(errno.EAGAIN, self._error)
+        if not self.pid:
+            raise ConnectionError(errno.ECONNRESET, "the Python server ended unexpectedly")
+        found = _process_stat(self.pid)
+        if found is not None:
+            self.seen = {self.pid: found[3]}  # before it has its session and its marker
+        with open(os.memfd_create("request"), "wb") as stream:
+            stream.write(json.dumps(request).encode())
+            stream.flush()
+            with contextlib.suppress(OSError):  # it has ended, which `poll` tells
+                socket.send_fds(self._channel, [b"x"], [stream.fileno()])
 
     def poll(self) -> int | None:
         """The exit status, negative for a signal, or None while it runs."""
-        gone = any(
-            fd == self._server for fd, _ in self._epoll.poll(0)
-        )  # looked up first: it may have reported before it went
         with contextlib.suppress(BlockingIOError):
-            while True:
-                data = os.read(self._report, _CHUNK)
-                if not data:
-                    gone = True
-                    break
-                self._data += data
+            data = os.read(self.fd, _CHUNK)
+            if not data and self._status is None:  # its child may live
+                self._status, self.lost = 1, True
+            self._data += data
         *lines, self._data = self._data.split(b"\n")
         for fields in map(json.loads, lines):
             self.pid = fields.get("pid", self.pid)
-            self.message = fields.get("message", self.message)
+            self._error = fields.get("error", self._error)
             self._status = fields.get("status", self._status)
-        if (
-            gone and self._status is None
-        ):  # its child may live, and holds the other end of the report
-            self.lost, self._status, self.message = (
-                True,
-                1,
-                "the Python server of this job ended unexpectedly",
-            )
         return self._status
 
+    @property
+    def session(self) -> int:
+        """The number of its session, 0 once it may belong to somebody else."""
+        found = _process_stat(self.pid) if self.lost else None
+        known = not self.lost or found is not None and self.seen.get(self.pid) == found[3]
+        return self.pid if known else 0
+
+    @property
+    def message(self) -> str:
+        """What the job sent, capped; to be read when it has ended."""
+        if self.lost:
+            return "the Python server of this job ended unexpectedly"
+        data = b""
+        with contextlib.suppress(OSError):
+            while len(data) < 4 * MESSAGE_LIMIT:
+                part = self._channel.recv(_CHUNK, socket.MSG_DONTWAIT)
+                if not part:
+                    break
+                data += part
+        return data.decode("utf-8", "replace").replace("\0", "\ufffd")
+
     def close(self) -> None:
-        self._epoll.close()
-        os.close(self._server)
-        os.close(self._report)
+        """Has the server reap it."""
+        os.close(self.fd)
+        self._channel.close()
 
 
 class PythonServer:
@@ -2937,11 +2978,11 @@ class PythonServer:
         self._socket: socket.socket | None = None
         self._popen: subprocess.Popen | None = None
 
-    def start(self) -> None:
-        """Raises OSError when the interpreter cannot be started."""
+    def start(self) -> bool:
+        """Whether it had to be started. Raises OSError when the interpreter cannot be."""
         with self._lock:
             if self._popen is not None and self._popen.poll() is None:
-                return
+                return False
             self._close()
             ours, theirs = socket.socketpair()
             with theirs, any_core():
@@ -2960,38 +3001,47 @@ class PythonServer:
             _OWN.add(self._popen.pid)
             ours.settimeout(SERVER_LIMIT)
             self._socket = ours
+            return True
 
     def spawn(self, request: dict, output: int) -> ForkedChild:
-        """Fork a child whose output goes to the descriptor `output`. Raises OSError."""
-        body = json.dumps(request).encode()
-        for attempt in (1, 2):  # a server that died is noticed at the latest when it is used
+        """Fork a child whose output goes to the descriptor `output`. Raises OSError; nothing of
+        `request` runs then, or ever will."""
+        for attempt in (1, 2):  # a server that had died is noticed at the latest when it is used
             with self._lock:
                 self.start()
                 popen = self._popen
-                read, write = os.pipe()
-                try:
-                    socket.send_fds(self._socket, [len(body).to_bytes(8, "big")], [output, write])
-                    self._socket.sendall(body)
-                    sent = True
-                except OSError as error:
-                    sent = False
-                    os.close(read)
-                    self._close()
-                    if attempt == 2 or isinstance(error, TimeoutError):
-                        raise
-                finally:
-                    os.close(write)
-            if sent:
-                try:
-                    return ForkedChild(read, popen.pid)
-                except TimeoutError:
-                    popen.kill()
-                    with self._lock:
-                        if (
-                            self._popen is popen
-                        ):  # wait until it has ended: the next run must get a new one
-                            self._close()
+                child = self._fork(output)
+            try:
+                child.go_on(request)
+                break
+            except OSError as error:
+                child.close()  # without a request its process ends
+                if isinstance(error, (TimeoutError, ConnectionError)):
+                    self._give_up(popen)
+                if attempt == 2 or not isinstance(error, ConnectionError):
                     raise
+        return child
+
+    def _fork(self, output: int) -> ForkedChild:
+        """With the lock held: ask the server for a child."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                read, write = os.pipe()
+            except OSError:
+                ours.close()
+                raise
+            with contextlib.suppress(OSError):  # it is gone, which `report` tells
+                socket.send_fds(self._socket, [b"x"], [output, write, theirs.fileno()])
+            os.close(write)
+        return ForkedChild(read, ours)
+
+    def _give_up(self, popen: subprocess.Popen) -> None:
+        """Wait until it has ended: the next run must get a new one."""
+        popen.kill()
+        with self._lock:
+            if self._popen is popen:
+                self._close()
 
     def _close(self) -> None:
         if self._socket is not None:
@@ -3032,6 +3082,12 @@ def _process_stat(pid: int) -> tuple[str, int, int, int] | None:
     except OSError:
         return None
     return (fields[0].decode(), int(fields[1]), int(fields[3]), int(fields[19])) if fields else None
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process that nobody has reaped has ended."""
+    found = _process_stat(pid)
+    return found is None or found[0] in "ZX"
 
 
 def _pids() -> list[int]:
@@ -3223,14 +3279,92 @@ class ThreadOutput:
         return getattr(self.original, name)
 
 
-def remove(path: str) -> None:
-    """Remove what a job has put there, a file as a rule."""
-    try:
-        os.unlink(path)
-    except IsADirectoryError:
-        shutil.rmtree(path, ignore_errors=True)
-    except OSError:
-        pass
+class ResultFiles:
+    """Places for XXL_JOB_RESULT_FILE; any thread.
+
+    A job of another user cannot reach the data directory, and is not trusted: its file lies in a
+    directory of the temporary one in which only this daemon can create, rename and remove, under a
+    name that nobody can guess.
+    """
+
+    def __init__(self, directory: str, identity: str):
+        """Removes what an executor of this `identity` that crashed has left."""
+        self._directory, self._prefix = directory, f"xxl-executor-{identity}-"
+        self._session = secrets.token_hex(8)  # what an earlier life left is not believed
+        self._lock, self._shared = threading.Lock(), ""
+        make_directory(directory)
+        self._clear(directory)
+        with contextlib.suppress(OSError):  # none is needed without jobs.*.user
+            for entry in os.scandir(tempfile.gettempdir()):
+                if entry.name.startswith(self._prefix) and self._is_own(entry):
+                    self._clear(entry.path)
+                    self._remove_directory(entry.path)
+
+    @staticmethod
+    def _is_own(entry: os.DirEntry) -> bool:
+        own = entry.stat(follow_symlinks=False).st_uid == os.geteuid()
+        return own and entry.is_dir(follow_symlinks=False)
+
+    def _clear(self, directory: str) -> None:
+        for entry in os.scandir(directory):
+            if entry.name.endswith(".result"):
+                self.remove(entry.path)
+
+    @staticmethod
+    def _remove_directory(path: str) -> None:
+        with contextlib.suppress(OSError):  # what a job has put there is left alone
+            os.rmdir(path)
+
+    def path(self, log_id: int) -> str:
+        """For a job of the executor's own user, who creates the file if he wants to."""
+        return os.path.join(self._directory, f"{self._session}-{log_id}.result")
+
+    def create(self, user: pwd.struct_passwd) -> str:
+        """A file that `user` may write. Raises OSError."""
+        name = f"{secrets.token_hex(16)}.result"
+        with self._lock:
+            if not os.path.isdir(self._shared):  # the first, or somebody has tidied up
+                self._shared = tempfile.mkdtemp(prefix=self._prefix)
+                os.chmod(self._shared, 0o711)
+            path = os.path.join(self._shared, name)
+            fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+        try:
+            os.fchown(fd, user.pw_uid, user.pw_gid)
+        except OSError:
+            os.unlink(path)
+            raise
+        finally:
+            os.close(fd)
+        return path
+
+    def read(self, path: str, owner: int) -> str:
+        """What was written there by `owner`, the end of it; "" when it is no file of his."""
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            fd = os.open(path, flags)
+        except OSError:
+            return ""
+        try:
+            found = os.fstat(fd)
+            if not stat.S_ISREG(found.st_mode) or found.st_uid != owner:
+                return ""
+            data = os.pread(fd, 4 * MESSAGE_LIMIT, max(0, found.st_size - 4 * MESSAGE_LIMIT))
+        finally:
+            os.close(fd)
+        return data.decode("utf-8", "replace").strip().replace("\0", "\ufffd")
+
+    def remove(self, path: str) -> None:
+        """Never fails and never goes into a directory: what lies there belongs to a job."""
+        try:
+            os.unlink(path)
+        except IsADirectoryError:
+            self._remove_directory(path)
+        except OSError:
+            pass
+
+    def close(self) -> None:
+        if self._shared:
+            self._remove_directory(self._shared)
 
 
 class Runner:
@@ -3238,7 +3372,7 @@ class Runner:
     time."""
 
     def __init__(self, logs, identity: str, scratch: str, metrics: Metrics):
-        self._logs, self._identity, self._scratch, self._metrics = logs, identity, scratch, metrics
+        self._logs, self._identity, self._metrics = logs, identity, metrics
         self.environment = {
             name: value for name, value in os.environ.items() if not SECRETS.fullmatch(name)
         }
@@ -3246,14 +3380,7 @@ class Runner:
         self._lock = threading.Lock()
         self._local = threading.local()  # `sink` is where the output of a job in this thread goes
         self._streams: tuple | None = None
-        make_directory(scratch)
-        with contextlib.suppress(
-            FileNotFoundError
-        ):  # no temporary directory: none is needed without jobs.*.user
-            for file in glob.glob(os.path.join(scratch, "*.result")) + glob.glob(
-                self.result_file("*", foreign=True)
-            ):
-                remove(file)  # of runs that a crash interrupted
+        self.results = ResultFiles(scratch, identity)
         if LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
             raise ExecutorError(
                 f"cannot become the reaper of orphans: {os.strerror(ctypes.get_errno())}: Linux 5.3"
@@ -3282,6 +3409,7 @@ class Runner:
     def close(self) -> None:
         for server in self._servers.values():
             server.close()
+        self.results.close()
         if self._streams is not None:
             sys.stdout, sys.stderr = self._streams
 
@@ -3296,15 +3424,9 @@ class Runner:
             return self._servers[interpreter]
 
     def marker(self, log_id: int, keep: bool) -> str:
-        """Always of one length (see serve_python); `+` for a job whose background processes may
+        """Always of one length (see _take_request); `+` for a job whose background processes may
         stay when it has finished."""
         return f"{self._identity}{'+' if keep else '-'}{log_id:020d}"
-
-    def result_file(self, log_id: int | str, foreign: bool) -> str:
-        """XXL_JOB_RESULT_FILE; a job of a `foreign` user cannot reach the data directory."""
-        return os.path.join(
-            tempfile.gettempdir() if foreign else self._scratch, f"{self._identity}-{log_id}.result"
-        )
 
     def run(self, trigger: Trigger, job: JobConfig, control: Control) -> Result:
         began = time.monotonic()
@@ -3354,11 +3476,11 @@ class ProcessRun:
         self._runner, self._trigger, self._job, self._control = runner, trigger, job, control
         self._timeout, self._out = timeout, out
         self._marker = runner.marker(trigger.log_id, job.background == "keep")
-        self._result_file = runner.result_file(trigger.log_id, bool(job.user))
+        self._result_file = "" if job.user else runner.results.path(trigger.log_id)
+        self._owner = os.geteuid()  # of the result file
         self._kill_at: float | None = None  # monotonic; set when the run is being ended
-        self._seen: dict[
-            int, int
-        ] = {}  # its processes then: one may clear its environment and lose its parent
+        # its processes then: one may clear its environment and lose its parent
+        self._seen: dict[int, int] = {}
 
     def run(self) -> Result:
         read = write = wake_read = wake_write = -1
@@ -3370,30 +3492,28 @@ class ProcessRun:
                 child = self._spawn(write)
             except (OSError, ValueError, KeyError) as error:
                 note_start(self._out, self._trigger, self._timeout, "pid=none")
-                if isinstance(
-                    error, TimeoutError
-                ):  # the Python server may have forked before it fell silent
-                    kill_family(self._marker)
                 return Result(FAILURE, self._spawn_failure(error), 127)
             finally:
                 if write >= 0:
                     os.close(write)
+            self._seen.update(child.seen)
             failpoint("forked")
             note_start(self._out, self._trigger, self._timeout, f"pid={child.pid}")
             self._control.attach(lambda: os.write(wake_write, b"x"))
             try:
                 status = self._supervise(child, read, wake_read)
             except BaseException:
-                kill_family(self._marker, child.pid)
+                kill_family(self._marker, child.session, self._seen)
                 raise
             self._control.attach(None)
             if reap_orphans():
-                if self._job.background == "kill" or self._control.result is not None or child.lost:
-                    self._end_leftovers(child.pid)
+                if self._job.background == "kill" or self._kill_at is not None or child.lost:
+                    self._end_leftovers(child.session)
                 else:
-                    _KEPT.update(family(self._marker, child.pid))
+                    _KEPT.update(family(self._marker, child.session))
             self._pump_rest(read)
-            return self._result(status, child.message or self._read_result())
+            said = child.message or self._runner.results.read(self._result_file, self._owner)
+            return self._result(status, said)
         finally:
             self._control.attach(None)
             if child is not None:
@@ -3402,10 +3522,14 @@ class ProcessRun:
                 if fd >= 0:
                     os.close(fd)
             if self._result_file:
-                remove(self._result_file)
+                self._runner.results.remove(self._result_file)
 
-    def _spawn(self, output: int):
+    def _spawn(self, output: int) -> Child | ForkedChild:
         trigger, job = self._trigger, self._job
+        user = pwd.getpwnam(job.user) if job.user else None
+        if user:
+            self._result_file, self._owner = self._runner.results.create(user), user.pw_uid
+            os.fchown(output, user.pw_uid, user.pw_gid)  # for what opens /dev/stderr anew
         shards = {"shard_index": str(trigger.shard_index), "shard_total": str(trigger.shard_total)}
         environment = {
             **self._runner.environment,
@@ -3421,13 +3545,7 @@ class ProcessRun:
             "XXL_JOB_TIMEOUT": str(self._timeout),
             "XXL_JOB_RESULT_FILE": self._result_file,
         }
-        user = pwd.getpwnam(job.user) if job.user else None
         if user:
-            fd = os.open(
-                self._result_file, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600
-            )
-            os.fchown(fd, user.pw_uid, user.pw_gid)
-            os.close(fd)
             environment.update(HOME=user.pw_dir, USER=user.pw_name, LOGNAME=user.pw_name)
         if job.python:
             os.stat(job.cwd)  # the child would report it with less to go by
@@ -3452,15 +3570,10 @@ class ProcessRun:
             ]
         # Without user= and preexec_fn subprocess uses vfork, which costs the same however large the
         # daemon is.
-        as_user = (
-            {
-                "user": user.pw_uid,
-                "group": user.pw_gid,
-                "extra_groups": os.getgrouplist(user.pw_name, user.pw_gid),
-            }
-            if user
-            else {}
-        )
+        as_user: dict[str, typing.Any] = {}
+        if user:
+            groups = os.getgrouplist(user.pw_name, user.pw_gid)
+            as_user = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": groups}
         with any_core():
             return Child(
                 subprocess.Popen(
@@ -3517,13 +3630,11 @@ class ProcessRun:
         for fd in (read, child.fd, wake):
             poller.register(fd, select.POLLIN)
         deadline = time.monotonic() + self._timeout if self._timeout else None
-        killed = False
+        awaited = killed = False
         while True:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            left = 3600.0 if deadline is None else max(0.0, deadline - time.monotonic())
             # poll(2) takes milliseconds as an int: a longer wait is taken in parts
-            ready = {
-                fd for fd, _ in poller.poll(None if left is None else min(left, 3600.0) * 1000 + 1)
-            }
+            ready = {fd for fd, _ in poller.poll(min(left, 3600.0) * 1000 + 1)}
             if child.fd in ready:
                 status = child.poll()
                 if status is not None:
@@ -3534,21 +3645,29 @@ class ProcessRun:
                     self._out.write(data)
                 else:
                     poller.unregister(read)
-            if deadline is not None and time.monotonic() >= deadline:
-                if killed:
-                    return None
-                if self._kill_at is None:
-                    self._control.cancel(TIMEOUT, f"timed out after {seconds_text(self._timeout)}")
-                else:
-                    killed, deadline = True, time.monotonic() + KILL_LIMIT
-                    kill_family(self._marker, child.pid, self._seen)
-            if self._control.result is not None and self._kill_at is None:
-                self._kill_at = deadline = time.monotonic() + self._job.kill_grace
+            if wake in ready:
                 poller.unregister(wake)
-                with urgent():
-                    reap_orphans()  # thousands of them would make the search long
-                    self._seen = family(self._marker, child.pid)
-                    await_exit(send_signal(self._seen, signal.SIGTERM), 0)
+            late = deadline is not None and time.monotonic() >= deadline
+            if self._kill_at is not None:
+                if late and killed:
+                    return None
+                if late:
+                    killed, deadline = True, time.monotonic() + KILL_LIMIT
+                    kill_family(self._marker, child.session, self._seen)
+            elif late or self._control.result is not None:
+                if not awaited and has_ended(child.pid):
+                    # It was this thread that was late: the status will be here in a moment.
+                    awaited, deadline = True, time.monotonic() + SERVER_LIMIT
+                elif late or not awaited:
+                    self._control.cancel(TIMEOUT, f"timed out after {seconds_text(self._timeout)}")
+                    self._kill_at = deadline = time.monotonic() + self._job.kill_grace
+                    self._terminate(child)
+
+    def _terminate(self, child: Child | ForkedChild) -> None:
+        with urgent():
+            reap_orphans()  # thousands of them would make the search long
+            self._seen.update(family(self._marker, child.session, self._seen))
+            await_exit(send_signal(self._seen, signal.SIGTERM), 0)
 
     def _end_leftovers(self, session: int) -> None:
         """What is left of the tree gets SIGTERM, the rest of the grace, and SIGKILL."""
@@ -3572,28 +3691,9 @@ class ProcessRun:
                     break
                 self._out.write(data)
 
-    def _read_result(self) -> str:
-        try:
-            fd = os.open(
-                self._result_file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            )
-        except FileNotFoundError:
-            self._result_file = ""
-            return ""
-        except OSError:
-            return ""
-        try:
-            found = os.fstat(fd)
-            if not stat.S_ISREG(found.st_mode):
-                return ""
-            data = os.pread(fd, 4 * MESSAGE_LIMIT, max(0, found.st_size - 4 * MESSAGE_LIMIT))
-        finally:
-            os.close(fd)
-        return data.decode("utf-8", "replace").strip().replace("\0", "\ufffd")
-
     def _result(self, status: int | None, message: str) -> Result:
         ended = self._control.result
-        if ended is not None:
+        if ended is not None and self._kill_at is not None:  # else it had ended before that came
             message = (
                 ended.message
                 if status is not None
