@@ -14,6 +14,8 @@ thread         started by          waits on                           stops when
 main           the interpreter     the signal pipe, the next deadline a signal asks for it
 http-selector  HttpServer.start    epoll: sockets, wake-up            close(), after the last answer
 http-N         HttpServer.start    the queue of complete requests     close(), after their answer
+(pruning)      Daemon, each hour   the disk                           all is removed, or a stop
+(output)       Output, on need     who reads stdout or stderr         nothing waits any more
 slot-N         Scheduler, on need  a lane that is ready, then its job the process ends
 callback       Callbacks.start     a result, the next attempt         close(), after at most 5 s
 registration   Registration.start  30 s, or a retry                   close(), after registryRemove
@@ -26,6 +28,12 @@ sections: 1 vocabulary, 2 config, 3 metrics, 4 HTTP server, 5 executor API, 6 sc
 """
 
 from __future__ import annotations
+
+import signal
+
+# A reload that is asked for before the daemon can take it must not end it: ignored until then, also
+# by the process that it becomes.
+HANGUP = signal.signal(signal.SIGHUP, signal.SIG_IGN) if __name__ == "__main__" else None
 
 import argparse
 import collections
@@ -63,7 +71,6 @@ import secrets
 import select
 import shlex
 import shutil
-import signal
 import socket
 import sqlite3
 import stat
@@ -266,6 +273,95 @@ def counted(number: int, noun: str) -> str:
 def authority(host: str, port: int) -> str:
     """host:port as a URL has it."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+FLUSH_LIMIT = 1.0  # seconds that the end waits for who reads stdout and stderr
+OUTPUT_LIMIT = 1 << 20  # bytes that wait for who reads stdout or stderr; more are dropped
+
+
+class Output:
+    """Whole lines for stdout or stderr, which may be a pipe that nobody reads: no caller ever waits
+    for its reader. Any thread.
+
+    What it does not take at once is written by a thread that lives as long as something waits, and
+    what is beyond OUTPUT_LIMIT is dropped: a line then says how much.
+    """
+
+    def __init__(self, fd: int):
+        try:
+            found = os.fstat(fd)
+        except OSError:  # it is closed: its number may soon be that of a file
+            fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+            found = os.fstat(fd)
+        self._fd, self._lock = fd, threading.Lock()
+        self._waiting: collections.deque[bytes] = collections.deque()
+        self._size = self._dropped = 0  # bytes
+        self._idle = threading.Event()
+        self._idle.set()
+        # poll(2) promises so much of a pipe or a socket; a file never has anybody wait for a reader
+        self._part = 1 << 30 if stat.S_ISREG(found.st_mode) else select.PIPE_BUF
+        if os.isatty(fd):  # a terminal promises nothing: opened anew, it can be told not to wait
+            with contextlib.suppress(OSError):
+                flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+                self._fd = os.open(os.ttyname(fd), flags)
+        self._poller = select.poll()
+        self._poller.register(self._fd, select.POLLOUT)
+
+    def write(self, data: bytes) -> None:
+        with self._lock:
+            if not self._waiting:
+                data = self._write_some(data)
+            if data and self._size + len(data) > OUTPUT_LIMIT:
+                self._dropped += len(data)
+            elif data:
+                self._enqueue(data)
+
+    def _write_some(self, data: bytes, seconds: float = 0) -> bytes:
+        """Write what the reader has room for; returns the rest."""
+        while data and self._poller.poll(seconds * 1000):
+            try:
+                data = data[os.write(self._fd, data[: self._part]) :]
+            except BlockingIOError:
+                break
+            except OSError:  # the reader is gone: there is nowhere to tell it
+                return b""
+        return data
+
+    def _enqueue(self, data: bytes) -> None:
+        """With the lock held."""
+        self._waiting.append(data)
+        self._size += len(data)
+        if self._idle.is_set():
+            self._idle.clear()
+            try:
+                threading.Thread(target=self._drain, name="output", daemon=True).start()
+            except RuntimeError:  # no more threads: the next line tries again
+                self._idle.set()
+
+    def _drain(self) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting and self._dropped:
+                    told = (
+                        f"----- {self._dropped} bytes of output were dropped: nobody read -----\n"
+                    )
+                    self._waiting.append(told.encode())
+                    self._size, self._dropped = len(told), 0
+                if not self._waiting:
+                    self._idle.set()
+                    return
+                data = self._waiting[0]
+            rest = self._write_some(data, 3600.0)
+            with self._lock:
+                self._size -= len(data) - len(rest)
+                if rest:
+                    self._waiting[0] = rest
+                else:
+                    self._waiting.popleft()
+
+    def flush(self, seconds: float) -> None:
+        """Wait until nothing waits any more, at most `seconds`."""
+        self._idle.wait(seconds)
 
 
 _CRASH_AT, _, _PASSAGE = os.environ.get(FAILPOINT, "").partition(":")
@@ -1092,9 +1188,11 @@ _VISIBLE = bytes(range(0x21, 0x7F))
 
 def envelope(code: int, message: str | None = None, data: typing.Any = None) -> bytes:
     """The reply that every admin reads: the payload is `content` up to 3.2 and `data` from 3.3."""
-    payload = json.dumps(data, ensure_ascii=False)  # once: a log page is long
-    text = json.dumps({"code": code, "msg": message}, ensure_ascii=False)
-    return f'{text[:-1]}, "content": {payload}, "data": {payload}}}'.encode("utf-8", "replace")
+    payload, text = (
+        json.dumps(part, ensure_ascii=False).encode("utf-8", "replace")
+        for part in (data, {"code": code, "msg": message})
+    )
+    return b"".join((text[:-1], b', "content": ', payload, b', "data": ', payload, b"}"))
 
 
 def refusal(status: int, text: str) -> Reply:
@@ -2574,13 +2672,12 @@ def call_entry_point(entry_point: str, context: Context) -> str:
 class Scripts:
     """Scripts that the admin sends with its triggers (GLUE), in one directory; any thread."""
 
-    def __init__(self, directory: str, config: GlueConfig, cwd: str):
-        self._directory, self._config, self._cwd, self._lock = (
-            directory,
-            config,
-            cwd,
-            threading.Lock(),
-        )
+    def __init__(
+        self, directory: str, config: GlueConfig, cwd: str, now: typing.Callable[[], float]
+    ):
+        """`now()`: seconds of a clock that does not jump; a file's time says when it was used."""
+        self._directory, self._config, self._cwd, self._now = directory, config, cwd, now
+        self._lock = threading.Lock()
         if config.enabled:
             make_directory(directory)
             os.chmod(directory, 0o700)
@@ -2647,16 +2744,20 @@ class Scripts:
             with self._lock:
                 with contextlib.suppress(FileNotFoundError), open(path, "rb") as stream:
                     if stream.read() == data:
-                        os.utime(path)  # what was used lately is not pruned
+                        self._mark_used(path)
                         return
-                with open(
-                    os.open(
-                        f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o700
-                    ),
-                    "wb",
-                ) as stream:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+                with open(os.open(f"{path}.new", flags, 0o700), "wb") as stream:
                     stream.write(data)
+                    stream.flush()
+                    os.fsync(stream.fileno())  # its run is about to be accepted for good
+                self._mark_used(f"{path}.new")
                 os.replace(f"{path}.new", path)
+                directory = os.open(self._directory, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    os.fsync(directory)
+                finally:
+                    os.close(directory)
         except OSError as error:
             raise Refused(
                 f"the executor cannot store the script: {path}: {error.strerror}", "glue"
@@ -2670,12 +2771,15 @@ class Scripts:
             hashlib.sha256(data).hexdigest(),
         )
 
+    def _mark_used(self, path: str) -> None:
+        os.utime(path, (self._now(), self._now()))
+
     def prune(self, age: float) -> int:
         """Remove scripts that were not used for `age` seconds; returns how many."""
         removed = 0
         for file in glob.glob(os.path.join(glob.escape(self._directory), "*_*.*")):
             with contextlib.suppress(OSError):
-                if os.stat(file).st_mtime < time.time() - age:
+                if os.stat(file).st_mtime < self._now() - age:
                     os.unlink(file)
                     removed += 1
         return removed
@@ -2863,6 +2967,16 @@ def trim_memory() -> None:
 def exit_status(found) -> int:
     """What waitid() found as an exit status, negative for a signal."""
     return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+
+
+def require_kernel() -> None:
+    """Raises ExecutorError where no process can be watched by a descriptor: Linux before 5.3."""
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except (OSError, AttributeError) as error:
+        raise ExecutorError(
+            f"this needs Linux 5.3 or newer (pidfd_open), here is {os.uname().release}: {error}"
+        ) from None
 
 
 class Child:
@@ -3380,6 +3494,7 @@ class Runner:
         self._lock = threading.Lock()
         self._local = threading.local()  # `sink` is where the output of a job in this thread goes
         self._streams: tuple | None = None
+        require_kernel()
         self.results = ResultFiles(scratch, identity)
         if LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
             raise ExecutorError(
@@ -3781,8 +3896,28 @@ def run_in_thread(
 # --------------------------------------------------------------------------------------------------
 # 8 job logs
 # --------------------------------------------------------------------------------------------------
-PAGE_LIMIT = 4 << 20  # bytes of one reply to /log
+PAGE_LIMIT = 4 << 20  # bytes of the log in one reply to /log, where they stand twice, as JSON
+_CONTROLS = bytes(set(range(1, 0x20)) - set(b"\b\t\n\f\r"))  # six bytes in JSON: \\u0001
 _INDEXED_FILES = 256  # how many files the positions of lines are remembered for
+
+
+def encoded_size(data: bytes) -> int:
+    """How many bytes `data` takes as JSON text, a NUL as U+FFFD."""
+    controls = len(data) - len(data.translate(None, _CONTROLS))
+    escaped = len(data) - len(data.translate(None, b'\b\t\n\f\r"\\'))
+    text_size = len(data.decode("utf-8", "replace").encode())
+    return text_size + 5 * controls + escaped + 2 * data.count(b"\0")
+
+
+def fitting(data: bytes, limit: int, step: int = 1) -> int:
+    """How many bytes of `data`, from its end with `step` -1, take at most `limit` as JSON text."""
+    count = len(data)
+    while 6 * count > limit:
+        size = encoded_size(data[:count] if step == 1 else data[len(data) - count :])
+        if size <= limit:
+            break
+        count = count * limit // size
+    return count
 
 
 class RunLog:
@@ -3790,14 +3925,17 @@ class RunLog:
     thread."""
 
     def __init__(
-        self, fd: int, limit: int, echo: str = "", full: typing.Callable[[], bool] = lambda: False
+        self,
+        fd: int,
+        limit: int,
+        echo: typing.Callable[[list[bytes]], None] | None = None,
+        full: typing.Callable[[], bool] = lambda: False,
     ):
-        """`echo`: what begins each line of output that also goes to stdout
-        (executor.log_to_stdout); "": none does. While `full()` nothing is written: what is left of
-        the disk is for results."""
+        """`echo(lines)`: where the output goes too (executor.log_to_stdout). While `full()` nothing
+        is written: what is left of the disk is for results."""
         self._fd, self._limit, self._lock, self._full = fd, limit, threading.Lock(), full
         self._left = limit
-        self._echo, self._line = echo.encode(), b""
+        self._echo, self._line = echo, b""
         self._tail = b""
         self.dropped = self._gap = 0  # bytes, in all and since the last that could be written
 
@@ -3806,8 +3944,7 @@ class RunLog:
         run goes on."""
         with self._lock:
             self._tail = data[-4096:] if len(data) >= 4096 else (self._tail + data)[-4096:]
-            if self._echo:
-                self._echo_lines(data)
+            self._echo_lines(data)
             part = data[: self._left]
             if part:
                 self._left -= len(part)
@@ -3821,12 +3958,13 @@ class RunLog:
                 self.dropped += len(data) - len(part)
 
     def _echo_lines(self, data: bytes, end: bool = False) -> None:
+        if self._echo is None:
+            return
         *lines, self._line = (self._line + data).split(b"\n")
         if self._line and (end or len(self._line) > _CHUNK):
             lines, self._line = [*lines, self._line], b""
-        with contextlib.suppress(OSError):
-            for line in lines:
-                os.write(1, self._echo + line + b"\n")
+        if lines:
+            self._echo(lines)
 
     def _append(self, data: bytes) -> None:
         notice = (
@@ -3881,17 +4019,12 @@ class JobLogs:
         directory: str,
         limit: int,
         retention: float,
-        echo: bool = False,
+        echo: typing.Callable[[bytes], None] | None = None,
         full: typing.Callable[[], bool] = lambda: False,
     ):
-        """`full`: see RunLog."""
-        self.directory, self._limit, self._retention, self._echo, self._full = (
-            directory,
-            limit,
-            retention,
-            echo,
-            full,
-        )
+        """`echo(lines)`: where the output of all runs goes too; `full`: see RunLog."""
+        self.directory, self._limit, self._retention = directory, limit, retention
+        self._echo, self._full = echo, full
         make_directory(directory)
         self._lock, self._made = threading.Lock(), ""  # the day directory that was made last
         # (logId, inode): [(line, offset), ...], about one for each _CHUNK, the last one where the
@@ -3936,7 +4069,13 @@ class JobLogs:
         except (OSError, Refused) as error:
             log.error("cannot open the log of %s, its output is dropped: %s", trigger, error)
             fd = -1
-        out = RunLog(fd, self._limit, f"logId={trigger.log_id} " if self._echo else "", self._full)
+        prefix = f"logId={trigger.log_id} ".encode()
+
+        def echo(lines: list[bytes]) -> None:
+            if self._echo is not None:
+                self._echo(b"".join(prefix + line + b"\n" for line in lines))
+
+        out = RunLog(fd, self._limit, None if self._echo is None else echo, self._full)
         size = os.fstat(fd).st_size if fd >= 0 else 0
         if size and os.pread(fd, 1, size - 1) != b"\n":  # where a crash cut it
             out.write(b"\n")
@@ -3973,17 +4112,18 @@ class JobLogs:
         try:
             size = os.fstat(fd).st_size
             key = (log_id, os.fstat(fd).st_ino)
-            if ended and first == 1 and size > limit and not most:
-                return self._long(
-                    fd, key, size, limit, os.path.join(*self._place(log_id, log_date_time))
-                )
             line, start = self._seek(fd, key, first, size)
             if line < first:
                 return self._page(first, first - 1, "", ended)
             data = self._read(fd, start, min(limit, size - start), most)
+            fits = fitting(data, limit)
+            cut, data = fits < len(data) or start + limit < size, data[:fits]
+            if ended and first == 1 and cut and not most:
+                where = os.path.join(*self._place(log_id, log_date_time))
+                return self._long(fd, key, size, limit, where)
             at_end = start + len(data) >= size
             whole_lines = data if ended and at_end else data[: data.rfind(b"\n") + 1]
-            if not whole_lines and len(data) >= limit:
+            if not whole_lines and cut:
                 line, after = self._seek(fd, key, first + 1, size)
                 if line == first and not ended:  # the line goes on
                     return self._page(first, first - 1, "", ended)
@@ -4032,7 +4172,10 @@ class JobLogs:
     def _long(self, fd: int, key: tuple, size: int, limit: int, where: str) -> dict:
         """A finished log beyond the limit: the admin asks for it once, so it gets the head, a
         notice and the tail."""
-        head, tail = os.pread(fd, limit // 2, 0), os.pread(fd, limit // 2, size - limit // 2)
+        half = min(limit, size) // 2
+        head, tail = os.pread(fd, half, 0), os.pread(fd, half, size - half)
+        head = head[: fitting(head, limit // 2)]
+        tail = tail[len(tail) - fitting(tail, limit // 2, -1) :]
         head = head[: head.rfind(b"\n") + 1] or head
         tail = tail[tail.find(b"\n") + 1 :] or tail
         lines = self._seek(fd, key, sys.maxsize, size)[0] - tail.endswith(b"\n")
@@ -4077,18 +4220,29 @@ class JobLogs:
             if not marks or offset > marks[-1][1]:
                 marks.append((line, offset))
 
-    def prune(self) -> int:
-        """Remove logs older than the retention; returns how many."""
+    def prune(
+        self,
+        known_for: typing.Callable[[str], float],
+        forget: typing.Callable[[str], None],
+        stop: typing.Callable[[], bool],
+    ) -> int:
+        """Remove logs older than the retention, until `stop()`; returns how many.
+
+        `known_for(day)`: for how many seconds in which an executor ran its directory has been
+        there. A log goes only when it is too old by both: after a jump of the wall clock every log
+        would be.
+        """
         oldest, removed = time.time() - self._retention, 0
         last_day = datetime.date.fromtimestamp(oldest).isoformat()
         for day in os.scandir(self.directory):
-            if (
-                not re.fullmatch(r"\d{4}-\d\d-\d\d", day.name)
-                or day.name > last_day
-                or not day.is_dir(follow_symlinks=False)
-            ):
+            named = re.fullmatch(r"\d{4}-\d\d-\d\d", day.name)
+            if not named or not day.is_dir(follow_symlinks=False):
+                continue
+            if known_for(day.name) < self._retention or day.name > last_day:
                 continue
             for file in os.scandir(day.path):
+                if stop():
+                    return removed
                 with contextlib.suppress(OSError):
                     if (
                         re.fullmatch(r"-?\d+\.log", file.name)
@@ -4099,6 +4253,7 @@ class JobLogs:
             with contextlib.suppress(OSError):  # not empty
                 os.rmdir(day.path)
                 self._made = ""
+                forget(day.name)
         return removed
 
 
@@ -4184,15 +4339,20 @@ class Reserve:
 
 class _Write:
     """One thread's part of the next transaction; `gate` opens when it is committed, or when its
-    thread is to commit. With `failed`, called with the error if there is one, nobody waits for
-    it."""
+    thread is to commit. `tally` is called with the value of `work` after the commit. With `failed`,
+    called with the error if there is one, nobody waits for it."""
 
-    __slots__ = ("work", "value", "error", "done", "gate", "failed")
+    __slots__ = ("work", "tally", "value", "error", "done", "gate", "failed")
 
-    def __init__(self, work, failed=None):
-        self.work, self.value, self.error, self.done, self.failed = work, None, None, False, failed
+    def __init__(self, work, tally=None, failed=None):
+        self.work, self.tally, self.failed = work, tally, failed
+        self.value, self.error, self.done = None, None, False
         self.gate = threading.Lock()
         self.gate.acquire()
+
+
+class FilesMoved(sqlite3.OperationalError):
+    """The files of the journal are not those that are open."""
 
 
 class GroupCommit:
@@ -4200,16 +4360,13 @@ class GroupCommit:
     waits as one transaction, and makes the first of those that came meanwhile the next leader
     before it wakes the others. So nobody queues for a lock only to find his work done. `lock`
     guards `db`; `stored` is called after writes that nobody waits for. A transaction that fails is
-    tried once more when `make_room()` has made room on the disk.
+    tried once more when `mend(error)` has made room on the disk, say.
     """
 
-    def __init__(self, db: sqlite3.Connection, make_room: typing.Callable[[], bool]):
-        self.db, self.lock, self.waiting, self._make_room = (
-            db,
-            threading.Lock(),
-            collections.deque(),
-            make_room,
-        )
+    def __init__(self, db: sqlite3.Connection, mend: typing.Callable[[Exception], bool]):
+        self.db, self._mend, self.lock = db, mend, threading.Lock()
+        self.check: typing.Callable[[], None] = lambda: None  # before each transaction
+        self.waiting: collections.deque[_Write] = collections.deque()
         self._turn, self._leading = threading.Lock(), False  # guards `waiting` and `_leading`
         self.stored: typing.Callable[[], None] = lambda: None
 
@@ -4248,17 +4405,16 @@ class GroupCommit:
 
     def _commit(self, batch: list[_Write]) -> None:
         error = self._try(batch)
-        if (
-            isinstance(error, sqlite3.OperationalError)
-            and _NO_SPACE.search(str(error))
-            and self._make_room()
-        ):
+        if error is not None and self._mend(error):
             error = self._try(batch)
         for write in batch:
+            if error is None and write.tally is not None:
+                write.tally(write.value)
             write.error, write.done = error, True
 
     def _try(self, batch: list[_Write]) -> Exception | None:
         try:
+            self.check()
             self.db.execute("BEGIN IMMEDIATE")
             for write in batch:
                 write.value = write.work(self.db)
@@ -4270,11 +4426,45 @@ class GroupCommit:
         return None
 
 
+class Clock:
+    """Seconds for ages that decide: the time that passed while an executor served this journal.
+
+    It goes on from where it was and follows neither a wall clock that jumps nor the time in which
+    nobody tried anything. It began at the wall clock's time. Any thread.
+    """
+
+    def __init__(self, began: float):
+        self._offset = began - time.monotonic()
+
+    def now(self) -> float:
+        return self._offset + time.monotonic()
+
+    def stamp(self) -> str:
+        """What `truly` needs later, also after a restart."""
+        return json.dumps([self.now(), *self._outside()])
+
+    @staticmethod
+    def _outside() -> tuple[str, float, float]:
+        """(which boot of the host, seconds since then, seconds since the epoch)"""
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as stream:
+            boot = stream.read().strip()
+        return boot, time.clock_gettime(time.CLOCK_BOOTTIME), time.time()
+
+    @classmethod
+    def truly(cls, stamp: str) -> float:
+        """What a clock that never stood still since `stamp` would show; only a wall clock knows how
+        long a host was down."""
+        shown, boot, ticks, wall = json.loads(stamp)
+        now_boot, now_ticks, now_wall = cls._outside()
+        return shown + max(0.0, now_ticks - ticks if boot == now_boot else now_wall - wall)
+
+
 class Journal:
     """Runs and undelivered results in SQLite; any thread may call any method.
 
     All methods that write raise JournalError when nothing could be stored, except `finish`, which
-    then keeps the results in memory until `store_held` succeeds.
+    then keeps the results in memory until `store_held` succeeds. What reads has a connection of its
+    own and never waits for a writer; how many results wait is counted as it changes.
     """
 
     def __init__(self, file: str):
@@ -4306,7 +4496,40 @@ class Journal:
                 aside,
             )
             self._db = self._open()
-        self._group = GroupCommit(self._db, self._make_room)
+        self._group = GroupCommit(self._db, self._mend)
+        self._reading = threading.Lock()  # guards `_reader`
+        self._reader = self._connect()
+        self._places = self._stamps()
+        self._group.check = self._check_files
+        counts = "SELECT state, count(*) FROM runs WHERE state <> 'delivered' GROUP BY state"
+        found = dict(self._read(counts))
+        self._counts = {state: found.get(state, 0) for state in ("finished", "dead")}
+        self._start_clock()
+
+    def _start_clock(self) -> None:
+        stamp = self.fact("clock")
+        [(finished, accepted)] = self._read("SELECT max(finished), max(accepted) FROM runs")
+        began = max(json.loads(stamp)[0] if stamp else 0.0, finished or 0.0, accepted or 0.0)
+        self.clock = Clock(began or time.time())
+        self._truly = Clock.truly(stamp) if stamp else time.time()
+        self.save_clock()
+
+    def save_clock(self) -> None:
+        """From time to time: what is lost of it makes ages that decide younger."""
+        with contextlib.suppress(JournalError):
+            self.learn("clock", self.clock.stamp())
+
+    def known_for(self, name: str) -> float:
+        """For how many seconds of the clock something of this name is known: 0 at first."""
+        since = self.fact(f"since {name}")
+        if not since:
+            self.learn(f"since {name}", str(self.clock.now()))
+        return self.clock.now() - float(since or self.clock.now())
+
+    def forget(self, name: str) -> None:
+        self._write(
+            lambda db: db.execute("DELETE FROM facts WHERE name = ?", (f"since {name}",)).rowcount
+        )
 
     def _check_wal(self) -> None:
         """SQLite takes a write-ahead log that is none for an empty one, and says nothing of what is
@@ -4330,12 +4553,56 @@ class Journal:
                 os.replace(self._file + suffix, f"{self._file}.{aside}{suffix}")
         return f"{self._file}.{aside}{suffixes[0]}"
 
-    def _make_room(self) -> bool:
-        """With the lock held."""
+    def _stamps(self) -> tuple:
+        """Which files lie where those of the journal should."""
+
+        def stamp(suffix: str) -> tuple[int, int] | None:
+            try:
+                found = os.stat(self._file + suffix)
+            except FileNotFoundError:
+                return None
+            return found.st_dev, found.st_ino
+
+        return tuple(map(stamp, ("", "-wal", "-shm")))
+
+    def _check_files(self) -> None:
+        """With the lock held. Raises FilesMoved: what would be written now could not be found."""
+        if self._stamps() != self._places:
+            raise FilesMoved("its files were removed or replaced while it was open: try again")
+
+    def _mend(self, error: Exception) -> bool:
+        """With the lock held: whether a transaction that failed so may work now."""
+        if isinstance(error, FilesMoved):
+            self._renew()  # and yet what was asked for now is refused, so that somebody learns it
+            return False
+        if not isinstance(error, sqlite3.OperationalError) or not _NO_SPACE.search(str(error)):
+            return False
         made = self.reserve.give_up()
         if made:
             self._group.stored()  # it is the caller of `store_held` who takes the space back
         return made
+
+    def _renew(self) -> None:
+        """With the lock held: make the files anew from those that are still open."""
+        copy = self._file + ".new"
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(copy)
+            with contextlib.closing(sqlite3.connect(copy, isolation_level=None)) as target:
+                self._group.db.backup(target)
+            os.chmod(copy, 0o640)
+            if self._stamps()[0] not in (None, self._places[0]):
+                self._set_aside("")
+            with self._reading:
+                self._reader.close()
+                self._group.db.close()  # before there are new ones: it removes -wal and -shm
+                os.replace(copy, self._file)
+                self._db = self._group.db = self._open()
+                self._reader = self._connect()
+            self._places = self._stamps()
+            log.error("the files of the journal %s were removed: made anew from memory", self._file)
+        except (sqlite3.Error, OSError) as error:
+            log.error("the files of the journal %s were removed: %s", self._file, error)
 
     def _open(self) -> sqlite3.Connection:
         os.close(
@@ -4346,10 +4613,7 @@ class Journal:
                 self._file + "-wal"
             ):  # SQLite would delete that one
                 raise sqlite3.DatabaseError("it is empty, its write-ahead log is not")
-        db = sqlite3.connect(self._file, isolation_level=None, check_same_thread=False, timeout=0.5)
-        db.text_factory = lambda data: data.decode(
-            "utf-8", "replace"
-        )  # a damaged text must not hide the rows behind it
+        db = self._connect()
         try:
             db.executescript(_SCHEMA)
             found = db.execute("PRAGMA quick_check(1)").fetchone()[0]
@@ -4372,6 +4636,12 @@ class Journal:
             raise sqlite3.DatabaseError(error) from None
         return db
 
+    def _connect(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self._file, isolation_level=None, check_same_thread=False, timeout=0.5)
+        # a damaged text must not hide the rows behind it
+        db.text_factory = lambda data: data.decode("utf-8", "replace")
+        return db
+
     @staticmethod
     def _tables(db: sqlite3.Connection) -> set[tuple[str, str]]:
         """(name, SQL) of tables and indexes, however the SQL was laid out."""
@@ -4384,26 +4654,39 @@ class Journal:
         self._group.stored = stored
 
     def close(self) -> None:
+        self.save_clock()
+        with self._reading:
+            self._reader.close()
         with self._group.lock:
             self._db.close()
 
-    def _write(self, work: typing.Callable[[sqlite3.Connection], typing.Any]) -> typing.Any:
+    def _write(
+        self,
+        work: typing.Callable[[sqlite3.Connection], typing.Any],
+        tally: typing.Callable[[typing.Any], None] | None = None,
+    ) -> typing.Any:
         """Run `work` in the next transaction; returns its value, which must not be a cursor: those
-        belong to the lock."""
-        write = _Write(work)
+        belong to the lock. After the commit `tally` gets it, too, with the lock held."""
+        write = _Write(work, tally)
         self._group.join(write)
         if write.error is not None:
             raise JournalError(f"{self._file}: {write.error}")
         return write.value
+
+    def _tally(self, state: str, sign: int = 1) -> typing.Callable[[int], None]:
+        def count(rows: int) -> None:
+            self._counts[state] += sign * rows
+
+        return count
 
     def flush(self) -> None:
         """Wait until everything that was written before this call is committed."""
         self._write(lambda db: None)
 
     def _read(self, query: str, *values: typing.Any) -> list:
-        with self._group.lock:
+        with self._reading:
             try:
-                return self._db.execute(query, values).fetchall()
+                return self._reader.execute(query, values).fetchall()
             except sqlite3.Error as error:
                 raise JournalError(f"{self._file}: {error}") from None
 
@@ -4415,48 +4698,33 @@ class Journal:
             trigger.log_id,
             trigger.log_date_time,
             RunState.ACCEPTED.value,
-            time.time(),
+            self.clock.now(),
             json.dumps(vars(trigger)),
         )
-        return self._write(
-            lambda db: (
-                db.execute(
-                    "INSERT OR IGNORE INTO runs (log_id, log_date_time, state, accepted, trigger)"
-                    " VALUES (?, ?, ?, ?, ?)",
-                    row,
-                ).rowcount
-                == 1
-            )
+        query = (
+            "INSERT OR IGNORE INTO runs (log_id, log_date_time, state, accepted, trigger)"
+            " VALUES (?, ?, ?, ?, ?)"
         )
+        return self._write(lambda db: db.execute(query, row).rowcount) == 1
 
     def start(self, log_id: int) -> None:
         """accepted -> running; committed before anything of the run starts, so that it never starts
         twice."""
-        if (
-            self._write(
-                lambda db: (
-                    db.execute(
-                        "UPDATE runs SET state = 'running', starts = starts + 1 WHERE log_id = ?"
-                        " AND state = 'accepted'",
-                        (log_id,),
-                    ).rowcount
-                )
-            )
-            != 1
-        ):
+        query = (
+            "UPDATE runs SET state = 'running', starts = starts + 1"
+            " WHERE log_id = ? AND state = 'accepted'"
+        )
+        if self._write(lambda db: db.execute(query, (log_id,)).rowcount) != 1:
             raise JournalError(f"run {log_id} is not waiting to be started")
 
     def restart(self, log_id: int) -> None:
         """running -> accepted, for a run that a crash interrupted and that its job wants again."""
-        self._write(
-            lambda db: (
-                db.execute(
-                    "UPDATE runs SET state = 'accepted', accepted = ? WHERE log_id = ? AND state ="
-                    " 'running'",
-                    (time.time(), log_id),
-                ).rowcount
-            )
+        row = (self.clock.now(), log_id)
+        query = (
+            "UPDATE runs SET state = 'accepted', accepted = ? WHERE log_id = ? AND state ="
+            " 'running'"
         )
+        self._write(lambda db: db.execute(query, row).rowcount)
 
     def finish(self, triggers: typing.Sequence[Trigger], result: Result) -> None:
         """accepted | running -> finished, all with `result`, in the next transaction; `stored`
@@ -4474,14 +4742,15 @@ class Journal:
                     error,
                 )
 
-        self._group.join(_Write(lambda db: self._store(db, results), failed))
+        stored = self._tally("finished")
+        self._group.join(_Write(lambda db: self._store(db, results), stored, failed))
 
-    @staticmethod
-    def _store(db: sqlite3.Connection, results: list[tuple[int, Result]]) -> int:
+    def _store(self, db: sqlite3.Connection, results: list[tuple[int, Result]]) -> int:
+        now = self.clock.now()
         return db.executemany(
             "UPDATE runs SET state = 'finished', code = ?, message = ?, finished = ?, trigger ="
             " NULL WHERE log_id = ? AND state IN ('accepted', 'running')",
-            [(result.code, result.message, time.time(), log_id) for log_id, result in results],
+            [(result.code, result.message, now, log_id) for log_id, result in results],
         ).rowcount
 
     def store_held(self) -> bool:
@@ -4490,7 +4759,7 @@ class Journal:
         held = list(self._held)
         if held:
             with contextlib.suppress(JournalError):
-                self._write(lambda db: self._store(db, held))
+                self._write(lambda db: self._store(db, held), self._tally("finished"))
                 with self._group.lock:
                     self._held = self._held[len(held) :]
                 log.info("stored %d held results", len(held))
@@ -4509,20 +4778,20 @@ class Journal:
     def settle(self, log_ids: typing.Iterable[int], state: RunState) -> None:
         """finished -> delivered or dead."""
         rows = [(state.value, log_id) for log_id in log_ids]
-        self._write(
-            lambda db: (
-                db.executemany(
-                    "UPDATE runs SET state = ? WHERE log_id = ? AND state = 'finished'", rows
-                ).rowcount
-            )
-        )
+        query = "UPDATE runs SET state = ? WHERE log_id = ? AND state = 'finished'"
+
+        def tally(count: int) -> None:
+            self._counts["finished"] -= count
+            self._counts["dead"] += count if state is RunState.DEAD else 0
+
+        self._write(lambda db: db.executemany(query, rows).rowcount, tally)
 
     def knows(self, log_id: int) -> bool:
         return bool(self._read("SELECT 1 FROM runs WHERE log_id = ?", log_id))
 
     def unfinished(self) -> list[tuple[Trigger, RunState, float, int]]:
-        """(trigger, state, when accepted, how often started) of every run without a result; read
-        once, at start."""
+        """(trigger, state, how many seconds ago accepted, how often started) of every run without a
+        result; read once, at start."""
         rows = self._read(
             "SELECT log_id, log_date_time, trigger, state, accepted, starts FROM runs "
             "WHERE state <> 'delivered' AND state IN ('accepted', 'running') ORDER BY accepted"
@@ -4533,24 +4802,23 @@ class Journal:
                 trigger = Trigger(**json.loads(stored))
             except (ValueError, TypeError):  # a page may be damaged without SQLite noticing
                 trigger = Trigger(0, log_id, "(unknown)", log_date_time=date, glue_type="")
-            found.append((trigger, RunState(state), accepted, starts))
+            age = max(0.0, self._truly - accepted)
+            found.append((trigger, RunState(state), age, starts))
         return found
 
-    def counts(self) -> dict[str, typing.Any]:
-        """How many results are undelivered, held because they could not be stored, and dead; when
-        the oldest one was finished."""
-        rows = self._read(
-            "SELECT state, count(*), min(finished) FROM runs WHERE state <> 'delivered' AND state"
-            " IN ('finished', 'dead') GROUP BY state"
-        )
-        found = {state: (count, oldest) for state, count, oldest in rows}
-        count, oldest = found.get("finished", (0, None))
+    def counts(self) -> dict[str, int]:
+        """How many results are undelivered, held because they could not be stored, and dead."""
+        held = len(self._held)
         return {
-            "undelivered": count + len(self._held),
-            "held": len(self._held),
-            "oldest": oldest,
-            "dead": found.get("dead", (0, None))[0],
+            "undelivered": self._counts["finished"] + held,
+            "held": held,
+            "dead": self._counts["dead"],
         }
+
+    def oldest(self) -> float:
+        """For how many seconds the oldest result waits for the admin; 0 when none does."""
+        rows = self.undelivered(1)
+        return max(0.0, self.clock.now() - rows[0][4]) if rows else 0.0
 
     def fact(self, name: str) -> str:
         """What was learned about the admin, "" when nothing was."""
@@ -4558,34 +4826,34 @@ class Journal:
         return rows[0][0] if rows else ""
 
     def learn(self, name: str, value: str) -> None:
-        self._write(
-            lambda db: (
-                db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value)).rowcount
+        query = "INSERT OR REPLACE INTO facts VALUES (?, ?)"
+        self._write(lambda db: db.execute(query, (name, value)).rowcount)
+
+    def prune(self, stop: typing.Callable[[], bool]) -> int:
+        """Forget delivered runs after REPEAT_WINDOW, dead ones after four times DEAD_AFTER; returns
+        how many."""
+        return self._remove("state = 'delivered'", REPEAT_WINDOW, stop, lambda count: None) + (
+            self._remove(
+                "state <> 'delivered' AND state = 'dead'",
+                4 * DEAD_AFTER,
+                stop,
+                self._tally("dead", -1),
             )
         )
 
-    def prune(self) -> int:
-        """Forget delivered runs after REPEAT_WINDOW, dead ones after four times DEAD_AFTER; returns
-        how many."""
-
-        def remove(state: str, before: float) -> int:
-            query = f"SELECT log_id FROM runs WHERE {state} AND finished < ? LIMIT 1000"
-            total = count = -1
-            while count:  # in parts: triggers wait for the lock meanwhile
-                count = self._write(
-                    lambda db: (
-                        db.execute(
-                            f"DELETE FROM runs WHERE log_id IN ({query})", (before,)
-                        ).rowcount
-                    )
-                )
-                total += count
-            return total + 1
-
-        now = time.time()
-        return remove("state = 'delivered'", now - REPEAT_WINDOW) + remove(
-            "state <> 'delivered' AND state = 'dead'", now - 4 * DEAD_AFTER
+    def _remove(self, state: str, age: float, stop: typing.Callable[[], bool], tally) -> int:
+        """In parts: triggers wait for the lock meanwhile."""
+        query = (
+            "DELETE FROM runs WHERE log_id IN"
+            f" (SELECT log_id FROM runs WHERE {state} AND finished < ? LIMIT 1000)"
         )
+        before, removed = (self.clock.now() - age,), 0
+        while not stop():
+            count = self._write(lambda db: db.execute(query, before).rowcount, tally)
+            if not count:
+                break
+            removed += count
+        return removed
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4593,6 +4861,7 @@ class Journal:
 # --------------------------------------------------------------------------------------------------
 BATCH = 100  # results in one request
 PACE = 0.05  # seconds between two requests: what ends meanwhile goes into the next one
+REFUSED_PACE = 0.25  # seconds between two results that are tried alone while none is taken
 
 
 def backoff(failures: int) -> float:
@@ -4605,8 +4874,9 @@ class Callbacks:
     """One thread delivers finished results from the journal in batches and tries again until each
     is acknowledged.
 
-    wake: any thread. A batch that the admin refuses is split until the bad result is alone; that
-    one is tried again with a backoff of its own, so that it holds back nobody.
+    wake, retry: any thread. A batch that the admin refuses is split until the bad results are
+    alone; each of them is tried again with a backoff of its own, behind those that were never
+    refused, so that it holds back nobody.
     """
 
     def __init__(self, journal, admin, metrics: Metrics):
@@ -4616,7 +4886,9 @@ class Callbacks:
         self._refused: dict[
             int, tuple[int, float]
         ] = {}  # logId: (refusals, monotonic time of the next attempt)
-        self._failures = self._refusals = 0
+        self._failures = 0
+        self._refusals = 0  # since a result was taken
+        self._pardoned = threading.Event()  # the admin takes again what it refused
         self._retry_at = 0.0
         self.last_error = ""
         self._step_at = (
@@ -4633,9 +4905,12 @@ class Callbacks:
     def wake(self) -> None:
         self._wake.set()
 
-    def retry(self) -> None:
-        """The admin answers: do not wait for the end of a backoff."""
+    def retry(self, pardon: bool) -> None:
+        """The admin answers: do not wait for the end of a backoff. `pardon`: it did not before, so
+        that what it refused may have been right."""
         self._retry_at = 0.0
+        if pardon:
+            self._pardoned.set()
         self._wake.set()
 
     def alive(self, attempt: float) -> bool:
@@ -4684,15 +4959,21 @@ class Callbacks:
         stored = self._journal.store_held()
         while True:
             now = time.monotonic()
+            if self._pardoned.is_set():
+                self._pardoned.clear()
+                self._refused.clear()
+                self._refusals = 0
             if now < self._retry_at:
                 return self._retry_at - now if stored else 1.0
             rows = self._journal.undelivered(BATCH + len(self._refused))
             rows = self._bury(rows)
-            due = [row for row in rows if self._refused.get(row[0], (0, 0.0))[1] <= now][:BATCH]
+            fresh = [row for row in rows if row[0] not in self._refused]
+            again = [row for row in rows if self._refused.get(row[0], (0, now + 1))[1] <= now]
+            due = (fresh or again)[:BATCH]
             if not due:
                 waits = [at - now for _, at in self._refused.values()] + ([] if stored else [1.0])
                 return max(0.05, min(waits)) if waits else None
-            self._refusals, self._next_at = 0, now + PACE
+            self._next_at = now + PACE
             try:
                 self._send(due)
                 self._failures = 0
@@ -4713,7 +4994,7 @@ class Callbacks:
                 self.last_error = str(error)
 
     def _bury(self, rows: list) -> list:
-        oldest = time.time() - DEAD_AFTER
+        oldest = self._journal.clock.now() - DEAD_AFTER
         dead = [row[0] for row in rows if row[4] < oldest]
         if dead:
             log.error(
@@ -4733,8 +5014,8 @@ class Callbacks:
             self._admin.callback(rows)
         except AdminRefused as error:
             if len(rows) > 1:
+                self._send(rows[len(rows) // 2 :])  # the fresh ones first
                 self._send(rows[: len(rows) // 2])
-                self._send(rows[len(rows) // 2 :])
                 return
             count = self._refused.get(rows[0][0], (0, 0.0))[0] + 1
             self._refused[rows[0][0]] = (count, time.monotonic() + backoff(count))
@@ -4746,9 +5027,8 @@ class Callbacks:
             )
             self.last_error = str(error)
             self._refusals += 1
-            if (
-                self._refusals == 3
-            ):  # three single ones and none taken: leave the others in peace for a while
+            # None was taken lately: it may be that it refuses all, and is asked gently then.
+            if self._refusals > 3 and self._closing.wait(REFUSED_PACE):
                 raise
             return
         if not self._admin.addresses:
@@ -4757,9 +5037,7 @@ class Callbacks:
             )  # nobody waits for them
             return
         failpoint("sent")
-        self._refusals = (
-            -1_000_000
-        )  # this admin takes results: whatever else it refuses is about the result itself
+        self._refusals = 0
         self._journal.settle([row[0] for row in rows], RunState.DELIVERED)
         for row in rows:
             self._refused.pop(row[0], None)
@@ -4985,14 +5263,12 @@ class AdminClient:
             "XXL-JOB-ACCESS-TOKEN": token or "",
         }  # 3.3.0 insists on it, even when empty
 
-    def registry(self, address: str, remove: bool = False) -> None:
-        """Register `address`, or take it back. Tries every address until one answers, also those in
-        a backoff."""
-        body = {
-            "registryGroup": "EXECUTOR",
-            "registryKey": self._config.executor.app_name,
-            "registryValue": address,
-        }
+    def registry(self, address: str, remove: bool = False, parked: bool = False) -> None:
+        """Register `address`, or take it back. Tries every address of the admin until one answers,
+        also those in a backoff. `parked`: under a key that no AppName can have, so that no trigger
+        comes, and yet the admin does not take the runs of this address for lost."""
+        key = self._config.executor.app_name + ("/draining" if parked else "")
+        body = {"registryGroup": "EXECUTOR", "registryKey": key, "registryValue": address}
         self._call("/api/registryRemove" if remove else "/api/registry", body, eager=True)
 
     def callback(self, rows: typing.Sequence[tuple]) -> None:
@@ -5139,29 +5415,35 @@ def facing_address(url: str, seconds: float) -> str:
         return probe.getsockname()[0]
 
 
+class RegistrationHooks(typing.NamedTuple):
+    """What the heartbeat thread asks and tells."""
+
+    busy: typing.Callable[[], bool]  # whether something runs
+    resumed: typing.Callable[[], bool]  # whether a run of an earlier life waits or runs
+    answered: typing.Callable[[bool], None]  # the admin answers; whether it did not before
+    recall: typing.Callable[[str], str]
+    learn: typing.Callable[[str, str], None]
+
+
 class Registration:
     """The heartbeat thread: registers at start and every REGISTRY_INTERVAL, takes it back at the
-    end; no failure ends it."""
+    end; no failure ends it.
+
+    An address to which runs were sent that still go on must stay known to the admin, or it takes
+    them for lost: while this executor drains, and after a restart under another address, it is
+    parked under a key to which no trigger is routed.
+    """
 
     def __init__(
-        self,
-        config: Config,
-        admin,
-        metrics: Metrics,
-        port: int,
-        recovered: typing.Callable[[], None],
+        self, config: Config, admin, metrics: Metrics, port: int, hooks: RegistrationHooks
     ):
-        self._config, self._admin, self._metrics, self._port, self._recovered = (
-            config,
-            admin,
-            metrics,
-            port,
-            recovered,
-        )
-        self._stop = threading.Event()
+        self._config, self._admin, self._metrics = config, admin, metrics
+        self._port, self._hooks = port, hooks
+        self._draining, self._closed = threading.Event(), threading.Event()
         self._failures = 0
         # once known never changed: the admin compares it as text with where it sent its runs
         self.address = ""
+        self._parked: list[str] = []  # other addresses, of earlier lives; when draining, this one
         self.registered = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="registration", daemon=True)
         metrics.gauge(
@@ -5173,17 +5455,21 @@ class Registration:
         if self._admin.addresses:
             self._thread.start()
 
-    def close(self) -> None:
-        """Have the thread take the registration back and end; `join` waits for that."""
-        self._stop.set()
+    def drain(self) -> None:
+        """Have the thread take the registration back, so that no trigger comes."""
+        self._draining.set()
 
-    def join(self, seconds: float) -> None:
+    def close(self, seconds: float) -> None:
+        """Nothing runs any more, and its results are delivered: take back the rest, within
+        `seconds`."""
+        self._draining.set()
+        self._closed.set()
         if self._thread.is_alive():
             self._thread.join(seconds)
 
     def _loop(self) -> None:
         wait = 0.0
-        while not self._stop.wait(wait):
+        while not self._draining.wait(wait):
             began = time.monotonic()
             try:
                 self._register()
@@ -5191,26 +5477,56 @@ class Registration:
             except Exception as error:
                 wait = min(self._failed(error), REGISTRY_INTERVAL)
         if self.registered.is_set():
-            try:
-                self._admin.registry(self.address, remove=True)
-                log.info("took back the registration of %s", self.address)
-            except Exception as error:
-                log.warning(
-                    "could not take back the registration of %s, the admin forgets it by"
-                    " itself: %s",
-                    self.address,
-                    error,
-                )
+            if self._hooks.busy():
+                self._parked.append(self.address)
+            wait = self._park()  # first: it must not be unknown for a moment
+            self._take_back(self.address, False)
+            while not self._closed.wait(wait):
+                wait = self._park()
+            for address in self._parked:
+                self._take_back(address, True)
 
     def _register(self) -> None:
         if not self.address:
             self.address = self._config.executor.address or self._own_address()
+            earlier = json.loads(self._hooks.recall("addresses") or "[]")
+            self._parked = [address for address in earlier if address != self.address]
         self._admin.registry(self.address)
+        if self._parked and not self._hooks.resumed():
+            for address in self._parked:
+                self._admin.registry(address, remove=True, parked=True)
+            self._parked = []
+        for address in self._parked:
+            self._admin.registry(address, parked=True)
+        known = json.dumps([*self._parked, self.address])
+        if known != self._hooks.recall("addresses"):
+            self._hooks.learn("addresses", known)
         if self._failures or not self.registered.is_set():
             log.info("registered %s as %s", self.address, self._config.executor.app_name)
+        self._hooks.answered(self._failures > 0)
         self._failures = 0
         self.registered.set()
-        self._recovered()
+
+    def _park(self) -> float:
+        """Keep parked addresses known; returns the seconds until the next time."""
+        try:
+            for address in self._parked:
+                self._admin.registry(address, parked=True)
+        except Exception as error:
+            return min(self._failed(error), REGISTRY_INTERVAL)
+        self._failures = 0
+        return REGISTRY_INTERVAL
+
+    def _take_back(self, address: str, parked: bool) -> None:
+        try:
+            self._admin.registry(address, remove=True, parked=parked)
+            log.info("took back the registration of %s%s", address, " (draining)" * parked)
+        except Exception as error:
+            log.warning(
+                "could not take back the registration of %s, the admin forgets it by itself: %s",
+                address,
+                error,
+            )
 
     def _own_address(self) -> str:
         host = self._config.executor.bind[0]
@@ -5341,9 +5657,17 @@ class DataDir:
                 f"executor.data_dir: {path} is in use by another executor (pid"
                 f" {''.join(owner) or 'unknown'}): stop it, or give this one a data_dir of its own"
             ) from None
-        found = os.pread(self._fd, 4096, 0).decode("ascii", "replace").split()
-        valid = found and re.fullmatch(r"[0-9a-f]{16}", found[0])
-        self.identity = found[0] if valid else secrets.token_hex(8)
+        lock = os.fstat(self._fd)
+        self._place = f"{lock.st_dev}:{lock.st_ino}"
+        found = os.pread(self._fd, 4096, 0).decode("ascii", "replace").splitlines()
+        identity = found[0].partition(" ")[0] if found else ""
+        copied = found[1:] not in ([], [self._place])  # of another one's, who may be running
+        if copied:
+            log.warning(
+                "%s is a copy of another data_dir: what that one started is left alone", path
+            )
+        valid = re.fullmatch(r"[0-9a-f]{16}", identity) and not copied
+        self.identity = identity if valid else secrets.token_hex(8)
         try:
             self.publish("")
         except ExecutorError:
@@ -5353,7 +5677,7 @@ class DataDir:
     def publish(self, url: str) -> None:
         """Note this process and where it listens, for `status` and for whoever is refused by the
         lock. Raises ExecutorError."""
-        data = f"{self.identity} {os.getpid()} {url}\n".encode()
+        data = f"{self.identity} {os.getpid()} {url}\n{self._place}\n".encode()
         try:
             os.pwrite(self._fd, data, 0)
             os.ftruncate(self._fd, len(data))
@@ -5373,7 +5697,7 @@ class DataDir:
             contextlib.suppress(OSError, IndexError),
             open(os.path.join(path, "lock"), encoding="ascii") as stream,
         ):
-            return stream.read().split()[2]
+            return stream.readline().split()[2]
         return ""
 
 
@@ -5400,14 +5724,15 @@ def recover(
     scheduler: Scheduler,
     scripts: Scripts,
     jobs: dict[str, JobConfig],
-) -> None:
-    """Runs that the last executor did not finish: start again, or report."""
-    for trigger, state, accepted, starts in journal.unfinished():
+) -> list[int]:
+    """Runs that the last executor did not finish: start again, or report. Returns the logIds of
+    those that start again."""
+    resumed = []
+    for trigger, state, age, starts in journal.unfinished():
         job = jobs.get(trigger.handler) if trigger.glue_type == "BEAN" else None
         if trigger.glue_type in GLUE:
             with contextlib.suppress(Refused):  # not enabled any more
                 job = scripts.job(trigger)
-        age = time.time() - accepted
         message = ""
         if state is RunState.RUNNING:
             again = job is not None and job.on_crash == "rerun" and starts < MAX_STARTS
@@ -5440,6 +5765,8 @@ def recover(
         else:
             log.info("resumed %s", trigger)
             scheduler.resume(trigger, job)
+            resumed.append(trigger.log_id)
+    return resumed
 
 
 class ConfigFiles:
@@ -5530,14 +5857,21 @@ class Signals:
 class Daemon:
     """Builds everything, starts it in order, stops it in reverse; used by the main thread only."""
 
-    def __init__(self, config: Config):
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
+
+    def __init__(self, config: Config, signals: Signals | None = None):
+        """Without `signals` those of the process come to it from `take_signals` on."""
         self.config = config
-        self._started = time.time()
-        self._signals: Signals | None = None
+        self._started, self._began = time.time(), time.monotonic()
+        self._signals = signals
+        self._resumed: list[int] = []
+        self._stopping = threading.Event()
+        self._pruning: threading.Thread | None = None
         self._reap_at: float | None = None
         self._housekeeping_at = time.monotonic()
         self._watch_at = self._housekeeping_at if config.executor.watch_config else None
         self._files = ConfigFiles(config)
+        self._stdout = Output(1) if config.executor.log_to_stdout else None
         self._inherited: tuple | None = (
             None  # the address of a socket that the service manager handed over
         )
@@ -5563,7 +5897,7 @@ class Daemon:
                 os.path.join(self._data.path, "logs"),
                 config.executor.log_limit,
                 config.executor.log_retention,
-                config.executor.log_to_stdout,
+                self._stdout.write if self._stdout is not None else None,
                 lambda: self._journal.reserve.lost,
             )
             self.metrics = Metrics()
@@ -5575,6 +5909,7 @@ class Daemon:
                 os.path.join(self._data.path, "gluesource"),
                 config.glue,
                 os.path.dirname(os.path.abspath(config.file)),
+                self._journal.clock.now,
             )
             end_leftovers(self._journal, self._data.identity)
             self._admin = AdminClient(config, self._journal.fact("dialect"), self._journal.learn)
@@ -5589,9 +5924,14 @@ class Daemon:
             )
             self._scheduler.register()
             self.port = listener.getsockname()[1]
-            self._registration = Registration(
-                config, self._admin, self.metrics, self.port, self._callbacks.retry
+            hooks = RegistrationHooks(
+                busy=lambda: bool(self._scheduler.snapshot()["running"]),
+                resumed=lambda: any(map(self._scheduler.knows, self._resumed)),
+                answered=self._callbacks.retry,
+                recall=self._journal.fact,
+                learn=self._journal.learn,
             )
+            self._registration = Registration(config, self._admin, self.metrics, self.port, hooks)
             self._api = Api(
                 config,
                 self._scheduler,
@@ -5604,15 +5944,14 @@ class Daemon:
             self._http = HttpServer(listener, self._api, room)
             self.metrics.gauge("connections", lambda: self._http.connections)
             self.metrics.gauge("undelivered_results", lambda: self._journal.counts()["undelivered"])
-            self.metrics.gauge(
-                "oldest_undelivered_seconds",
-                lambda: max(0.0, time.time() - (self._journal.counts()["oldest"] or time.time())),
-            )
+            self.metrics.gauge("oldest_undelivered_seconds", self._journal.oldest)
             self.metrics.gauge("dead_results", lambda: self._journal.counts()["dead"])
             self.metrics.gauge("start_time_seconds", lambda: self._started)
             undo.pop_all()
         self._runner.prepare(config.jobs.values())
-        recover(self._journal, self._logs, self._scheduler, self._scripts, config.jobs)
+        self._resumed = recover(
+            self._journal, self._logs, self._scheduler, self._scripts, config.jobs
+        )
         self._scheduler.start()
         self._http.start()
         host = config.executor.bind[0]
@@ -5643,19 +5982,15 @@ class Daemon:
         return dataclasses.replace(config, executor=dataclasses.replace(config.executor, bind=bind))
 
     def _summary(self) -> str:
-        found = self._scheduler.snapshot()
-        try:
-            undelivered = f"{self._journal.counts()['undelivered']} undelivered"
-        except JournalError as error:
-            undelivered = str(error)
+        found, counts = self._scheduler.snapshot(), self._journal.counts()
         return (
             f"{len(found['running'])} running, {sum(found['queued'].values())} queued,"
-            f" {undelivered}"
+            f" {counts['undelivered']} undelivered"
         )
 
     def status(self) -> dict:
         """Everything that `status` shows; any thread."""
-        now, wall = time.monotonic(), time.time()
+        now = time.monotonic()
         counts = self._journal.counts()
         addresses = [
             {
@@ -5672,7 +6007,7 @@ class Daemon:
             "pid": os.getpid(),
             "app": self.config.executor.app_name,
             "started": self._started,
-            "uptime": round(wall - self._started, 1),
+            "uptime": round(now - self._began, 1),
             "address": self._registration.address or self.url,
             "draining": self._api.draining,
             "registered": self._registration.registered.is_set(),
@@ -5681,7 +6016,7 @@ class Daemon:
             "undelivered": counts["undelivered"],
             "dead": counts["dead"],
             "connections": self._http.connections,
-            "oldestUndelivered": round(wall - counts["oldest"], 1) if counts["oldest"] else None,
+            "oldestUndelivered": round(self._journal.oldest(), 1) or None,
             "lastFailure": self._callbacks.last_error,
             "admins": addresses,
         }
@@ -5691,7 +6026,7 @@ class Daemon:
     def take_signals(self) -> None:
         """From now on signals wait for `serve`; before `start`, so that none can come in between
         and end the process."""
-        self._signals = Signals(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
+        self._signals = Signals(*self.SIGNALS)
 
     def serve(self) -> None:
         """Handle signals until one asks for the end, then stop."""
@@ -5745,8 +6080,21 @@ class Daemon:
         return bool(got & {signal.SIGTERM, signal.SIGINT})
 
     def _prune(self) -> None:
+        """Have a thread of its own remove what is old: there may be very much of it."""
+        if self._pruning is None or not self._pruning.is_alive():
+            thread = threading.Thread(target=self._remove_old, name="pruning", daemon=True)
+            try:
+                thread.start()
+                self._pruning = thread
+            except RuntimeError as error:
+                log.warning("cannot prune: %s", error)
+
+    def _remove_old(self) -> None:
+        journal, stop = self._journal, self._stopping.is_set
         try:
-            logs, runs = self._logs.prune(), self._journal.prune()
+            journal.save_clock()
+            logs = self._logs.prune(journal.known_for, journal.forget, stop)
+            runs = journal.prune(stop)
             self._scripts.prune(self.config.executor.log_retention)
         except (OSError, JournalError) as error:
             log.warning("cannot prune: %s", error)
@@ -5812,7 +6160,8 @@ class Daemon:
             seconds_text(self.config.executor.drain_timeout),
         )
         notify("STOPPING=1")
-        self._registration.close()
+        self._stopping.set()
+        self._registration.drain()
         if self._inherited:  # who comes now may wait for the next executor, if that is soon
             self._http.hold(HOLD)
         else:
@@ -5839,28 +6188,27 @@ class Daemon:
                 self._next(deadline)
         with contextlib.suppress(JournalError):
             self._journal.flush()
-        self._registration.join(self.config.admin.timeout)
         self._callbacks.close()
-        try:
-            counts = self._journal.counts()
+        self._registration.close(self.config.admin.timeout)
+        if self._pruning is not None:
+            self._pruning.join(FLUSH_LIMIT)
+        counts = self._journal.counts()
+        left = "every result is delivered"
+        if counts["held"]:
             left = (
                 f"{counted(counts['held'], 'result')} could not be stored: the next start reports"
                 " their outcome as unknown"
-                if counts["held"]
-                else (
-                    f"{counted(counts['undelivered'], 'result')} kept for the next start"
-                    if counts["undelivered"]
-                    else "every result is delivered"
-                )
             )
-        except JournalError as error:
-            left = f"the journal cannot be read: {error}"
+        elif counts["undelivered"]:
+            left = f"{counted(counts['undelivered'], 'result')} kept for the next start"
         self._http.close()
         self._runner.close()
         kill_family(f"{self._data.identity}-")
         self._admin.close()
         self._journal.close()
         self._data.close()
+        if self._stdout is not None:
+            self._stdout.flush(FLUSH_LIMIT)
         log.info("stopped, %s", left)
 
 
@@ -5975,7 +6323,8 @@ class LoopbackAdmin:
         self.behave: typing.Callable[[str, bytes], typing.Any] = lambda path, body: None
         self.changed = threading.Condition()
         self.requests: list[tuple[str, dict, bytes]] = []
-        self.registry: list[str] = []
+        self.registry: list[str] = []  # addresses that get triggers
+        self.parked: list[str] = []  # those of executors that drain
         self.results: dict[int, list[dict]] = {}
         self._next_id = int(time.time() * 1000) % 1_000_000_000
         admin = self
@@ -6061,11 +6410,12 @@ class LoopbackAdmin:
                 with self.changed:
                     self.results.setdefault(item["logId"], []).append({**item, "code": code})
         elif call in ("registry", "registryRemove"):
+            place = self.parked if fields["registryKey"].endswith("/draining") else self.registry
             with self.changed:
-                if fields["registryValue"] in self.registry:
-                    self.registry.remove(fields["registryValue"])
+                if fields["registryValue"] in place:
+                    place.remove(fields["registryValue"])
                 if call == "registry":
-                    self.registry.append(fields["registryValue"])
+                    place.append(fields["registryValue"])
         else:
             return 404, b""
         return 200, self._envelope(SUCCESS)
@@ -6145,11 +6495,11 @@ def cmd_run(arguments: argparse.Namespace) -> int:
     if __name__ == "__main__":
         command = run_as_module(sys.executable, *sys.argv[1:])
         os.execv(command[0], command[:1] + subprocess._args_from_interpreter_flags() + command[1:])
+    signals = Signals(*Daemon.SIGNALS)  # first: what comes from now on waits for `serve`
     config = load_config(find_config(arguments.config))
     for warning in config.warnings:
         log.warning("%s", warning)
-    daemon = Daemon(config)
-    daemon.take_signals()
+    daemon = Daemon(config, signals)
     daemon.start()
     daemon.serve()
     return 0
@@ -6157,6 +6507,7 @@ def cmd_run(arguments: argparse.Namespace) -> int:
 
 def cmd_check(arguments: argparse.Namespace) -> int:
     config = load_config(find_config(arguments.config))
+    require_kernel()
     for warning in config.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     refuse_unsafe(config)
@@ -6577,32 +6928,18 @@ exit status: 0 fine, 1 failed, 2 bad usage or configuration""",
     return top
 
 
-def set_up_logging() -> None:
-    """One line an event on stderr; under systemd with a priority and without the time, which the
+def set_up_logging(output: Output) -> None:
+    """One line an event to `output`; under systemd with a priority and without the time, which the
     journal has."""
 
     class Handler(logging.Handler):
-        def createLock(self):
-            # nobody waits here: what comes during a write goes out with the next one, by the same
-            # thread
-            self.lock = None
-            self.lines, self.writing = collections.deque(), threading.Lock()
-
-        def handle(self, record):
-            self.emit(record)
-
         def emit(self, record):
+            line = self.format(record) + "\n"
             stream = sys.stderr  # another one for a job in a thread
-            with contextlib.suppress(Exception):  # stderr is gone: there is nowhere to tell it
-                if isinstance(stream, ThreadOutput) and stream.captures():
-                    stream.write(self.format(record) + "\n")
-                    return
-                self.lines.append(self.format(record) + "\n")
-                while self.lines and self.writing.acquire(blocking=False):
-                    try:
-                        stream.write("".join(self.lines.popleft() for _ in range(len(self.lines))))
-                    finally:
-                        self.writing.release()
+            if isinstance(stream, ThreadOutput) and stream.captures():
+                stream.write(line)
+            else:
+                output.write(line.encode("utf-8", "backslashreplace"))
 
     class OneLine(logging.Formatter):
         second, stamp = 0, ""
@@ -6616,9 +6953,14 @@ def set_up_logging() -> None:
             return self.stamp
 
         def formatMessage(self, record):
-            return (
-                super().formatMessage(record).replace("\n", "\\n")
-            )  # a name from the network must not forge lines
+            """Without control characters: a name from the network must not forge lines."""
+            text = super().formatMessage(record)
+            if text.isprintable():
+                return text
+            return "".join(
+                char if char.isprintable() else char.encode("unicode_escape").decode()
+                for char in text
+            )
 
     class Journald(OneLine):
         def format(self, record):
@@ -6651,14 +6993,19 @@ def main(argv: typing.Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     sys.modules.setdefault("xxl_executor", sys.modules[__name__])  # for a job that imports Context
     if argv[:1] == ["--serve-python"]:
-        sys.path.remove("")  # of -c
+        with contextlib.suppress(ValueError):  # with PYTHONSAFEPATH it is not there
+            sys.path.remove("")  # of -c
         work = serve_python(int(argv[1]))
         return work() if work is not None else 0
+    output = Output(2)
     try:
         arguments = parser().parse_args(argv)
         arguments.config = getattr(arguments, "config", None)
-        set_up_logging()
-        return getattr(arguments, "function", cmd_run)(arguments)
+        function = getattr(arguments, "function", cmd_run)
+        if HANGUP is not None and function is not cmd_run:
+            signal.signal(signal.SIGHUP, HANGUP)
+        set_up_logging(output)
+        return function(arguments)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
@@ -6674,6 +7021,8 @@ def main(argv: typing.Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    finally:
+        output.flush(FLUSH_LIMIT)
 
 
 if __name__ == "__main__":

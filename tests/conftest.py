@@ -127,8 +127,8 @@ class Executor:
     @property
     def url(self):
         """Where the daemon listens, without a slash at the end; "" before it does."""
-        with contextlib.suppress(ValueError):
-            _, pid, url = self.lock.split()
+        with contextlib.suppress(ValueError, IndexError):
+            _, pid, url = self.lock.splitlines()[0].split()
             # In a PID namespace it is not the pid that we know.
             if self.process is not None and (
                 self.lock != self.lock_before if self.prefix else int(pid) == self.process.pid

@@ -176,12 +176,14 @@ def main(context):
 def flood(context):
     piece = json.loads(context.param).encode("latin-1") * 1000
     end = time.monotonic() + 10
+    moved = [time.monotonic()]
 
     def write(fd):
         left = 100_000_000
         try:
             while time.monotonic() < end and (left > 0 or context.timeout):
                 left -= os.write(fd, piece)
+                moved[0] = time.monotonic()
         except OSError:
             pass
 
@@ -190,7 +192,8 @@ def flood(context):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(max(0, end - time.monotonic()))  # it may be that nobody reads it
+        while thread.is_alive() and time.monotonic() < moved[0] + 1.5:  # else nobody reads it
+            thread.join(0.05)
     if context.timeout:
         threading.Event().wait(20)
     os._exit(0)
