@@ -759,6 +759,7 @@ class _YamlReader:
         self._pairs: dict[
             int, tuple
         ] = {}  # id of a node: (the node, so that no other gets its id, its pairs)
+        self._open: list = []  # nodes whose pairs are being looked up
         self.problems: list[tuple[str, int, str]] = []
         self.warnings: list[str] = []
 
@@ -775,7 +776,7 @@ class _YamlReader:
                 text = stream.read()
             loader = self.yaml.SafeLoader(text)
             loader.name = file
-            root = loader.get_single_node()
+            root: typing.Any = loader.get_single_node()
         except OSError as error:
             self.problems.append(
                 (file, 0, f"cannot be read: {error.strerror}: give a readable file with -c FILE")
@@ -784,9 +785,8 @@ class _YamlReader:
             self.problems.append((file, 0, f"is not UTF-8 at byte {error.start}: save it as UTF-8"))
         except self.yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
-            self.problems.append(
-                (file, mark.line + 1, _not_yaml(error.problem.removeprefix("but ")))
-            )
+            problem = (error.problem or "a mistake").removeprefix("but ")
+            self.problems.append((file, mark.line + 1 if mark else 0, _not_yaml(problem)))
         except self.yaml.reader.ReaderError as error:
             line = text.count("\n", 0, error.position) + 1
             self.problems.append(
@@ -843,35 +843,42 @@ class _YamlReader:
         return expanded
 
     def pairs(self, node, path: str = "") -> list:
-        """The (key, value) nodes of a mapping, merge keys (<<) resolved; a duplicate key is a
-        problem."""
-        if (
-            id(node) in self._pairs
-        ):  # used again by an alias: what was merged into it is no duplicate
+        """The (key, value) nodes of a mapping, merge keys (<<) resolved as YAML says: own keys win,
+        then the mapping that is named first. A duplicate key is a problem."""
+        if id(node) in self._pairs:  # used again by an alias
             return self._pairs[id(node)][1]
         prefix = path + "." if path else ""
-        seen: dict[str, int] = {}
-        for key, _ in node.value:
-            if key.id == "scalar" and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    self.problem(
-                        key,
-                        f"{prefix}{key.value}: duplicate key, first on line {seen[key.value]}:"
-                        " remove one",
-                    )
-                seen.setdefault(key.value, key.start_mark.line + 1)
-        try:
-            self.yaml.SafeLoader("").flatten_mapping(node)
-        except self.yaml.MarkedYAMLError as error:
-            self.problem(node, f"{prefix}<<: {error.problem}")
-        found = {}
+        first: dict[str, typing.Any] = {}  # the key as it stands first
+        own: dict[str, tuple] = {}
+        merged: dict[str, tuple] = {}
+        self._open.append(node)
         for key, value in node.value:
-            if key.id == "scalar":
-                found[key.value] = key, value
-            else:
+            if key.tag == "tag:yaml.org,2002:merge":
+                for source in self._sources(key, value, prefix):
+                    for name, pair in self.pairs(source, path):
+                        merged.setdefault(name.value, (name, pair))
+            elif key.id != "scalar":
                 self.problem(key, (path and path + ": ") + str(_expected("a name as key", key)))
-        self._pairs[id(node)] = node, list(found.values())
+            else:
+                line = first.setdefault(key.value, key).start_mark.line + 1
+                if key.value in own:
+                    text = f"{prefix}{key.value}: duplicate key, first on line {line}: remove one"
+                    self.problem(key, text)
+                own[key.value] = key, value
+        self._open.pop()
+        self._pairs[id(node)] = node, list({**merged, **own}.values())
         return self._pairs[id(node)][1]
+
+    def _sources(self, key, value, prefix: str) -> list:
+        """The mappings that a merge key names; anything else there is a problem."""
+        found = value.value if value.id == "sequence" else [value]
+        for source in found:
+            if source.id != "mapping":
+                expected = _expected("a mapping, or a list of mappings, to merge", source)
+                self.problem(key, f"{prefix}<<: {expected}")
+            elif source in self._open:
+                self.problem(key, f"{prefix}<<: merges what it is a part of: remove it")
+        return [item for item in found if item.id == "mapping" and item not in self._open]
 
     def section(self, kind, node, path: str, **fixed):
         """An instance of the dataclass `kind` from a mapping; a key that is absent or null has its
@@ -904,9 +911,7 @@ class _YamlReader:
         return kind(**values)
 
     def _default(self, text: str, node):
-        mark = (
-            node.start_mark if node is not None else self.yaml.Mark(self.file, 0, 0, 0, None, None)
-        )
+        mark = node.start_mark if node is not None else self.yaml.Mark(self.file, 0, 0, 0, None, 0)
         if text == "{}":
             return self.yaml.MappingNode("tag:yaml.org,2002:map", [], mark, mark)
         if text[:1] == "[":
@@ -1037,7 +1042,7 @@ def load_config(file: str) -> Config:
     line."""
     reader = _ConfigReader(file)
     config = reader.config()
-    if reader.problems:
+    if reader.problems or config is None:
         lines = [
             f"{name}:{line}: {text}" if line else f"{name}: {text}"
             for name, line, text in sorted(set(reader.problems))
@@ -2191,7 +2196,8 @@ class Lane:
         return taken
 
     def stuck(self) -> str:
-        return f"run {self.running.trigger.log_id} of this job does not return from its thread"
+        run = self.running.trigger.log_id if self.running is not None else "?"
+        return f"run {run} of this job does not return from its thread"
 
 
 class Slots:
@@ -2437,12 +2443,8 @@ class Scheduler:
             "thread of %s does not return; its slot is lost until it does or the executor restarts",
             run.trigger,
         )
-        self._finish(
-            [run],
-            Result(
-                run.control.result.code, f"{run.control.result.message}; its thread did not return"
-            ),
-        )
+        why = run.control.result or Result(FAILURE, "cancelled")
+        self._finish([run], Result(why.code, f"{why.message}; its thread did not return"))
         self._finish(waiting, Result(FAILURE, reason))
         with self._lock:
             self._tell_idle()
@@ -2882,7 +2884,12 @@ def _python_child(output: int, channel: int) -> int:
             os.dup2(source, target)
         os.close(null)
         os.close(output)
-        text = {"buffering": 1, "encoding": "utf-8", "errors": "backslashreplace", "closefd": False}
+        text: dict[str, typing.Any] = {
+            "buffering": 1,
+            "encoding": "utf-8",
+            "errors": "backslashreplace",
+            "closefd": False,
+        }
         sys.stdout, sys.stderr = open(1, "w", **text), open(2, "w", **text)  # noqa: SIM115
         if request["user"]:
             user = pwd.getpwnam(request["user"])
@@ -2986,7 +2993,8 @@ class Child:
     def __init__(self, popen: subprocess.Popen):
         self._popen, self.pid, self.message, self.lost = popen, popen.pid, "", False
         self._status: int | None = None
-        self.session, self.seen = popen.pid, {}
+        self.session = popen.pid
+        self.seen: dict[int, int] = {}
         _OWN.add(popen.pid)
         try:
             self.fd = os.pidfd_open(popen.pid)
@@ -3017,8 +3025,10 @@ class ForkedChild:
     def __init__(self, report: int, channel: socket.socket):
         self.fd, self._channel = report, channel
         os.set_blocking(report, False)
-        self.pid, self.seen, self.lost = 0, {}, False
-        self._data, self._status, self._error = b"", None, ""
+        self.pid, self.lost = 0, False
+        self.seen: dict[int, int] = {}  # {pid: start time} of its process
+        self._status: int | None = None
+        self._data, self._error = b"", ""
 
     def go_on(self, request: dict) -> None:
         """Wait for the PID, then have the child run `request`. Raises OSError: nothing ran then."""
@@ -3145,16 +3155,17 @@ class PythonServer:
             except OSError:
                 ours.close()
                 raise
+            assert self._socket is not None
             with contextlib.suppress(OSError):  # it is gone, which `report` tells
                 socket.send_fds(self._socket, [b"x"], [output, write, theirs.fileno()])
             os.close(write)
         return ForkedChild(read, ours)
 
-    def _give_up(self, popen: subprocess.Popen) -> None:
+    def _give_up(self, popen: subprocess.Popen | None) -> None:
         """Wait until it has ended: the next run must get a new one."""
-        popen.kill()
         with self._lock:
-            if self._popen is popen:
+            if popen is not None and self._popen is popen:
+                popen.kill()
                 self._close()
 
     def _close(self) -> None:
@@ -3614,7 +3625,7 @@ class ProcessRun:
             self._seen.update(child.seen)
             failpoint("forked")
             note_start(self._out, self._trigger, self._timeout, f"pid={child.pid}")
-            self._control.attach(lambda: os.write(wake_write, b"x"))
+            self._control.attach(lambda: typing.cast(None, os.write(wake_write, b"x")))
             try:
                 status = self._supervise(child, read, wake_read)
             except BaseException:
@@ -3714,7 +3725,7 @@ class ProcessRun:
             )
         if not os.path.isdir(job.cwd):
             return f"cannot start: the directory {job.cwd} does not exist (jobs.{job.name}.cwd)"
-        if error.errno == errno.E2BIG:
+        if isinstance(error, OSError) and error.errno == errno.E2BIG:
             size = len(self._trigger.param.encode("utf-8", "replace"))
             return (
                 f"cannot start: the parameter of {size} bytes is longer than the kernel passes to a"
@@ -3732,7 +3743,7 @@ class ProcessRun:
             if job.command
             else "/bin/sh"
         )
-        return f"cannot start {program}: {error.strerror or error}"
+        return f"cannot start {program}: {getattr(error, 'strerror', None) or error}"
 
     def _supervise(self, child, read: int, wake: int) -> int | None:
         """Pump the output into the log until the child has ended, and end it when it is cancelled
@@ -3808,7 +3819,9 @@ class ProcessRun:
 
     def _result(self, status: int | None, message: str) -> Result:
         ended = self._control.result
-        if ended is not None and self._kill_at is not None:  # else it had ended before that came
+        if status is None or ended is not None and self._kill_at is not None:
+            # Else it had ended before that came.
+            assert ended is not None
             message = (
                 ended.message
                 if status is not None
@@ -4029,7 +4042,7 @@ class JobLogs:
         self._lock, self._made = threading.Lock(), ""  # the day directory that was made last
         # (logId, inode): [(line, offset), ...], about one for each _CHUNK, the last one where the
         # last page ended
-        self._index: dict[tuple, list] = collections.OrderedDict()
+        self._index: collections.OrderedDict[tuple, list] = collections.OrderedDict()
 
     def _place(self, log_id: int, log_date_time: int) -> tuple[str, str]:
         """(directory, name): both made of numbers only, so that no request can point elsewhere."""
@@ -4829,7 +4842,7 @@ class Journal:
         query = "INSERT OR REPLACE INTO facts VALUES (?, ?)"
         self._write(lambda db: db.execute(query, (name, value)).rowcount)
 
-    def prune(self, stop: typing.Callable[[], bool]) -> int:
+    def prune(self, stop: typing.Callable[[], bool] = lambda: False) -> int:
         """Forget delivered runs after REPEAT_WINDOW, dead ones after four times DEAD_AFTER; returns
         how many."""
         return self._remove("state = 'delivered'", REPEAT_WINDOW, stop, lambda count: None) + (
@@ -5145,8 +5158,9 @@ class _Link:
 
     def _expire(self) -> None:
         self._expired = True
-        with contextlib.suppress(OSError, AttributeError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):
+            if self._socket is not None:
+                self._socket.shutdown(socket.SHUT_RDWR)
 
     def post(self, path: str, headers: dict[str, str], body: bytes) -> tuple[int, bytes]:
         """(HTTP status, at most REPLY_LIMIT + 1 bytes). Raises AdminUnreachable."""
@@ -5408,7 +5422,7 @@ def facing_address(url: str, seconds: float) -> str:
     """The IP address of the interface that faces `url`. Raises OSError while it cannot be told."""
     parts = urllib.parse.urlsplit(url)
     family_, _, _, _, target = resolve(
-        parts.hostname, parts.port or (443 if parts.scheme == "https" else 80), seconds
+        parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80), seconds
     )[0]
     with socket.socket(family_, socket.SOCK_DGRAM) as probe:
         probe.connect(target)  # sends nothing
@@ -5759,7 +5773,7 @@ def recover(
                 if trigger.glue_type
                 else "its trigger in the journal is broken"
             )
-        if message:
+        if message or job is None:
             log.warning("failed %s: %s", trigger, message)
             journal.finish([trigger], Result(FAILURE, message))
         else:
@@ -5860,7 +5874,7 @@ class Daemon:
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 
     def __init__(self, config: Config, signals: Signals | None = None):
-        """Without `signals` those of the process come to it from `take_signals` on."""
+        """`signals`: what has come since the process began; else the daemon takes them later."""
         self.config = config
         self._started, self._began = time.time(), time.monotonic()
         self._signals = signals
@@ -6023,10 +6037,12 @@ class Daemon:
 
     # -- the main thread's loop
 
-    def take_signals(self) -> None:
-        """From now on signals wait for `serve`; before `start`, so that none can come in between
-        and end the process."""
-        self._signals = Signals(*self.SIGNALS)
+    @property
+    def signals(self) -> Signals:
+        """From the first use on signals wait for `serve`."""
+        if self._signals is None:
+            self._signals = Signals(*self.SIGNALS)
+        return self._signals
 
     def serve(self) -> None:
         """Handle signals until one asks for the end, then stop."""
@@ -6039,7 +6055,7 @@ class Daemon:
 
     def close(self) -> None:
         self.stop()
-        self._signals.close()
+        self.signals.close()
 
     def _next(self, deadline: float | None) -> bool:
         """Wait for a signal or a wake-up until `deadline` (monotonic) and act on it; True for
@@ -6055,18 +6071,19 @@ class Daemon:
             )
             if limit is not None
         ]
-        got = self._signals.wait(min(limits))
+        signals = self.signals
+        got = signals.wait(min(limits))
         now = time.monotonic()
         if self._manager.due is not None and now >= self._manager.due:
             self._manager.tell()
         if self._reap_at is not None and now >= self._reap_at:
             self._reap_at = None
-            self._signals.unmute(signal.SIGCHLD)
+            signals.unmute(signal.SIGCHLD)
             reap_orphans()
         elif signal.SIGCHLD in got:
             # Each job that ends raises one, and the slots reap theirs themselves: once a second is
             # enough for orphans.
-            self._signals.mute(signal.SIGCHLD)
+            signals.mute(signal.SIGCHLD)
             self._reap_at = now + 1.0
         if now >= self._housekeeping_at:
             self._housekeeping_at = now + HOUSEKEEPING
@@ -6153,8 +6170,6 @@ class Daemon:
     def stop(self) -> None:
         """Drain, end what still runs, deliver, close. A signal that comes meanwhile ends the
         draining."""
-        if self._signals is None:  # demo --once
-            self.take_signals()
         log.info(
             "stopping: no new runs, up to %s for those that run",
             seconds_text(self.config.executor.drain_timeout),
@@ -6167,7 +6182,7 @@ class Daemon:
         else:
             self._api.draining = True
         idle = threading.Event()
-        signals = self._signals
+        signals = self.signals
 
         def idle_hook() -> None:
             idle.set()
@@ -6494,7 +6509,9 @@ def print_table(
 def cmd_run(arguments: argparse.Namespace) -> int:
     if __name__ == "__main__":
         command = run_as_module(sys.executable, *sys.argv[1:])
-        os.execv(command[0], command[:1] + subprocess._args_from_interpreter_flags() + command[1:])
+        # What multiprocessing uses too; typeshed leaves it out.
+        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+        os.execv(command[0], command[:1] + flags + command[1:])
     signals = Signals(*Daemon.SIGNALS)  # first: what comes from now on waits for `serve`
     config = load_config(find_config(arguments.config))
     for warning in config.warnings:
@@ -6582,7 +6599,7 @@ def cmd_demo(arguments: argparse.Namespace) -> int:
         admin = LoopbackAdmin()
         cleanup.callback(admin.close)
         executor = dataclasses.replace(
-            config.executor, bind=("127.0.0.1", 0), address=None, data_dir=data_dir
+            config.executor, bind=("127.0.0.1", 0), address="", data_dir=data_dir
         )
         daemon = Daemon(
             dataclasses.replace(
@@ -6615,7 +6632,7 @@ def cmd_demo(arguments: argparse.Namespace) -> int:
             " succeeded, every result arrived at the admin."
         )
         if not arguments.once:
-            daemon.take_signals()
+            assert daemon.signals  # from now on Ctrl-C waits for `wait`
             print(f"Still serving on {daemon.url}; Ctrl-C ends it.", flush=True)
             daemon.wait()
     return 0
@@ -6695,7 +6712,12 @@ def cmd_exec(arguments: argparse.Namespace) -> int:
         runner = Runner(_Terminal(), secrets.token_hex(8), scratch, Metrics())
         runner.prepare([job])
         control, signals = Control(), Signals(signal.SIGINT, signal.SIGTERM)
-        control.stuck_hook = lambda: (box.append(control.result), signals.wake())
+
+        def stuck() -> None:
+            box.append(control.result or Result(FAILURE, "stuck"))
+            signals.wake()
+
+        control.stuck_hook = stuck
 
         def work() -> None:
             try:

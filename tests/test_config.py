@@ -1268,8 +1268,8 @@ def test_problem_in_a_merged_mapping_names_its_own_line(problems):
 
 def test_merge_of_no_mapping(problems):
     assert problems("jobs:\n  a: {<<: 5, shell: x}\n") == [
-        "config.yaml:2: jobs.a.<<: expected a mapping or list of mappings for merging, but found"
-        " scalar"
+        "config.yaml:2: jobs.a.<<: expected a mapping, or a list of mappings, to merge, got the"
+        " number 5"
     ]
 
 
@@ -1291,8 +1291,10 @@ def test_recursive_alias(problems, text, lines):
     assert problems(text) == [f"config.yaml:{line}" for line in lines]
 
 
-def test_recursive_merge_ends(load):
-    assert load("jobs:\n  a: &all {<<: *all, shell: x}\n").jobs["a"].shell == "x"
+def test_a_recursive_merge_is_a_mistake(problems):
+    assert problems("jobs:\n  a: &all {<<: *all, shell: x}\n") == [
+        "config.yaml:2: jobs.a.<<: merges what it is a part of: remove it"
+    ]
 
 
 # -- where the file is looked for
