@@ -309,12 +309,11 @@ class Output:
 
     def write(self, data: bytes) -> None:
         with self._lock:
-            if not self._waiting:
-                data = self._write_some(data)
-            if data and self._size + len(data) > OUTPUT_LIMIT:
+            rest = data if self._waiting else self._write_some(data)
+            if len(rest) == len(data) and self._size + len(data) > OUTPUT_LIMIT:
                 self._dropped += len(data)
-            elif data:
-                self._enqueue(data)
+            elif rest:  # never the rest of a line that has begun
+                self._enqueue(rest)
 
     def _write_some(self, data: bytes, seconds: float = 0) -> bytes:
         """Write what the reader has room for; returns the rest."""
@@ -1178,6 +1177,7 @@ REQUEST_TIMEOUT = 10.0  # seconds from a request's first byte to its last; the a
 IDLE_TIMEOUT = 3900.0  # seconds; longer than any proxy keeps a connection (Envoy: 1 h)
 STRANGER_TIMEOUT = 15.0  # seconds of idleness for who has not shown the token
 LINGER = 2.0  # seconds for the client to read why a connection ends
+BACKLOG = 1024  # connections that wait to be accepted
 ALIVE = 15.0  # seconds; the selector turns at least every LINGER
 POOL_THREADS = 4
 SMALL_BODY = HEAD_LIMIT  # bytes; what is no longer than a head needs no part of the budget
@@ -1610,8 +1610,9 @@ class HttpServer:
             if connection.phase is Phase.ANSWERING:
                 self._guarded(self._reply_and_go_on, connection, reply)
         if self._closing.is_set() and not self._listener.closed:
-            while not self._held and self._accept():  # who waits in the backlog has connected
-                pass
+            for _ in range(BACKLOG // 64):  # who waits there has connected
+                if self._held or not self._accept():
+                    break
             self._listener.close()
             self._stop_at = time.monotonic() + LINGER
         if self._held != self._holding.is_set() and not self._listener.closed:
@@ -3419,21 +3420,23 @@ class ResultFiles:
         self._lock, self._shared = threading.Lock(), ""
         make_directory(directory)
         self._clear(directory)
-        with contextlib.suppress(OSError):  # none is needed without jobs.*.user
-            for entry in os.scandir(tempfile.gettempdir()):
-                if entry.name.startswith(self._prefix) and self._is_own(entry):
-                    self._clear(entry.path)
-                    self._remove_directory(entry.path)
+        shared = []
+        with contextlib.suppress(OSError), os.scandir(tempfile.gettempdir()) as entries:
+            # None is needed without jobs.*.user.
+            shared = [entry.path for entry in entries if self._is_own(entry)]
+        for path in shared:
+            self._clear(path)
+            self._remove_directory(path)
 
-    @staticmethod
-    def _is_own(entry: os.DirEntry) -> bool:
-        own = entry.stat(follow_symlinks=False).st_uid == os.geteuid()
-        return own and entry.is_dir(follow_symlinks=False)
+    def _is_own(self, entry: os.DirEntry) -> bool:
+        if not entry.name.startswith(self._prefix) or not entry.is_dir(follow_symlinks=False):
+            return False
+        return entry.stat(follow_symlinks=False).st_uid == os.geteuid()
 
     def _clear(self, directory: str) -> None:
-        for entry in os.scandir(directory):
-            if entry.name.endswith(".result"):
-                self.remove(entry.path)
+        for name in os.listdir(directory):
+            if name.endswith(".result"):
+                self.remove(os.path.join(directory, name))
 
     @staticmethod
     def _remove_directory(path: str) -> None:
@@ -3923,13 +3926,14 @@ def encoded_size(data: bytes) -> int:
 
 
 def fitting(data: bytes, limit: int, step: int = 1) -> int:
-    """How many bytes of `data`, from its end with `step` -1, take at most `limit` as JSON text."""
-    count = len(data)
-    while 6 * count > limit:
+    """How many bytes of `data`, at most `limit`, are not much more as JSON text; from its end with
+    `step` -1. The ends of lines, two bytes there, are given a tenth."""
+    most, count = limit + limit // 10, min(len(data), limit)
+    while 6 * count > most:
         size = encoded_size(data[:count] if step == 1 else data[len(data) - count :])
-        if size <= limit:
+        if size <= most:
             break
-        count = count * limit // size
+        count = count * most // size
     return count
 
 
@@ -4235,9 +4239,9 @@ class JobLogs:
 
     def prune(
         self,
-        known_for: typing.Callable[[str], float],
-        forget: typing.Callable[[str], None],
-        stop: typing.Callable[[], bool],
+        known_for: typing.Callable[[str], float] = lambda day: float("inf"),
+        forget: typing.Callable[[str], None] = lambda day: None,
+        stop: typing.Callable[[], bool] = lambda: False,
     ) -> int:
         """Remove logs older than the retention, until `stop()`; returns how many.
 
@@ -4247,26 +4251,33 @@ class JobLogs:
         """
         oldest, removed = time.time() - self._retention, 0
         last_day = datetime.date.fromtimestamp(oldest).isoformat()
-        for day in os.scandir(self.directory):
-            named = re.fullmatch(r"\d{4}-\d\d-\d\d", day.name)
-            if not named or not day.is_dir(follow_symlinks=False):
+        for day in sorted(os.listdir(self.directory)):
+            path = os.path.join(self.directory, day)
+            if not re.fullmatch(r"\d{4}-\d\d-\d\d", day) or os.path.islink(path):
                 continue
-            if known_for(day.name) < self._retention or day.name > last_day:
+            if not os.path.isdir(path) or known_for(day) < self._retention or day > last_day:
                 continue
-            for file in os.scandir(day.path):
-                if stop():
-                    return removed
-                with contextlib.suppress(OSError):
-                    if (
-                        re.fullmatch(r"-?\d+\.log", file.name)
-                        and file.stat(follow_symlinks=False).st_mtime < oldest
-                    ):
-                        os.unlink(file.path)
-                        removed += 1
+            removed += self._prune_day(path, oldest, stop)
+            if stop():
+                break
             with contextlib.suppress(OSError):  # not empty
-                os.rmdir(day.path)
+                os.rmdir(path)
                 self._made = ""
-                forget(day.name)
+                forget(day)
+        return removed
+
+    @staticmethod
+    def _prune_day(path: str, oldest: float, stop: typing.Callable[[], bool]) -> int:
+        removed = 0
+        with os.scandir(path) as files:
+            for file in files:
+                if stop():
+                    break
+                if re.fullmatch(r"-?\d+\.log", file.name):
+                    with contextlib.suppress(OSError):
+                        if file.stat(follow_symlinks=False).st_mtime < oldest:
+                            os.unlink(file.path)
+                            removed += 1
         return removed
 
 
@@ -6240,7 +6251,7 @@ def listen(bind: tuple[str, int]) -> socket.socket:
             if family_ == socket.AF_INET6:
                 listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
             listener.bind(target)
-            listener.listen(1024)
+            listener.listen(BACKLOG)
         except OSError:
             listener.close()
             raise

@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from conftest import result_of, run_job, wait_until
+from conftest import LAUNCH, launch, result_of, run_job, wait_until
 
 from xxl_executor import JobLogs, RunLog, Trigger
 
@@ -730,8 +730,14 @@ def test_prune_leaves_foreign_files_of_a_day(logs):
     assert sorted(entry.name for entry in day.iterdir()) == ["1.log.gz", "notes.txt", "sub"]
 
 
-def test_the_daemon_prunes_at_start(executor, admin):
-    daemon = executor(admin=admin, executor={"log_retention": "2d"}, start=False)
+def test_the_daemon_prunes_what_is_too_old_by_both_clocks(executor, admin):
+    daemon = executor(
+        admin=admin,
+        executor={"log_retention": "1s"},
+        env=launch(HOUSEKEEPING=0.5),
+        program=LAUNCH,
+        start=False,
+    )
     file = daemon.data / "logs" / "2020-02-03" / "1.log"
     file.parent.mkdir(parents=True)
     file.write_text("x")

@@ -117,17 +117,26 @@ def test_no_watchdog_is_fed_that_nobody_asked_for(manager, monkeypatch, env):
     assert xxl_executor.ServiceManager(lambda: "fine", lambda: True).due is None
 
 
+def api(answer):
+    """What a server asks that trusts everybody."""
+    return SimpleNamespace(
+        trusts=lambda request: True,
+        route=lambda request: xxl_executor.Route.WORK,
+        answer=answer,
+    )
+
+
 def test_http_threads_that_are_stuck_are_noticed():
     """All threads hang in a request while another waits: the watchdog is not fed any more; it is
     when they go on."""
     go = threading.Event()
 
-    def answer(*_):
+    def answer(request):
         go.wait(30)
-        return 200, "text/plain", b""
+        return xxl_executor.Reply(200, "text/plain", b"")
 
     listener = xxl_executor.listen(("127.0.0.1", 0))
-    server = xxl_executor.HttpServer(listener, answer, 100, threads=2)
+    server = xxl_executor.HttpServer(listener, api(answer), 100, threads=2)
     server.start()
     with contextlib.ExitStack() as stack:
         stack.callback(server.close)
@@ -135,18 +144,16 @@ def test_http_threads_that_are_stuck_are_noticed():
         assert server.alive() and server.alive()
         for _ in range(3):
             client = stack.enter_context(socket.create_connection(listener.getsockname()[:2]))
-            client.sendall(b"POST /beat HTTP/1.1\r\n\r\n")
-        wait_until(lambda: server._ready.qsize() == 1)
-        server.alive()
-        assert not server.alive()
+            client.sendall(b"POST /beat HTTP/1.1\r\nHost: x\r\n\r\n")
+        wait_until(lambda: not server.alive())
         go.set()
-        wait_until(lambda: server._handled == 3 and server.alive())
+        wait_until(server.alive)
 
 
 def test_a_selector_that_is_stuck_is_noticed(monkeypatch):
     monkeypatch.setattr(xxl_executor, "ALIVE", 0.5)
     listener = xxl_executor.listen(("127.0.0.1", 0))
-    server = xxl_executor.HttpServer(listener, lambda *_: (200, "", b""), 100, threads=1)
+    server = xxl_executor.HttpServer(listener, api(lambda request: None), 100, threads=1)
     go = threading.Event()
     monkeypatch.setattr(server, "_accept", lambda: go.wait(30))
     server.start()

@@ -192,7 +192,7 @@ def flood(context):
     for thread in threads:
         thread.start()
     for thread in threads:
-        while thread.is_alive() and time.monotonic() < moved[0] + 1.5:  # else nobody reads it
+        while thread.is_alive() and time.monotonic() < moved[0] + 0.7:  # else nobody reads it
             thread.join(0.05)
     if context.timeout:
         threading.Event().wait(20)
