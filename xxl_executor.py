@@ -294,8 +294,7 @@ class Output:
             fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
             found = os.fstat(fd)
         self._fd, self._lock = fd, threading.Lock()
-        self._waiting: collections.deque[bytes] = collections.deque()
-        self._size = self._dropped = 0  # bytes
+        self._waiting, self._dropped = bytearray(), 0  # bytes
         self._idle = threading.Event()
         self._idle.set()
         # poll(2) promises so much of a pipe or a socket; a file never has anybody wait for a reader
@@ -310,10 +309,16 @@ class Output:
     def write(self, data: bytes) -> None:
         with self._lock:
             rest = data if self._waiting else self._write_some(data)
-            if len(rest) == len(data) and self._size + len(data) > OUTPUT_LIMIT:
+            if len(rest) == len(data) and len(self._waiting) + len(data) > OUTPUT_LIMIT:
                 self._dropped += len(data)
-            elif rest:  # never the rest of a line that has begun
-                self._enqueue(rest)
+            else:  # never only the beginning of a line
+                self._waiting += rest
+            if (self._waiting or self._dropped) and self._idle.is_set():
+                self._idle.clear()
+                try:
+                    threading.Thread(target=self._drain, name="output", daemon=True).start()
+                except RuntimeError:  # no more threads: the next line tries again
+                    self._idle.set()
 
     def _write_some(self, data: bytes, seconds: float = 0) -> bytes:
         """Write what the reader has room for; returns the rest."""
@@ -326,17 +331,6 @@ class Output:
                 return b""
         return data
 
-    def _enqueue(self, data: bytes) -> None:
-        """With the lock held."""
-        self._waiting.append(data)
-        self._size += len(data)
-        if self._idle.is_set():
-            self._idle.clear()
-            try:
-                threading.Thread(target=self._drain, name="output", daemon=True).start()
-            except RuntimeError:  # no more threads: the next line tries again
-                self._idle.set()
-
     def _drain(self) -> None:
         while True:
             with self._lock:
@@ -344,19 +338,15 @@ class Output:
                     told = (
                         f"----- {self._dropped} bytes of output were dropped: nobody read -----\n"
                     )
-                    self._waiting.append(told.encode())
-                    self._size, self._dropped = len(told), 0
+                    self._waiting += told.encode()
+                    self._dropped = 0
                 if not self._waiting:
                     self._idle.set()
                     return
-                data = self._waiting[0]
-            rest = self._write_some(data, 3600.0)
+                data = bytes(self._waiting[: self._part])
+            written = len(data) - len(self._write_some(data, 3600.0))
             with self._lock:
-                self._size -= len(data) - len(rest)
-                if rest:
-                    self._waiting[0] = rest
-                else:
-                    self._waiting.popleft()
+                del self._waiting[:written]
 
     def flush(self, seconds: float) -> None:
         """Wait until nothing waits any more, at most `seconds`."""
