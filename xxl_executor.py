@@ -1178,6 +1178,7 @@ _JSON = "application/json;charset=UTF-8"
 _CACHED_HEAD = 1024  # bytes; a client repeats its heads: what the last 256 short ones say is kept
 _FIELD_NAME = b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _FIELD_TEXT = b"\t" + bytes(range(0x20, 0x7F)) + bytes(range(0x80, 0x100))
+_HOST = bytes(set(range(0x21, 0x7F)) - set(b',/?#@"<>\\^`{|}'))
 _VISIBLE = bytes(range(0x21, 0x7F))
 
 
@@ -1247,7 +1248,7 @@ def parse_head(head: bytes) -> Head:
     parsed = _Parser(head)
     old = parsed.request_version == "HTTP/1.0"
     hosts = found.get(b"host", [])
-    if len(hosts) > 1 or not (hosts or old) or any(b" " in host or b"," in host for host in hosts):
+    if len(hosts) > 1 or not (hosts or old) or any(host.translate(None, _HOST) for host in hosts):
         raise HttpError(400, "expected one Host")
     length = _body_length(found, old)
     expectations = found.get(b"expect", [])
@@ -1984,8 +1985,9 @@ class Api:
             return False
         if not token:
             return True
-        shown = given[0].strip(" \t").encode("latin-1", "replace") if len(given) == 1 else b""
-        return hmac.compare_digest(shown, token.encode())
+        return len(given) == 1 and hmac.compare_digest(
+            given[0].strip(" \t").encode("latin-1", "replace"), token.encode()
+        )
 
     def route(self, request: Request) -> Route:
         path = self._path(request)
