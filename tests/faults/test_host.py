@@ -262,7 +262,7 @@ def test_no_more_processes(poor):
     user.limit(0)
     expected = {
         "job": "cannot start /bin/sh: Resource temporarily unavailable",
-        "python": "cannot fork: Resource temporarily unavailable",
+        "python": f"cannot start {sys.executable}: cannot fork: Resource temporarily unavailable",
     }
     failed = {}
     for number in range(rounds(4)):
