@@ -3627,7 +3627,7 @@ class ProcessRun:
                 kill_family(self._marker, child.session, self._seen)
                 raise
             self._control.attach(None)
-            if reap_orphans():
+            if reap_orphans() or child.lost:  # a server's end is seen before its children are ours
                 if self._job.background == "kill" or self._kill_at is not None or child.lost:
                     self._end_leftovers(child.session)
                 else:

@@ -473,7 +473,7 @@ def test_dripping_does_not_prolong_the_time(serve, monkeypatch):
 
 
 def test_silent_and_idle_connections_are_closed_without_a_word(serve, monkeypatch):
-    monkeypatch.setattr(xxl_executor, "REQUEST_TIMEOUT", 0.3)
+    monkeypatch.setattr(xxl_executor, "STRANGER_TIMEOUT", 0.3)
     monkeypatch.setattr(xxl_executor, "IDLE_TIMEOUT", 0.3)
     server, port = serve(beat_only)
     with Client(port) as silent, Client(port) as idle:
@@ -498,7 +498,8 @@ def test_a_client_that_stays_after_its_last_answer_is_left_soon(serve, monkeypat
 
 def test_an_idle_connection_outlives_the_time_for_a_request(serve, monkeypatch):
     """Proxies keep connections for minutes; the time for a request counts from its first byte."""
-    monkeypatch.setattr(xxl_executor, "REQUEST_TIMEOUT", 0.2)
+    for name in ("REQUEST_TIMEOUT", "STRANGER_TIMEOUT"):
+        monkeypatch.setattr(xxl_executor, name, 0.2)
     with contextlib.ExitStack() as stack:
         port = serve(beat_only)[1]
         idle, fresh = (stack.enter_context(Client(port)) for _ in range(2))

@@ -352,6 +352,7 @@ def test_a_pipe_that_nobody_reads(executor, admin, stream):
             return re.search(r"(?m)^logId=\d+ after$|finished after .*", pipe.read())
 
         wait_until(later, 10, "a line for a reader that came back")
+        wait_until(lambda: re.search(DROPPED, pipe.read()), 10, "how much was dropped")
         told = pipe.read().splitlines()
         whole = [line for line in told if re.fullmatch(UNREAD_LINE[stream], line)]
         notices = [line for line in told if re.fullmatch(DROPPED, line)]
