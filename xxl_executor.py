@@ -1556,7 +1556,11 @@ class HttpServer:
     def _serve(self, work: queue.SimpleQueue) -> None:
         share_core()
         for connection in iter(work.get, None):
-            reply = self._api.answer(connection.request)
+            try:
+                reply = self._api.answer(connection.request)
+            except Exception as error:
+                log.exception("a request failed unexpectedly, please report it")
+                reply = refusal(500, f"the executor failed: {type(error).__name__}: {error}")
             self._handled += 1
             self._answered.append((connection, reply))
             self._wake()
@@ -1665,8 +1669,11 @@ class HttpServer:
         for sock, peer in self._listener.accept(max(1, room)):
             connection = Connection(sock, peer)
             self._connections[connection.fd] = connection
-            self._epoll.register(connection.fd, connection.events)
+            self._guarded(self._begin, connection)
         return len(self._connections) > before
+
+    def _begin(self, connection: Connection) -> None:
+        self._epoll.register(connection.fd, connection.events)
 
     def _make_room(self) -> bool:
         """Close what can be done without best: who has never shown the token, then the longest
@@ -1724,7 +1731,7 @@ class HttpServer:
             self._receive(connection)
 
     def _receive(self, connection: Connection) -> None:
-        data = connection.sock.recv(_TURN)
+        data = connection.sock.recv(_TURN if connection.phase is Phase.BODY else HEAD_LIMIT)
         if not data:
             self._drop(connection)
         elif connection.phase is not Phase.LINGERING:  # else: read and forget
@@ -2499,10 +2506,17 @@ class Scheduler:
 
     def _tell_idle(self) -> None:
         """With the lock held: nothing runs any more, but for threads that were given up."""
-        if self._idle_hook is not None and not any(
-            lane.running and not lane.running.stuck for lane in self._lanes.values()
-        ):
+        if self._idle_hook is not None and not self._runs_something():
             self._idle_hook()
+
+    def _runs_something(self) -> bool:
+        """With the lock held."""
+        return any(lane.running and not lane.running.stuck for lane in self._lanes.values())
+
+    def active(self) -> bool:
+        """Whether something runs, be it about to start."""
+        with self._lock:
+            return self._runs_something()
 
     def cancel_all(self, message: str) -> float:
         """End everything that runs; returns the seconds it may take until the processes are
@@ -4462,8 +4476,9 @@ class Clock:
     @staticmethod
     def _outside() -> tuple[str, float, float]:
         """(which boot of the host, seconds since then, seconds since the epoch)"""
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as stream:
-            boot = stream.read().strip()
+        boot = ""
+        with contextlib.suppress(OSError):  # a sandbox without it
+            boot = _read_proc("/proc/sys/kernel/random/boot_id").decode().strip()
         return boot, time.clock_gettime(time.CLOCK_BOOTTIME), time.time()
 
     @classmethod
@@ -4472,7 +4487,8 @@ class Clock:
         long a host was down."""
         shown, boot, ticks, wall = json.loads(stamp)
         now_boot, now_ticks, now_wall = cls._outside()
-        return shown + max(0.0, now_ticks - ticks if boot == now_boot else now_wall - wall)
+        same = boot and boot == now_boot
+        return shown + max(0.0, now_ticks - ticks if same else now_wall - wall)
 
 
 class Journal:
@@ -4515,19 +4531,24 @@ class Journal:
         self._group = GroupCommit(self._db, self._mend)
         self._reading = threading.Lock()  # guards `_reader`
         self._reader = self._connect()
-        self._places = self._stamps()
-        self._group.check = self._check_files
         counts = "SELECT state, count(*) FROM runs WHERE state <> 'delivered' GROUP BY state"
         found = dict(self._read(counts))
         self._counts = {state: found.get(state, 0) for state in ("finished", "dead")}
         self._start_clock()
+        self._places = self._stamps()
+        self._group.check = self._check_files
 
     def _start_clock(self) -> None:
-        stamp = self.fact("clock")
-        [(finished, accepted)] = self._read("SELECT max(finished), max(accepted) FROM runs")
-        began = max(json.loads(stamp)[0] if stamp else 0.0, finished or 0.0, accepted or 0.0)
-        self.clock = Clock(began or time.time())
-        self._truly = Clock.truly(stamp) if stamp else time.time()
+        [newest] = self._read("SELECT max(finished), max(accepted) FROM runs")
+        try:
+            stamp = self.fact("clock")
+            shown, self._truly = json.loads(stamp)[0], Clock.truly(stamp)
+        except (ValueError, TypeError, IndexError):  # the first start, or a damaged page
+            shown, self._truly = 0.0, time.time()
+        # What came after the last save; a time from a damaged row must not age all others.
+        most = max(shown, time.time()) + DEAD_AFTER
+        known = [at for at in newest if isinstance(at, (int, float)) and at < most]
+        self.clock = Clock(max([shown, *known]) or time.time())
         self.save_clock()
 
     def save_clock(self) -> None:
@@ -4537,10 +4558,11 @@ class Journal:
 
     def known_for(self, name: str) -> float:
         """For how many seconds of the clock something of this name is known: 0 at first."""
-        since = self.fact(f"since {name}")
-        if not since:
+        try:
+            return self.clock.now() - float(self.fact(f"since {name}"))
+        except ValueError:
             self.learn(f"since {name}", str(self.clock.now()))
-        return self.clock.now() - float(since or self.clock.now())
+            return 0.0
 
     def forget(self, name: str) -> None:
         self._write(
@@ -5506,8 +5528,9 @@ class Registration:
     def _register(self) -> None:
         if not self.address:
             self.address = self._config.executor.address or self._own_address()
-            earlier = json.loads(self._hooks.recall("addresses") or "[]")
-            self._parked = [address for address in earlier if address != self.address]
+            with contextlib.suppress(ValueError):  # a damaged page, or the first start
+                earlier = json.loads(self._hooks.recall("addresses"))
+                self._parked = [address for address in earlier if address != self.address]
         self._admin.registry(self.address)
         if self._parked and not self._hooks.resumed():
             for address in self._parked:
@@ -5942,7 +5965,7 @@ class Daemon:
             self._scheduler.register()
             self.port = listener.getsockname()[1]
             hooks = RegistrationHooks(
-                busy=lambda: bool(self._scheduler.snapshot()["running"]),
+                busy=self._scheduler.active,
                 resumed=lambda: any(map(self._scheduler.knows, self._resumed)),
                 answered=self._callbacks.retry,
                 recall=self._journal.fact,
