@@ -299,10 +299,11 @@ class Output:
         self._idle.set()
         # poll(2) promises so much of a pipe or a socket; a file never has anybody wait for a reader
         self._part = 1 << 30 if stat.S_ISREG(found.st_mode) else select.PIPE_BUF
-        if os.isatty(fd):  # a terminal promises nothing: opened anew, it can be told not to wait
+        if os.isatty(fd) or stat.S_ISFIFO(found.st_mode):
+            # A terminal promises nothing, a pipe has other writers: opened anew it does not wait.
             with contextlib.suppress(OSError):
                 flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-                self._fd = os.open(os.ttyname(fd), flags)
+                self._fd = os.open(f"/proc/self/fd/{fd}", flags)
         self._poller = select.poll()
         self._poller.register(self._fd, select.POLLOUT)
 
@@ -1485,7 +1486,8 @@ class HttpServer:
         self._api, self._limit = api, max_connections
         self._work: queue.SimpleQueue = queue.SimpleQueue()
         self._pool: queue.SimpleQueue = queue.SimpleQueue()
-        self._answered: collections.deque[tuple[Connection, Reply]] = collections.deque()
+        self._answered: collections.deque[tuple[Connection, Reply | None]] = collections.deque()
+        self._abandoned = 0  # requests that wait for a thread although their client has gone
         self._epoll = select.epoll()
         self._listener = Listener(listener, self._epoll)
         self._wake_read, self._wake_write = os.pipe()
@@ -1546,8 +1548,9 @@ class HttpServer:
         for connection in list(self._connections.values()):
             self._drop(connection)
         self._epoll.close()
-        os.close(self._wake_read)
-        os.close(self._wake_write)
+        if not any(thread.is_alive() for thread in self._workers):  # it would wake somebody else
+            os.close(self._wake_read)
+            os.close(self._wake_write)
 
     def _wake(self) -> None:
         with contextlib.suppress(BlockingIOError):  # it is full: the selector will wake
@@ -1556,12 +1559,15 @@ class HttpServer:
     def _serve(self, work: queue.SimpleQueue) -> None:
         share_core()
         for connection in iter(work.get, None):
+            reply = None
             try:
-                reply = self._api.answer(connection.request)
+                # A run is a run, but nobody wants to read any more.
+                if work is self._work or connection.phase is not Phase.CLOSED:
+                    reply = self._api.answer(connection.request)
             except Exception as error:
                 log.exception("a request failed unexpectedly, please report it")
                 reply = refusal(500, f"the executor failed: {type(error).__name__}: {error}")
-            self._handled += 1
+            self._handled += work is self._work
             self._answered.append((connection, reply))
             self._wake()
 
@@ -1576,22 +1582,26 @@ class HttpServer:
                 self._quiet.set()
             if now >= sweep:
                 sweep = self._sweep(now)
-            limits = [sweep, self._stop_at, self._listener.paused_until or sweep]
+            paused = 0.0 if self._held else self._listener.paused_until
+            limits = [sweep, self._stop_at, paused or sweep]
             wait = 0.0 if self._unfinished else max(0.0, min(limits) - now + 0.001)
-            events = self._epoll.poll(wait)
+            # By connection at once: what this turn closes may give its descriptor to a new one.
+            events = [
+                (fd, event, self._connections.get(fd)) for fd, event in self._epoll.poll(wait)
+            ]
             if time.monotonic() >= self._listener.paused_until and not self._held:
                 self._listener.resume()
             unfinished, self._unfinished = self._unfinished, []
             for connection in unfinished:
                 self._guarded(self._advance, connection)
-            for fd, event in events:
-                if fd == self._wake_read:
+            for fd, event, happened in events:
+                if happened is not None:
+                    if happened.phase is not Phase.CLOSED:
+                        self._guarded(self._happened, happened, event)
+                elif fd == self._wake_read:
                     self._woken()
-                elif fd == self._listener.fd:
-                    if not (self._held or self._listener.closed):
-                        self._accept()
-                elif fd in self._connections:
-                    self._guarded(self._happened, self._connections[fd], event)
+                elif fd == self._listener.fd and not (self._held or self._listener.closed):
+                    self._accept()
             for budget in (self._bodies, self._pages):
                 for connection in budget.served():
                     self._guarded(self._lent, connection)
@@ -1604,6 +1614,8 @@ class HttpServer:
             connection, reply = self._answered.popleft()
             if connection.phase is Phase.ANSWERING:
                 self._guarded(self._reply_and_go_on, connection, reply)
+            else:
+                self._abandoned -= 1
         if self._closing.is_set() and not self._listener.closed:
             for _ in range(BACKLOG // 64):  # who waits there has connected
                 if self._held or not self._accept():
@@ -1619,7 +1631,8 @@ class HttpServer:
         if self._leaving():
             for connection in list(self._connections.values()):
                 # While held a client that has not sent anything yet may still do so.
-                waits = connection.phase is Phase.IDLE and (connection.used or not self._held)
+                may_begin = self._held and not self._closing.is_set() and not connection.used
+                waits = connection.phase is Phase.IDLE and not may_begin
                 if waits and not connection.unread():
                     self._drop(connection)
 
@@ -1661,9 +1674,9 @@ class HttpServer:
 
     def _accept(self) -> bool:
         """Whether somebody has come."""
-        room = self._limit - len(self._connections)
+        room = self._limit - len(self._connections) - self._abandoned
         if room <= 0 and not self._make_room():
-            self._listener.pause(REQUEST_TIMEOUT)  # or until one closes or gets idle
+            self._listener.pause(0.2)  # or until one closes or gets idle
             return False
         before = len(self._connections)
         for sock, peer in self._listener.accept(max(1, room)):
@@ -1677,12 +1690,12 @@ class HttpServer:
 
     def _make_room(self) -> bool:
         """Close what can be done without best: who has never shown the token, then the longest
-        idle, but none that has something unread or a request under way."""
+        idle, but none of those that has something unread or a request under way."""
         found = [
             connection
             for connection in self._connections.values()
             if connection.phase is Phase.IDLE
-            or connection.phase in (Phase.HEAD, Phase.LINGERING)
+            or connection.phase in (Phase.HEAD, Phase.SENDING, Phase.LINGERING)
             and not connection.trusted
         ]
         found.sort(key=lambda connection: (connection.trusted, connection.since))
@@ -1690,7 +1703,8 @@ class HttpServer:
         for connection in found:
             if made and (connection.trusted or made >= self._limit // 64):
                 break  # several strangers at once: a crowd of them must not have each one searched
-            if not connection.unread():
+            # Of a stranger who does not take his answer something is always unread.
+            if connection.phase is Phase.SENDING or not connection.unread():
                 self._drop(connection)
                 made += 1
         return made > 0
@@ -1698,6 +1712,7 @@ class HttpServer:
     def _drop(self, connection: Connection) -> None:
         if connection.phase is Phase.CLOSED:
             return
+        self._abandoned += connection.phase is Phase.ANSWERING and connection.request is not None
         connection.phase = Phase.CLOSED
         del self._connections[connection.fd]
         self._give_back(connection)
@@ -1726,7 +1741,8 @@ class HttpServer:
         elif event & (select.EPOLLHUP | select.EPOLLERR):
             self._drop(connection)
         elif connection.phase in (Phase.ANSWERING, Phase.WAITING, Phase.SENDING):
-            self._watch(connection, 0)  # the next request, or its end: after this one
+            # The next request, or the end: after this one.
+            self._watch(connection, select.EPOLLOUT if connection.phase is Phase.SENDING else 0)
         else:
             self._receive(connection)
 
@@ -1761,6 +1777,9 @@ class HttpServer:
         data = connection.take_head()
         if data is None:
             self._watch(connection, select.EPOLLIN)
+            if connection.trusted and not connection.buffer:
+                # A newline behind the last request, which some clients send, begins none.
+                connection.enter(Phase.IDLE, IDLE_TIMEOUT)
             return False
         head = connection.head = (_known_head if len(data) <= _CACHED_HEAD else parse_head)(data)
         request = connection.request = Request(
@@ -1786,7 +1805,8 @@ class HttpServer:
             connection.enter(Phase.BODY, REQUEST_TIMEOUT)
         connection.phase = Phase.BODY  # with the deadline that began with its first byte
         if head.expects and head.length > len(connection.buffer):
-            connection.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            with contextlib.suppress(BlockingIOError):
+                connection.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _take_body(self, connection: Connection) -> bool:
         head, request = connection.head, connection.request
@@ -1809,23 +1829,23 @@ class HttpServer:
 
     def _dispatch(self, connection: Connection) -> None:
         route = self._api.route(connection.request)
-        if route == Route.DIRECT:
-            connection.phase = Phase.ANSWERING
+        if route is Route.DIRECT:
             self._reply(connection, self._api.answer(connection.request))
-        elif route == Route.PAGE and not self._pages.lend(connection, PAGE_COST):
+        elif route is Route.PAGE and not self._pages.lend(connection, PAGE_COST):
             connection.phase = Phase.WAITING
         else:
             self._hand_over(connection, route)
 
     def _hand_over(self, connection: Connection, route: Route) -> None:
         connection.phase = Phase.ANSWERING
-        (self._work if route == Route.WORK else self._pool).put(connection)
+        (self._work if route is Route.WORK else self._pool).put(connection)
 
     def _fail(self, connection: Connection, error: HttpError) -> None:
         connection.head, connection.close_after = None, True
         self._reply(connection, refusal(error.status, str(error)))
 
     def _reply(self, connection: Connection, reply: Reply) -> None:
+        connection.enter(Phase.SENDING, REQUEST_TIMEOUT)
         head = connection.head
         if head is not None and head.close or self._leaving():
             connection.close_after = True
@@ -1834,7 +1854,6 @@ class HttpServer:
         self._give_back(connection)
         if len(connection.out) > SMALL_BODY:  # less than what a page had, so it need not wait
             self._pages.occupy(connection, len(connection.out))
-        connection.enter(Phase.SENDING, REQUEST_TIMEOUT)
         self._send(connection)
 
     def _reply_and_go_on(self, connection: Connection, reply: Reply) -> None:
@@ -5517,7 +5536,7 @@ class Registration:
                 wait = min(self._failed(error), REGISTRY_INTERVAL)
         if self.registered.is_set():
             if self._hooks.busy():
-                self._parked.append(self.address)
+                self._parked.insert(0, self.address)
             wait = self._park()  # first: it must not be unknown for a moment
             self._take_back(self.address, False)
             while not self._closed.wait(wait):
@@ -5651,7 +5670,10 @@ def inherited_listener() -> socket.socket | None:
         return None
     os.environ["LISTEN_PID"] = ""  # once
     os.set_inheritable(LISTEN_FDS_START, False)
-    listener = socket.socket(fileno=LISTEN_FDS_START)
+    try:
+        listener = socket.socket(fileno=LISTEN_FDS_START)
+    except OSError as error:
+        raise ExecutorError(f"the service manager passed no socket: {error.strerror}") from None
     if listener.family not in (socket.AF_INET, socket.AF_INET6) or not listener.getsockopt(
         socket.SOL_SOCKET, socket.SO_ACCEPTCONN
     ):
@@ -6193,6 +6215,11 @@ class Daemon:
             )
         notify("READY=1")
 
+    def _tell_stopping(self) -> None:
+        """Answer who is held: the next executor does not come soon enough for him."""
+        self._api.draining = True
+        self._http.release()
+
     def stop(self) -> None:
         """Drain, end what still runs, deliver, close. A signal that comes meanwhile ends the
         draining."""
@@ -6204,7 +6231,13 @@ class Daemon:
         self._stopping.set()
         self._registration.drain()
         if self._inherited:  # who comes now may wait for the next executor, if that is soon
-            self._http.hold(HOLD)
+            patience = threading.Timer(HOLD, self._tell_stopping)
+            patience.daemon = True
+            try:
+                patience.start()
+                self._http.hold(HOLD)
+            except RuntimeError:  # no more threads: nobody could release them
+                self._api.draining = True
         else:
             self._api.draining = True
         idle = threading.Event()
@@ -6216,9 +6249,6 @@ class Daemon:
 
         self._scheduler.drain(idle_hook)
         deadline = time.monotonic() + self.config.executor.drain_timeout
-        if self._inherited and not idle.wait(HOLD):
-            self._api.draining = True
-            self._http.release()
         while not idle.is_set() and time.monotonic() < deadline and not self._next(deadline):
             pass
         if not idle.is_set():
@@ -6242,6 +6272,8 @@ class Daemon:
             )
         elif counts["undelivered"]:
             left = f"{counted(counts['undelivered'], 'result')} kept for the next start"
+        if self._inherited:
+            patience.cancel()
         self._http.close()
         self._runner.close()
         kill_family(f"{self._data.identity}-")
@@ -6981,6 +7013,9 @@ def set_up_logging(output: Output) -> None:
     journal has."""
 
     class Handler(logging.Handler):
+        def handle(self, record):
+            self.emit(record)  # without its lock: a run's log on a slow disk must not hold it
+
         def emit(self, record):
             line = self.format(record) + "\n"
             stream = sys.stderr  # another one for a job in a thread

@@ -724,6 +724,47 @@ def test_close_lets_a_slow_reader_have_its_answer(serve):
         assert not closer.is_alive()
 
 
+@pytest.mark.parametrize("end", ["request", "end"])
+def test_a_long_answer_is_whole_for_who_goes_on(serve, end):
+    """The next request, or the end of the client's sending, comes while the answer is made."""
+    text = b"x" * (16 << 20)
+    go, entered = threading.Event(), threading.Event()
+
+    def answer(target):
+        entered.set()
+        go.wait(20)
+        return text
+
+    server, port = serve(answer)
+    for _ in range(5):
+        go.clear()
+        entered.clear()
+        with Client(port, small=True) as client, Client(port) as other:
+            client.send(BEAT)
+            assert entered.wait(10)
+            go.set()
+            client.send(BEAT) if end == "request" else client.sock.shutdown(socket.SHUT_WR)
+            other.send(BEAT)
+            client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+            assert client.answer().body == text
+            assert other.answer().body == text
+            if end == "request":
+                assert client.answer().body == text
+
+
+def test_a_newline_behind_a_request_costs_no_connection(serve, monkeypatch):
+    """RFC 9112, 2.2: some clients send one. No request has begun, so none is late."""
+    monkeypatch.setattr(xxl_executor, "REQUEST_TIMEOUT", 0.3)
+    port = serve(beat_only)[1]
+    with Client(port) as client, Client(port) as late:
+        client.send(BEAT + b"\r\n")
+        assert client.answer().json == ALIVE
+        client.send(b"\r\n")
+        late.send(b"PO")
+        assert late.answer().status == 408  # its time was the same
+        client.beat()
+
+
 # -- behind a proxy
 
 NGINX = """

@@ -119,9 +119,10 @@ def test_no_watchdog_is_fed_that_nobody_asked_for(manager, monkeypatch, env):
 
 def api(answer):
     """What a server asks that trusts everybody."""
+    routes = {"/metrics": xxl_executor.Route.POOL}
     return SimpleNamespace(
         trusts=lambda request: True,
-        route=lambda request: xxl_executor.Route.WORK,
+        route=lambda request: routes.get(request.path, xxl_executor.Route.WORK),
         answer=answer,
     )
 
@@ -132,7 +133,8 @@ def test_http_threads_that_are_stuck_are_noticed():
     go = threading.Event()
 
     def answer(request):
-        go.wait(30)
+        if request.path != "/metrics":
+            go.wait(30)
         return xxl_executor.Reply(200, "text/plain", b"")
 
     listener = xxl_executor.listen(("127.0.0.1", 0))
@@ -146,6 +148,11 @@ def test_http_threads_that_are_stuck_are_noticed():
             client = stack.enter_context(socket.create_connection(listener.getsockname()[:2]))
             client.sendall(b"POST /beat HTTP/1.1\r\nHost: x\r\n\r\n")
         wait_until(lambda: not server.alive())
+        scraper = stack.enter_context(socket.create_connection(listener.getsockname()[:2]))
+        for _ in range(3):  # whom the admin does not wait for feeds no watchdog
+            scraper.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert scraper.recv(4096)
+            assert not server.alive()
         go.set()
         wait_until(server.alive)
 

@@ -694,6 +694,59 @@ def test_strangers_make_room_for_who_shows_the_token(executor):
             client.alive(SHOWN)
 
 
+def test_strangers_who_do_not_read_make_room(executor):
+    """They ask for more than they take, and take a little now and then, so that they are never idle
+    and never late."""
+    daemon = executor(**GUARDED, executor={"max_connections": 8})
+    with contextlib.ExitStack() as stack:
+        greedy = []
+        for _ in range(8):
+            client = stack.enter_context(Client(daemon.port))
+            client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.send(request(b"GET", b"/metrics") * 2000)  # answered with some 10 MiB
+            client.sock.setblocking(False)
+            greedy.append(client)
+        stat = Path(f"/proc/{daemon.process.pid}/stat")
+
+        def at_rest():
+            before = stat.read_text().split()[13:15]
+            threading.Event().wait(0.3)
+            return stat.read_text().split()[13:15] == before
+
+        wait_until(at_rest, 30, "the end of all room for answers")
+        for _ in range(8):
+            for client in greedy:
+                with contextlib.suppress(BlockingIOError, ConnectionError):
+                    client.sock.recv(1024)
+            with Client(daemon.port) as admin:
+                admin.alive(SHOWN, seconds=5)
+
+
+def test_who_resets_takes_no_other_connection_with_it(executor):
+    """The descriptor of a client that vanished is given to the next one in the same moment."""
+    daemon = executor(**GUARDED)
+    going = threading.Event()
+
+    def vanish():
+        while not going.is_set():
+            with contextlib.suppress(OSError):
+                client = Client(daemon.port, 5)
+                client.send(request(b"GET", b"/metrics"))
+                client.reset()
+
+    crowd = [threading.Thread(target=vanish) for _ in range(4)]
+    for thread in crowd:
+        thread.start()
+    try:
+        for _ in range(rounds(1500, "XXL_FAULT_RESETS")):
+            with Client(daemon.port, 10) as client:
+                client.alive(SHOWN, seconds=10)
+    finally:
+        going.set()
+        for thread in crowd:
+            thread.join()
+
+
 def test_a_stranger_goes_before_who_has_been_idle_for_longer(executor):
     daemon = executor(
         **GUARDED,
