@@ -3074,7 +3074,7 @@ class ForkedChild:
         with open(os.memfd_create("request"), "wb") as stream:
             stream.write(json.dumps(request).encode())
             stream.flush()
-            with contextlib.suppress(OSError):  # it has ended, which `poll` tells
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `poll` tells
                 socket.send_fds(self._channel, [b"x"], [stream.fileno()])
 
     def poll(self) -> int | None:
@@ -3212,10 +3212,23 @@ class PythonServer:
             self._close()
 
 
+def _patiently(call: typing.Callable[[], typing.Any]) -> typing.Any:
+    """What `call` returns; waits for a free descriptor, at most KILL_LIMIT: what a run started is
+    ended whatever is short."""
+    deadline = time.monotonic() + KILL_LIMIT
+    while True:
+        try:
+            return call()
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE) or time.monotonic() >= deadline:
+                raise
+            select.poll().poll(100)
+
+
 def _read_proc(path: str) -> bytes:
     """A small file of the kernel; without the objects of open(), whose making takes longer than all
     the rest."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    fd = _patiently(lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC))
     try:
         data = part = os.read(fd, 1 << 15)
         while part:
@@ -3230,7 +3243,7 @@ def _process_stat(pid: int) -> tuple[str, int, int, int] | None:
     """(state, parent, session, start time) of a process, or None when it is gone."""
     try:
         fields = _read_proc(f"/proc/{pid}/stat").rpartition(b") ")[2].split()
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return None
     return (fields[0].decode(), int(fields[1]), int(fields[3]), int(fields[19])) if fields else None
 
@@ -3242,20 +3255,12 @@ def has_ended(pid: int) -> bool:
 
 
 def _pids() -> list[int]:
-    """Of all processes. Waits for a free descriptor, at most KILL_LIMIT: what a run started is
-    ended whatever is short."""
-    deadline = time.monotonic() + KILL_LIMIT
-    while True:
-        try:
-            return [int(name) for name in os.listdir("/proc") if name.isdigit()]
-        except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE) or time.monotonic() >= deadline:
-                raise
-            await_exit([], 0.1)
+    """Of all processes."""
+    return [int(name) for name in _patiently(lambda: os.listdir("/proc")) if name.isdigit()]
 
 
 def _marked(pid: int, needle: bytes) -> bool:
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
         return needle in b"\0" + _read_proc(f"/proc/{pid}/environ")
     return False
 
@@ -3642,10 +3647,13 @@ class ProcessRun:
         try:
             try:
                 read, write = os.pipe()
+                os.set_blocking(read, False)  # a job may take back what it wrote
                 wake_read, wake_write = os.pipe()
                 child = self._spawn(write)
             except (OSError, ValueError, KeyError) as error:
                 note_start(self._out, self._trigger, self._timeout, "pid=none")
+                if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                    self._end_by_force(0)  # it may have begun, and nobody could watch it
                 return Result(FAILURE, self._spawn_failure(error), 127)
             finally:
                 if write >= 0:
@@ -3657,7 +3665,7 @@ class ProcessRun:
             try:
                 status = self._supervise(child, read, wake_read)
             except BaseException:
-                kill_family(self._marker, child.session, self._seen)
+                self._end_by_force(child.session)
                 raise
             self._control.attach(None)
             if reap_orphans() or child.lost:  # a server's end is seen before its children are ours
@@ -3794,11 +3802,12 @@ class ProcessRun:
                 if status is not None:
                     return status
             if read in ready:
-                data = os.read(read, _CHUNK)
-                if data:
-                    self._out.write(data)
-                else:
-                    poller.unregister(read)
+                with contextlib.suppress(BlockingIOError):
+                    data = os.read(read, _CHUNK)
+                    if data:
+                        self._out.write(data)
+                    else:
+                        poller.unregister(read)
             if wake in ready:
                 poller.unregister(wake)
             late = deadline is not None and time.monotonic() >= deadline
@@ -3816,6 +3825,19 @@ class ProcessRun:
                     self._control.cancel(TIMEOUT, f"timed out after {seconds_text(self._timeout)}")
                     self._kill_at = deadline = time.monotonic() + self._job.kill_grace
                     self._terminate(child)
+
+    def _end_by_force(self, session: int) -> None:
+        """Its run is not ended before its processes are, whatever is short."""
+        while True:
+            try:
+                kill_family(self._marker, session, self._seen)
+                return
+            except OSError as error:
+                log.error("cannot search for the processes of %s: %s", self._trigger, error)
+                with contextlib.suppress(OSError):
+                    if session:
+                        os.killpg(session, signal.SIGKILL)
+                select.poll().poll(1000)
 
     def _terminate(self, child: Child | ForkedChild) -> None:
         with urgent():
@@ -3837,7 +3859,6 @@ class ProcessRun:
     def _pump_rest(self, read: int) -> None:
         """What is in the pipe now; a process that was kept may go on writing into it, so never
         until its end."""
-        os.set_blocking(read, False)
         with contextlib.suppress(BlockingIOError):
             for _ in range(64):
                 data = os.read(read, _CHUNK)
@@ -4309,6 +4330,7 @@ class JobLogs:
 # --------------------------------------------------------------------------------------------------
 # 9 journal
 # --------------------------------------------------------------------------------------------------
+_SUFFIXES = ("", "-wal", "-shm")  # of the files of an SQLite database in WAL mode
 RESERVE = 4 << 20  # bytes; SQLite uses its write-ahead log anew after 1,000 pages of 4 KiB
 _WAL_MAGIC = (
     b"\x37\x7f\x06\x82",
@@ -4488,26 +4510,26 @@ class Clock:
     def now(self) -> float:
         return self._offset + time.monotonic()
 
-    def stamp(self) -> str:
-        """What `truly` needs later, also after a restart."""
-        return json.dumps([self.now(), *self._outside()])
 
-    @staticmethod
-    def _outside() -> tuple[str, float, float]:
-        """(which boot of the host, seconds since then, seconds since the epoch)"""
-        boot = ""
-        with contextlib.suppress(OSError):  # a sandbox without it
-            boot = _read_proc("/proc/sys/kernel/random/boot_id").decode().strip()
-        return boot, time.clock_gettime(time.CLOCK_BOOTTIME), time.time()
+def moment() -> list:
+    """Now, for `seconds_since`: which boot of the host, seconds since then, since the epoch."""
+    return [_boot_id(), time.clock_gettime(time.CLOCK_BOOTTIME), time.time()]
 
-    @classmethod
-    def truly(cls, stamp: str) -> float:
-        """What a clock that never stood still since `stamp` would show; only a wall clock knows how
-        long a host was down."""
-        shown, boot, ticks, wall = json.loads(stamp)
-        now_boot, now_ticks, now_wall = cls._outside()
-        same = boot and boot == now_boot
-        return shown + max(0.0, now_ticks - ticks if same else now_wall - wall)
+
+def seconds_since(then: list) -> float:
+    """How much time has passed, a suspended or restarted host included; only a wall clock knows how
+    long a host was down. Raises ValueError and TypeError for what is no moment."""
+    boot, ticks, wall = then
+    now_boot, now_ticks, now_wall = moment()
+    return max(0.0, now_ticks - ticks if boot and boot == now_boot else now_wall - wall)
+
+
+@functools.lru_cache(1)
+def _boot_id() -> str:
+    try:
+        return _read_proc("/proc/sys/kernel/random/boot_id").decode().strip()
+    except OSError:  # a sandbox without it
+        return ""
 
 
 class Journal:
@@ -4521,7 +4543,10 @@ class Journal:
     def __init__(self, file: str):
         self._file = file
         self._held: list[tuple[int, Result]] = []
+        self._closed, self._trouble = False, ""  # while the files are made anew
         try:
+            if not os.path.exists(file) and os.path.exists(file + ".new"):  # it was made, see _copy
+                os.replace(file + ".new", file)
             self.reserve = Reserve(os.path.join(os.path.dirname(file), "reserve"))
             self._check_wal()
             try:
@@ -4538,7 +4563,7 @@ class Journal:
                 f"{file}: cannot be opened: {getattr(error, 'strerror', None) or error}"
             ) from None
         except sqlite3.DatabaseError as error:
-            aside = self._set_aside("", "-wal", "-shm")
+            aside = self._set_aside(*_SUFFIXES)
             log.error(
                 "the journal %s is broken (%s): moved to %s, starting with an empty one; the admin"
                 " will show runs that were in it as running",
@@ -4559,11 +4584,9 @@ class Journal:
 
     def _start_clock(self) -> None:
         [newest] = self._read("SELECT max(finished), max(accepted) FROM runs")
-        try:
-            stamp = self.fact("clock")
-            shown, self._truly = json.loads(stamp)[0], Clock.truly(stamp)
-        except (ValueError, TypeError, IndexError):  # the first start, or a damaged page
-            shown, self._truly = 0.0, time.time()
+        shown = 0.0
+        with contextlib.suppress(ValueError):  # the first start, or a damaged page
+            shown = float(self.fact("clock"))
         # What came after the last save; a time from a damaged row must not age all others.
         most = max(shown, time.time()) + DEAD_AFTER
         known = [at for at in newest if isinstance(at, (int, float)) and at < most]
@@ -4573,7 +4596,7 @@ class Journal:
     def save_clock(self) -> None:
         """From time to time: what is lost of it makes ages that decide younger."""
         with contextlib.suppress(JournalError):
-            self.learn("clock", self.clock.stamp())
+            self.learn("clock", str(self.clock.now()))
 
     def known_for(self, name: str) -> float:
         """For how many seconds of the clock something of this name is known: 0 at first."""
@@ -4620,11 +4643,11 @@ class Journal:
                 return None
             return found.st_dev, found.st_ino
 
-        return tuple(map(stamp, ("", "-wal", "-shm")))
+        return tuple(map(stamp, _SUFFIXES))
 
     def _check_files(self) -> None:
         """With the lock held. Raises FilesMoved: what would be written now could not be found."""
-        if self._stamps() != self._places:
+        if self._closed or self._stamps() != self._places:
             raise FilesMoved("its files were removed or replaced while it was open: try again")
 
     def _mend(self, error: Exception) -> bool:
@@ -4641,25 +4664,58 @@ class Journal:
 
     def _renew(self) -> None:
         """With the lock held: make the files anew from those that are still open."""
-        copy = self._file + ".new"
         try:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(copy)
-            with contextlib.closing(sqlite3.connect(copy, isolation_level=None)) as target:
-                self._group.db.backup(target)
-            os.chmod(copy, 0o640)
-            if self._stamps()[0] not in (None, self._places[0]):
-                self._set_aside("")
-            with self._reading:
-                self._reader.close()
-                self._group.db.close()  # before there are new ones: it removes -wal and -shm
-                os.replace(copy, self._file)
-                self._db = self._group.db = self._open()
-                self._reader = self._connect()
-            self._places = self._stamps()
-            log.error("the files of the journal %s were removed: made anew from memory", self._file)
+            if not self._closed:
+                self._copy()
+            self._take_copy()
+            log.error(
+                "the files of the journal %s were removed: made anew, all is there", self._file
+            )
+            self._trouble = ""
         except (sqlite3.Error, OSError) as error:
-            log.error("the files of the journal %s were removed: %s", self._file, error)
+            if str(error) != self._trouble:
+                log.error("the files of the journal %s were removed: %s", self._file, error)
+            self._trouble = str(error)
+
+    def _copy(self) -> None:
+        """What is open as FILE.new, whole or not at all; then nothing is open any more."""
+        part = self._file + ".part"
+        for last in (False, True):
+            try:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(part)
+                with contextlib.closing(sqlite3.connect(part, isolation_level=None)) as target:
+                    self._group.db.backup(target)
+                break
+            except sqlite3.Error as error:
+                with contextlib.suppress(OSError):
+                    os.unlink(part)
+                if last or not _NO_SPACE.search(str(error)) or not self.reserve.give_up():
+                    raise
+        os.chmod(part, 0o640)
+        os.replace(part, self._file + ".new")
+        with self._reading:
+            self._closed = True
+            self._reader.close()
+            self._group.db.close()
+
+    def _take_copy(self) -> None:
+        """Put FILE.new into its place, aside whatever lies there, and open it."""
+        if os.path.exists(self._file + ".new"):
+            foreign = []
+            for suffix, own, found in zip(_SUFFIXES, self._places, self._stamps()):
+                if found == own is not None:
+                    os.unlink(self._file + suffix)  # what it held is in the copy
+                elif found is not None:
+                    foreign.append(suffix)
+            if foreign:
+                self._set_aside(*foreign)
+            os.replace(self._file + ".new", self._file)
+        db = self._open()
+        with self._reading:
+            self._db = self._group.db = db
+            self._reader = self._connect()
+            self._places, self._closed = self._stamps(), False
 
     def _open(self) -> sqlite3.Connection:
         os.close(
@@ -4756,7 +4812,7 @@ class Journal:
             trigger.log_date_time,
             RunState.ACCEPTED.value,
             self.clock.now(),
-            json.dumps(vars(trigger)),
+            self._stored(trigger),
         )
         query = (
             "INSERT OR IGNORE INTO runs (log_id, log_date_time, state, accepted, trigger)"
@@ -4774,12 +4830,17 @@ class Journal:
         if self._write(lambda db: db.execute(query, (log_id,)).rowcount) != 1:
             raise JournalError(f"run {log_id} is not waiting to be started")
 
-    def restart(self, log_id: int) -> None:
+    @staticmethod
+    def _stored(trigger: Trigger) -> str:
+        """A trigger with the moment of its acceptance."""
+        return json.dumps({**vars(trigger), "accepted": moment()})
+
+    def restart(self, trigger: Trigger) -> None:
         """running -> accepted, for a run that a crash interrupted and that its job wants again."""
-        row = (self.clock.now(), log_id)
+        row = (self.clock.now(), self._stored(trigger), trigger.log_id)
         query = (
-            "UPDATE runs SET state = 'accepted', accepted = ? WHERE log_id = ? AND state ="
-            " 'running'"
+            "UPDATE runs SET state = 'accepted', accepted = ?, trigger = ?"
+            " WHERE log_id = ? AND state = 'running'"
         )
         self._write(lambda db: db.execute(query, row).rowcount)
 
@@ -4856,10 +4917,14 @@ class Journal:
         found = []
         for log_id, date, stored, state, accepted, starts in rows:
             try:
-                trigger = Trigger(**json.loads(stored))
-            except (ValueError, TypeError):  # a page may be damaged without SQLite noticing
-                trigger = Trigger(0, log_id, "(unknown)", log_date_time=date, glue_type="")
-            age = max(0.0, self._truly - accepted)
+                fields = json.loads(stored)
+                age = seconds_since(fields.pop("accepted", ["", 0.0, accepted]))
+                trigger = Trigger(**fields)
+            except (ValueError, TypeError, AttributeError):  # a page may be damaged unnoticed
+                age, trigger = (
+                    0.0,
+                    Trigger(0, log_id, "(unknown)", log_date_time=date, glue_type=""),
+                )
             found.append((trigger, RunState(state), age, starts))
         return found
 
@@ -5013,8 +5078,8 @@ class Callbacks:
     def _deliver(self) -> float | None:
         """Send what is due; returns the seconds until something else is, None when nothing
         waits."""
-        stored = self._journal.store_held()
         while True:
+            stored = self._journal.store_held()
             now = time.monotonic()
             if self._pardoned.is_set():
                 self._pardoned.clear()
@@ -5023,9 +5088,11 @@ class Callbacks:
             if now < self._retry_at:
                 return self._retry_at - now if stored else 1.0
             rows = self._journal.undelivered(BATCH + len(self._refused))
-            rows = self._bury(rows)
-            fresh = [row for row in rows if row[0] not in self._refused]
-            again = [row for row in rows if self._refused.get(row[0], (0, now + 1))[1] <= now]
+            alive = self._bury(rows)
+            if len(alive) < len(rows):  # others may stand behind those
+                continue
+            fresh = [row for row in alive if row[0] not in self._refused]
+            again = [row for row in alive if self._refused.get(row[0], (0, now + 1))[1] <= now]
             due = (fresh or again)[:BATCH]
             if not due:
                 waits = [at - now for _, at in self._refused.values()] + ([] if stored else [1.0])
@@ -5723,7 +5790,7 @@ class DataDir:
         self._place = f"{lock.st_dev}:{lock.st_ino}"
         found = os.pread(self._fd, 4096, 0).decode("ascii", "replace").splitlines()
         identity = found[0].partition(" ")[0] if found else ""
-        copied = found[1:] not in ([], [self._place])  # of another one's, who may be running
+        copied = found[1:2] not in ([], [self._place])  # of another one's, who may be running
         if copied:
             log.warning(
                 "%s is a copy of another data_dir: what that one started is left alone", path
@@ -5804,7 +5871,7 @@ def recover(
             logs.open(trigger).end(message if again else f"failed: {message}")
             if again:
                 try:
-                    journal.restart(trigger.log_id)
+                    journal.restart(trigger)
                     message = ""
                 except JournalError as error:
                     message = (

@@ -4,6 +4,7 @@ directory."""
 import collections
 import contextlib
 import itertools
+import json
 import os
 import random
 import re
@@ -125,7 +126,10 @@ def test_after_the_answer_before_the_start(executor, admin, tmp_path):
         open_gate(gate)
         died(daemon)
         assert ledger.started()[-1] == first
-        edit(daemon, "UPDATE runs SET accepted = accepted - 400 WHERE log_id = ?", old)
+        ((stored,),) = edit(daemon, "SELECT trigger FROM runs WHERE log_id = ?", old)
+        fields = json.loads(stored)
+        fields["accepted"][1] -= 400  # seconds since the host's boot
+        edit(daemon, "UPDATE runs SET trigger = ? WHERE log_id = ?", json.dumps(fields), old)
         crash_at(daemon, "starting:3")  # the first passage is the resumed run's
         assert ledger.result(young) == (200, "done")
         code, message = ledger.result(old)

@@ -62,6 +62,40 @@ def python_job(place, name, source, function="main", **options):
     }
 
 
+THIEF = """
+import os, time
+
+def main():
+    mine = os.open("/proc/self/fd/1", os.O_RDONLY | os.O_NONBLOCK)
+    for _ in range(40):
+        os.write(1, b"x")
+        time.sleep(0.005)
+        try:
+            os.read(mine, 65536)
+        except BlockingIOError:
+            pass
+    time.sleep(600)
+"""
+
+
+def test_who_takes_back_his_output_holds_nobody(start, admin, place):
+    """The pipe is the job's, so it may read it: the executor, which saw that there is something,
+    must not wait for what is not there any more."""
+    if not shutil.which("strace"):
+        pytest.skip("needs strace")
+    late = ["strace", "-D", "-f", "-qq", "-o", str(place / "calls"), "-e", "trace=poll"]
+    daemon = start(
+        {"thief": python_job(place, "thief", THIEF, timeout="1s", kill_grace="0.2s")},
+        prefix=[*late, "-e", "inject=poll:delay_exit=10000"],
+    )
+    for number in range(3):
+        _, reply = admin.trigger(daemon.url, "thief", jobId=number, logId=number + 1)
+        assert reply["code"] == 200
+    for number in range(3):
+        item = result_of(admin, number + 1, 10)
+        assert (item["handleCode"], item["handleMsg"]) == (502, "timed out after 1 s")
+
+
 def ending(daemon, admin, handler, **fields):
     """Run a job; returns (code, message)."""
     _, result = run_job(daemon, admin, handler, **fields)

@@ -670,6 +670,80 @@ def test_a_journal_that_is_removed(executor, admin, tmp_path, removed, end):
         assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
 
 
+def killed_at(file, call, moment=1):
+    """A prefix with which the daemon is killed as it begins its `moment`-th `call`."""
+    command = traced(file, "-e", f"trace={call}", "-e", f"inject={call}:signal=KILL:when={moment}")
+    return [word for word in command if word != "--seccomp-bpf"]  # with it no signal comes
+
+
+def remove_journal(daemon):
+    for name in ("journal.db", "journal.db-wal", "journal.db-shm"):
+        os.unlink(daemon.data / name)
+
+
+def assert_complete(daemon, ledger, known):
+    """Every logId of `known` is still known, and the journal is sound."""
+    for log_id in known:
+        ledger.trigger(daemon, "quick", logId=log_id)
+    assert ledger.refused.keys() & set(known) == set()
+    ledger.settle(daemon, 20)
+    daemon.stop()
+    with contextlib.closing(sqlite3.connect(daemon.data / "journal.db")) as db:
+        assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+def test_a_journal_that_is_replaced(executor, admin, tmp_path):
+    """An older copy is moved into its place, with its log: it is set aside and not mixed in, or
+    what it does not know would start again."""
+    ledger = Ledger(admin, tmp_path)
+    daemon = executor({"quick": ledger.job("echo quick")}, admin=admin)
+    known = [ledger.trigger(daemon, "quick") for _ in range(3)]
+    ledger.settle(daemon)
+    files = ("journal.db", "journal.db-wal", "journal.db-shm")
+    for name in files:
+        shutil.copy(daemon.data / name, tmp_path / name)
+    known += [ledger.trigger(daemon, "quick") for _ in range(20)]
+    ledger.settle(daemon)
+    for name in files:
+        os.replace(tmp_path / name, daemon.data / name)
+    wait_until(lambda: ledger.trigger(daemon, "quick") in ledger.accepted, 10, "a trigger")
+    assert len(list(daemon.data.glob("journal.db.broken-*"))) == 3
+    assert_complete(daemon, ledger, known)
+
+
+@pytest.mark.parametrize("moment", [1, 2], ids=["copied", "closed"])
+def test_a_kill_while_the_journal_is_made_anew(executor, admin, tmp_path, moment):
+    """Whenever it comes, what was in the journal is known after it, or was lost with its files."""
+    ledger = Ledger(admin, tmp_path)
+    kill = killed_at(tmp_path / "calls", "rename", moment)
+    daemon = executor({"quick": ledger.job("echo quick")}, admin=admin, prefix=kill)
+    known = [ledger.trigger(daemon, "quick") for _ in range(3)]
+    ledger.settle(daemon)
+    remove_journal(daemon)
+    ledger.trigger(daemon, "quick")
+    daemon.wait()
+    daemon.prefix = ()
+    daemon.start()
+    assert_complete(daemon, ledger, known if moment == 2 else [])
+
+
+def test_a_kill_while_the_lock_is_written(executor, admin, tmp_path):
+    """The end of what stood there before makes no copy of it: what a crash left is ended."""
+    ledger = Ledger(admin, tmp_path)
+    daemon = executor({"long": ledger.job("sleep 600")}, admin=admin)
+    long = ledger.trigger(daemon, "long")
+    wait_until(lambda: long in ledger.started())
+    identity = daemon.identity
+    daemon.kill()
+    daemon.prefix = killed_at(tmp_path / "calls", "ftruncate")
+    daemon.start(wait=False)
+    daemon.wait()
+    daemon.prefix = ()
+    daemon.start()
+    assert daemon.identity == identity
+    ledger.settle(daemon)
+
+
 # -- scripts without number
 
 
