@@ -13,13 +13,13 @@ earlier one of these.
 thread         started by          waits on                           stops when
 main           the interpreter     the signal pipe, the next deadline a signal asks for it
 http-selector  HttpServer.start    epoll: sockets, wake-up            close(), after the last answer
-http-N         HttpServer.start    the queue of complete requests     close(), after their answer
+http-N         HttpServer.start    a queue of complete requests       close(), after their answer
 (pruning)      Daemon, each hour   the disk                           all is removed, or a stop
 (output)       Output, on need     who reads stdout or stderr         nothing waits any more
 slot-N         Scheduler, on need  a lane that is ready, then its job the process ends
 callback       Callbacks.start     a result, the next attempt         close(), after at most 5 s
 registration   Registration.start  30 s, or a retry                   close(), after registryRemove
-(timers)       7 and 11            a deadline of one run or exchange  that ends first
+(timers)       7, 11 and 14        a deadline of a run, exchange, stop that ends first
 (resolver)     11                  the name of an admin               the resolver gives up
 
 sections: 1 vocabulary, 2 config, 3 metrics, 4 HTTP server, 5 executor API, 6 scheduling,
@@ -308,6 +308,7 @@ class Output:
         self._poller.register(self._fd, select.POLLOUT)
 
     def write(self, data: bytes) -> None:
+        """`data`: whole lines. Never waits."""
         with self._lock:
             rest = data if self._waiting else self._write_some(data)
             if len(rest) == len(data) and len(self._waiting) + len(data) > OUTPUT_LIMIT:
@@ -861,14 +862,16 @@ class _YamlReader:
 
     def _sources(self, key, value, prefix: str) -> list:
         """The mappings that a merge key names; anything else there is a problem."""
-        found = value.value if value.id == "sequence" else [value]
-        for source in found:
+        sources = []
+        for source in value.value if value.id == "sequence" else [value]:
             if source.id != "mapping":
                 expected = _expected("a mapping, or a list of mappings, to merge", source)
                 self.problem(key, f"{prefix}<<: {expected}")
             elif source in self._open:
                 self.problem(key, f"{prefix}<<: merges what it is a part of: remove it")
-        return [item for item in found if item.id == "mapping" and item not in self._open]
+            else:
+                sources.append(source)
+        return sources
 
     def section(self, kind, node, path: str, **fixed):
         """An instance of the dataclass `kind` from a mapping; a key that is absent or null has its
@@ -1164,7 +1167,7 @@ class Metrics:
 # 4 HTTP server
 # --------------------------------------------------------------------------------------------------
 HEAD_LIMIT, BODY_LIMIT = 16 << 10, 5 << 20  # bytes
-REQUEST_TIMEOUT = 10.0  # seconds from a request's first byte to its last; the admin waits 3 to 10
+REQUEST_TIMEOUT = 10.0  # seconds for a request to arrive, or for an answer to move on
 IDLE_TIMEOUT = 3900.0  # seconds; longer than any proxy keeps a connection (Envoy: 1 h)
 STRANGER_TIMEOUT = 15.0  # seconds of idleness for who has not shown the token
 LINGER = 2.0  # seconds for the client to read why a connection ends
@@ -1236,23 +1239,23 @@ class _Parser(http.server.BaseHTTPRequestHandler):
 def parse_head(head: bytes) -> Head:
     """Raises HttpError for all that RFC 9110 and 9112 forbid and that two servers could read
     differently. Takes time linear in the bytes: they come from anybody."""
-    line, *fields = head[:-4].split(b"\r\n")
-    if any(part.translate(None, _FIELD_TEXT) for part in (line, *fields)):
+    line, *lines = head[:-4].split(b"\r\n")
+    if any(part.translate(None, _FIELD_TEXT) for part in (line, *lines)):
         raise HttpError(400, "the head holds a control character, or a line without CR LF")
     target = _request_target(line)
-    found: dict[bytes, list[bytes]] = {}
-    for field in fields:
+    fields: dict[bytes, list[bytes]] = {}
+    for field in lines:
         name, colon, value = field.partition(b":")
         if not colon or not name or name.translate(None, _FIELD_NAME):
             raise HttpError(400, "a header line is not a name, a colon and a value")
-        found.setdefault(name.lower(), []).append(value.strip(b" \t"))
+        fields.setdefault(name.lower(), []).append(value.strip(b" \t"))
     parsed = _Parser(head)
     old = parsed.request_version == "HTTP/1.0"
-    hosts = found.get(b"host", [])
+    hosts = fields.get(b"host", [])
     if len(hosts) > 1 or not (hosts or old) or any(host.translate(None, _HOST) for host in hosts):
-        raise HttpError(400, "expected one Host")
-    length = _body_length(found, old)
-    expectations = found.get(b"expect", [])
+        raise HttpError(400, "expected one Host header that names a host")
+    length = _body_length(fields, old)
+    expectations = fields.get(b"expect", [])
     if any(expectation.lower() != b"100-continue" for expectation in expectations):
         raise HttpError(417, "the only expectation that can be met is 100-continue")
     expects = bool(expectations) and not old
@@ -1268,7 +1271,7 @@ def _request_target(line: bytes) -> str:
         raise HttpError(400, 'the request line is not "METHOD target HTTP/1.1"')
     target, version = words[1:]
     if not re.fullmatch(rb"HTTP/[0-9]\.[0-9]", version):
-        raise HttpError(400, "the version of HTTP is none")
+        raise HttpError(400, "expected HTTP/1.1 at the end of the request line")
     if not version.startswith(b"HTTP/1."):
         raise HttpError(505, "expected HTTP/1.1")
     if target.translate(None, _VISIBLE) or b"#" in target:
@@ -1333,7 +1336,8 @@ class Phase(enum.Enum):
 
 
 class Connection:
-    """A client socket and the bytes of its current exchange; used by the selector thread only."""
+    """A client socket and the bytes of its current exchange; owned by the selector
+    thread; who answers reads `request`, and whether it is CLOSED."""
 
     __slots__ = (
         *("sock", "fd", "peer", "phase", "since", "deadline", "events", "trusted", "used"),
@@ -1525,7 +1529,7 @@ class HttpServer:
 
     def hold(self, seconds: float) -> None:
         """Take no new connection and no further request of an old one until `release`; returns when
-        what had begun to come is answered, after `seconds` at the latest."""
+        what had begun to come is answered, after `seconds` at the latest; main thread."""
         self._holding.set()
         self._wake()
         self._quiet.wait(seconds)
@@ -1535,7 +1539,8 @@ class HttpServer:
         self._wake()
 
     def close(self, timeout: float = 3.0) -> None:
-        """Refuse new connections, let requests that are being answered finish, close the rest."""
+        """Answer who has connected already, take nobody more, close the rest; main thread, after
+        `timeout` seconds at the latest."""
         self._closing.set()
         self._wake()
         deadline = time.monotonic() + timeout
@@ -1582,29 +1587,28 @@ class HttpServer:
                 self._quiet.set()
             if now >= sweep:
                 sweep = self._sweep(now)
-            paused = 0.0 if self._held else self._listener.paused_until
-            limits = [sweep, self._stop_at, paused or sweep]
+            limits = [sweep, self._stop_at, self._listener.paused_until or sweep]
             wait = 0.0 if self._unfinished else max(0.0, min(limits) - now + 0.001)
             # By connection at once: what this turn closes may give its descriptor to a new one.
             events = [
                 (fd, event, self._connections.get(fd)) for fd, event in self._epoll.poll(wait)
             ]
-            if time.monotonic() >= self._listener.paused_until and not self._held:
+            if time.monotonic() >= self._listener.paused_until:
                 self._listener.resume()
             unfinished, self._unfinished = self._unfinished, []
-            for connection in unfinished:
-                self._guarded(self._advance, connection)
-            for fd, event, happened in events:
-                if happened is not None:
-                    if happened.phase is not Phase.CLOSED:
-                        self._guarded(self._happened, happened, event)
+            for waiting in unfinished:
+                self._guarded(self._advance, waiting)
+            for fd, event, connection in events:
+                if connection is not None:
+                    if connection.phase is not Phase.CLOSED:
+                        self._guarded(self._on_event, connection, event)
                 elif fd == self._wake_read:
                     self._woken()
                 elif fd == self._listener.fd and not (self._held or self._listener.closed):
                     self._accept()
             for budget in (self._bodies, self._pages):
-                for connection in budget.served():
-                    self._guarded(self._lent, connection)
+                for waiting in budget.served():
+                    self._guarded(self._go_on, waiting)
             sweep = min(sweep, time.monotonic() + LINGER)  # the soonest that can expire now
 
     def _woken(self) -> None:
@@ -1625,7 +1629,7 @@ class HttpServer:
         if self._held != self._holding.is_set() and not self._listener.closed:
             self._held = not self._held
             if self._held:
-                self._listener.pause(ALIVE)
+                self._listener.pause(float("inf"))
             else:
                 self._listener.resume()
         if self._leaving():
@@ -1712,7 +1716,7 @@ class HttpServer:
     def _drop(self, connection: Connection) -> None:
         if connection.phase is Phase.CLOSED:
             return
-        self._abandoned += connection.phase is Phase.ANSWERING and connection.request is not None
+        self._abandoned += connection.phase is Phase.ANSWERING
         connection.phase = Phase.CLOSED
         del self._connections[connection.fd]
         self._give_back(connection)
@@ -1734,7 +1738,7 @@ class HttpServer:
             connection.events = events
             self._epoll.modify(connection.fd, events)
 
-    def _happened(self, connection: Connection, event: int) -> None:
+    def _on_event(self, connection: Connection, event: int) -> None:
         if connection.phase is Phase.SENDING and event & select.EPOLLOUT:
             self._send(connection)
             self._advance(connection)
@@ -1819,8 +1823,8 @@ class HttpServer:
         self._dispatch(connection)
         return True
 
-    def _lent(self, connection: Connection) -> None:
-        """A connection that waited has its part of a budget now."""
+    def _go_on(self, connection: Connection) -> None:
+        """It waited for its part of a budget and has it now."""
         if connection.lent[-1][0] is self._pages:
             self._hand_over(connection, Route.PAGE)
         else:
@@ -1852,7 +1856,7 @@ class HttpServer:
         connection.out, connection.sent = render(reply, connection.close_after, head), 0
         connection.head = connection.request = None
         self._give_back(connection)
-        if len(connection.out) > SMALL_BODY:  # less than what a page had, so it need not wait
+        if len(connection.out) > SMALL_BODY:  # what exists is counted without waiting
             self._pages.occupy(connection, len(connection.out))
         self._send(connection)
 
@@ -2017,7 +2021,7 @@ class Api:
 
     def route(self, request: Request) -> Route:
         path = self._path(request)
-        if path in ("/metrics", "/status"):
+        if path == "/metrics" or path == "/status" and request.trusted:
             return Route.POOL
         if path not in self._post or path == "/beat" or not request.trusted:
             return Route.DIRECT
@@ -2054,7 +2058,7 @@ class Api:
         """Always HTTP 200: the admin shows nothing of another status."""
         try:
             self._authorize(request)
-            return self._post[path](path, request)
+            return self._post[path](request)
         except Refused as error:
             if path in ("/run", "/trigger"):
                 self._metrics.count("refused_triggers_total", reason=error.reason)
@@ -2079,12 +2083,12 @@ class Api:
                     "app_name",
                 )
 
-    def _beat(self, path: str, request: Request) -> Reply:
+    def _beat(self, request: Request) -> Reply:
         if self.draining:
             raise Refused("the executor is stopping")
         return self._alive
 
-    def _idle_beat(self, path: str, request: Request) -> Reply:
+    def _idle_beat(self, request: Request) -> Reply:
         if self.draining:
             raise Refused("the executor is stopping")
         if self._scheduler.busy(number(decode(request.body), "jobId")):
@@ -2092,10 +2096,10 @@ class Api:
             raise Refused("job thread is running or has trigger queue.")
         return self._alive
 
-    def _run(self, path: str, request: Request) -> Reply:
+    def _run(self, request: Request) -> Reply:
         fields = decode(request.body)
         trigger = decode_trigger(fields)
-        self._learned(path)
+        self._learned(self._path(request))
         try:
             if trigger.glue_type == "BEAN":
                 self._scheduler.submit(trigger, self._job(trigger.handler))
@@ -2124,11 +2128,11 @@ class Api:
             self._scripts.store(trigger, text(fields, "glueSource"), peer)
             self._scheduler.submit(trigger, job)
 
-    def _kill(self, path: str, request: Request) -> Reply:
+    def _kill(self, request: Request) -> Reply:
         found = self._scheduler.kill(number(decode(request.body), "jobId"))
         return Reply(200, _JSON, envelope(SUCCESS, found))
 
-    def _log(self, path: str, request: Request) -> Reply:
+    def _log(self, request: Request) -> Reply:
         fields = decode(request.body)
         log_id = number(fields, "logId")
         page = self._logs.page(
@@ -2600,7 +2604,7 @@ class Control:
 
     def __init__(self):
         self._lock = threading.Lock()
-        self._act: typing.Callable[[], None] | None = None
+        self._act: typing.Callable[[], typing.Any] | None = None
         self.result: Result | None = None
         self.stuck_hook: typing.Callable[[], None] = lambda: None
 
@@ -2614,7 +2618,7 @@ class Control:
                     except RuntimeError as error:  # no thread for the timer of a run in a thread
                         log.error("cannot watch whether a cancelled run ends: %s", error)
 
-    def attach(self, act: typing.Callable[[], None] | None) -> None:
+    def attach(self, act: typing.Callable[[], typing.Any] | None) -> None:
         """`act` is called once when the run is cancelled, at once when it is already; None
         detaches."""
         with self._lock:
@@ -3012,6 +3016,10 @@ def require_kernel() -> None:
         ) from None
 
 
+class Unwatched(OSError):
+    """A job process began that nobody could watch; it was killed, but not what it had started."""
+
+
 class Child:
     """A job process that subprocess started: `fd` is readable when it has ended. It is reaped by
     `close`: until then its PID, which is its session too, is nobody else's."""
@@ -3024,11 +3032,11 @@ class Child:
         _OWN.add(popen.pid)
         try:
             self.fd = os.pidfd_open(popen.pid)
-        except OSError:  # nobody could watch it
+        except OSError as error:
             os.killpg(popen.pid, signal.SIGKILL)
             popen.wait()
             _OWN.discard(popen.pid)
-            raise
+            raise Unwatched(error.errno, error.strerror) from None
 
     def poll(self) -> int | None:
         """The exit status, negative for a signal, or None while it runs."""
@@ -3046,7 +3054,7 @@ class Child:
 
 class ForkedChild:
     """A job process that a Python server forked: `fd` is readable when the server reports of it, or
-    is gone. Only the server and this process hold the other end; the job has one of `channel`."""
+    is gone. Only the server holds its other end; the job holds that of `channel`."""
 
     def __init__(self, report: int, channel: socket.socket):
         self.fd, self._channel = report, channel
@@ -3167,7 +3175,7 @@ class PythonServer:
             except OSError as error:
                 child.close()  # without a request its process ends
                 if isinstance(error, (TimeoutError, ConnectionError)):
-                    self._give_up(popen)
+                    self._kill_server(popen)
                 if attempt == 2 or not isinstance(error, ConnectionError):
                     raise
         return child
@@ -3187,8 +3195,8 @@ class PythonServer:
             os.close(write)
         return ForkedChild(read, ours)
 
-    def _give_up(self, popen: subprocess.Popen | None) -> None:
-        """Wait until it has ended: the next run must get a new one."""
+    def _kill_server(self, popen: subprocess.Popen | None) -> None:
+        """Kill it and wait for its end: the next run must get a new one."""
         with self._lock:
             if popen is not None and self._popen is popen:
                 popen.kill()
@@ -3222,7 +3230,12 @@ def _patiently(call: typing.Callable[[], typing.Any]) -> typing.Any:
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE) or time.monotonic() >= deadline:
                 raise
-            select.poll().poll(100)
+            breathe(0.1)
+
+
+def breathe(seconds: float) -> None:
+    """Let a shortage pass: the one wait here for which no event tells the end."""
+    select.poll().poll(seconds * 1000)
 
 
 def _read_proc(path: str) -> bytes:
@@ -3446,7 +3459,7 @@ class ResultFiles:
     def __init__(self, directory: str, identity: str):
         """Removes what an executor of this `identity` that crashed has left."""
         self._directory, self._prefix = directory, f"xxl-executor-{identity}-"
-        self._session = secrets.token_hex(8)  # what an earlier life left is not believed
+        self._life = secrets.token_hex(8)  # what an earlier one left is not believed
         self._lock, self._shared = threading.Lock(), ""
         make_directory(directory)
         self._clear(directory)
@@ -3475,7 +3488,7 @@ class ResultFiles:
 
     def path(self, log_id: int) -> str:
         """For a job of the executor's own user, who creates the file if he wants to."""
-        return os.path.join(self._directory, f"{self._session}-{log_id}.result")
+        return os.path.join(self._directory, f"{self._life}-{log_id}.result")
 
     def create(self, user: pwd.struct_passwd) -> str:
         """A file that `user` may write. Raises OSError."""
@@ -3542,8 +3555,7 @@ class Runner:
         self.results = ResultFiles(scratch, identity)
         if LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
             raise ExecutorError(
-                f"cannot become the reaper of orphans: {os.strerror(ctypes.get_errno())}: Linux 5.3"
-                " is needed"
+                f"cannot become the reaper of orphans: {os.strerror(ctypes.get_errno())}"
             )
 
     def prepare(self, jobs: typing.Iterable[JobConfig]) -> None:
@@ -3652,8 +3664,8 @@ class ProcessRun:
                 child = self._spawn(write)
             except (OSError, ValueError, KeyError) as error:
                 note_start(self._out, self._trigger, self._timeout, "pid=none")
-                if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-                    self._end_by_force(0)  # it may have begun, and nobody could watch it
+                if isinstance(error, Unwatched):
+                    self._end_by_force(0)
                 return Result(FAILURE, self._spawn_failure(error), 127)
             finally:
                 if write >= 0:
@@ -3661,7 +3673,7 @@ class ProcessRun:
             self._seen.update(child.seen)
             failpoint("forked")
             note_start(self._out, self._trigger, self._timeout, f"pid={child.pid}")
-            self._control.attach(lambda: typing.cast(None, os.write(wake_write, b"x")))
+            self._control.attach(lambda: os.write(wake_write, b"x"))
             try:
                 status = self._supervise(child, read, wake_read)
             except BaseException:
@@ -3827,7 +3839,7 @@ class ProcessRun:
                     self._terminate(child)
 
     def _end_by_force(self, session: int) -> None:
-        """Its run is not ended before its processes are, whatever is short."""
+        """Its run is not ended before its processes are, whatever is short and for how long."""
         while True:
             try:
                 kill_family(self._marker, session, self._seen)
@@ -3837,7 +3849,7 @@ class ProcessRun:
                 with contextlib.suppress(OSError):
                     if session:
                         os.killpg(session, signal.SIGKILL)
-                select.poll().poll(1000)
+                breathe(1.0)
 
     def _terminate(self, child: Child | ForkedChild) -> None:
         with urgent():
@@ -3868,8 +3880,8 @@ class ProcessRun:
 
     def _result(self, status: int | None, message: str) -> Result:
         ended = self._control.result
+        # A cancellation that came after its end changes nothing.
         if status is None or ended is not None and self._kill_at is not None:
-            # Else it had ended before that came.
             assert ended is not None
             message = (
                 ended.message
@@ -3959,7 +3971,7 @@ def run_in_thread(
 # 8 job logs
 # --------------------------------------------------------------------------------------------------
 PAGE_LIMIT = 4 << 20  # bytes of the log in one reply to /log, where they stand twice, as JSON
-_CONTROLS = bytes(set(range(1, 0x20)) - set(b"\b\t\n\f\r"))  # six bytes in JSON: \\u0001
+_CONTROLS = bytes(set(range(1, 0x20)) - set(b"\b\t\n\f\r"))  # six bytes in JSON
 _INDEXED_FILES = 256  # how many files the positions of lines are remembered for
 
 
@@ -4085,7 +4097,7 @@ class JobLogs:
         echo: typing.Callable[[bytes], None] | None = None,
         full: typing.Callable[[], bool] = lambda: False,
     ):
-        """`echo(lines)`: where the output of all runs goes too; `full`: see RunLog."""
+        """`echo(data)`: where the output of all runs goes too; `full`: see RunLog."""
         self.directory, self._limit, self._retention = directory, limit, retention
         self._echo, self._full = echo, full
         make_directory(directory)
@@ -4543,7 +4555,7 @@ class Journal:
     def __init__(self, file: str):
         self._file = file
         self._held: list[tuple[int, Result]] = []
-        self._closed, self._trouble = False, ""  # while the files are made anew
+        self._closed, self._trouble = False, ""  # no file is open; what was told of that last
         try:
             if not os.path.exists(file) and os.path.exists(file + ".new"):  # it was made, see _copy
                 os.replace(file + ".new", file)
@@ -4584,13 +4596,13 @@ class Journal:
 
     def _start_clock(self) -> None:
         [newest] = self._read("SELECT max(finished), max(accepted) FROM runs")
-        shown = 0.0
+        saved = 0.0
         with contextlib.suppress(ValueError):  # the first start, or a damaged page
-            shown = float(self.fact("clock"))
+            saved = float(self.fact("clock"))
         # What came after the last save; a time from a damaged row must not age all others.
-        most = max(shown, time.time()) + DEAD_AFTER
+        most = max(saved, time.time()) + DEAD_AFTER
         known = [at for at in newest if isinstance(at, (int, float)) and at < most]
-        self.clock = Clock(max([shown, *known]) or time.time())
+        self.clock = Clock(max([saved, *known]) or time.time())
         self.save_clock()
 
     def save_clock(self) -> None:
@@ -4599,7 +4611,8 @@ class Journal:
             self.learn("clock", str(self.clock.now()))
 
     def known_for(self, name: str) -> float:
-        """For how many seconds of the clock something of this name is known: 0 at first."""
+        """For how many seconds of the clock something of this name is known; the first call notes
+        it. Raises JournalError."""
         try:
             return self.clock.now() - float(self.fact(f"since {name}"))
         except ValueError:
@@ -4777,11 +4790,16 @@ class Journal:
         self,
         work: typing.Callable[[sqlite3.Connection], typing.Any],
         tally: typing.Callable[[typing.Any], None] | None = None,
+        again: bool = True,
     ) -> typing.Any:
         """Run `work` in the next transaction; returns its value, which must not be a cursor: those
-        belong to the lock. After the commit `tally` gets it, too, with the lock held."""
+        belong to the lock. After the commit `tally` gets it, too, with the lock held. `again`: also
+        on files that were just made anew."""
         write = _Write(work, tally)
         self._group.join(write)
+        if again and isinstance(write.error, FilesMoved):
+            write = _Write(work, tally)
+            self._group.join(write)
         if write.error is not None:
             raise JournalError(f"{self._file}: {write.error}")
         return write.value
@@ -4818,7 +4836,7 @@ class Journal:
             "INSERT OR IGNORE INTO runs (log_id, log_date_time, state, accepted, trigger)"
             " VALUES (?, ?, ?, ?, ?)"
         )
-        return self._write(lambda db: db.execute(query, row).rowcount) == 1
+        return self._write(lambda db: db.execute(query, row).rowcount, again=False) == 1
 
     def start(self, log_id: int) -> None:
         """accepted -> running; committed before anything of the run starts, so that it never starts
@@ -4954,7 +4972,7 @@ class Journal:
     def prune(self, stop: typing.Callable[[], bool] = lambda: False) -> int:
         """Forget delivered runs after REPEAT_WINDOW, dead ones after four times DEAD_AFTER; returns
         how many."""
-        return self._remove("state = 'delivered'", REPEAT_WINDOW, stop, lambda count: None) + (
+        return self._remove("state = 'delivered'", REPEAT_WINDOW, stop, None) + (
             self._remove(
                 "state <> 'delivered' AND state = 'dead'",
                 4 * DEAD_AFTER,
@@ -5646,7 +5664,8 @@ class Registration:
     def _take_back(self, address: str, parked: bool) -> None:
         try:
             self._admin.registry(address, remove=True, parked=parked)
-            log.info("took back the registration of %s%s", address, " (draining)" * parked)
+            what = "draining " if parked else ""
+            log.info("took back the %sregistration of %s", what, address)
         except Exception as error:
             log.warning(
                 "could not take back the registration of %s, the admin forgets it by itself: %s",
@@ -5790,10 +5809,12 @@ class DataDir:
         self._place = f"{lock.st_dev}:{lock.st_ino}"
         found = os.pread(self._fd, 4096, 0).decode("ascii", "replace").splitlines()
         identity = found[0].partition(" ")[0] if found else ""
-        copied = found[1:2] not in ([], [self._place])  # of another one's, who may be running
+        copied = len(found) > 1 and found[1] != self._place  # of another one's, who may be running
         if copied:
             log.warning(
-                "%s is a copy of another data_dir: what that one started is left alone", path
+                "%s was copied, or its file system is mounted anew: what was started from the"
+                " earlier place is left alone",
+                path,
             )
         valid = re.fullmatch(r"[0-9a-f]{16}", identity) and not copied
         self.identity = identity if valid else secrets.token_hex(8)
@@ -5984,7 +6005,8 @@ class Signals:
 
 
 class Daemon:
-    """Builds everything, starts it in order, stops it in reverse; used by the main thread only."""
+    """Builds everything, starts it in order, stops it in reverse; used by the main thread, but for
+    `status` (any thread) and what the pruning thread and the timer of a stop call."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 

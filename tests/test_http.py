@@ -398,7 +398,9 @@ TOO_LONG_HEAD = (431, "the request head is longer than 16384 bytes")
         pytest.param(b"\x16\x03\x01\x02\xfc\x03\x03\r\n\r\n", (400, None), id="binary"),
         pytest.param(b" \r\n\r\n", (400, None), id="blank"),
         pytest.param(
-            b"POST /beat HTTP/x\r\n\r\n", (400, "the version of HTTP is none"), id="no-version"
+            b"POST /beat HTTP/x\r\n\r\n",
+            (400, "expected HTTP/1.1 at the end of the request line"),
+            id="no-version",
         ),
         pytest.param(b"POST /beat\r\n\r\n", BAD_LINE, id="http09-post"),
     ],
