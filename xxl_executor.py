@@ -1781,8 +1781,8 @@ class HttpServer:
         data = connection.take_head()
         if data is None:
             self._watch(connection, select.EPOLLIN)
-            if connection.trusted and not connection.buffer:
-                # A newline behind the last request, which some clients send, begins none.
+            if connection.trusted and not connection.buffer and connection.skipped <= 2:
+                # One newline behind the last request, which some clients send, begins none.
                 connection.enter(Phase.IDLE, IDLE_TIMEOUT)
             return False
         head = connection.head = (_known_head if len(data) <= _CACHED_HEAD else parse_head)(data)
