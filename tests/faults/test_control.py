@@ -648,7 +648,7 @@ def break_framing(port, fuzzer, statuses, problems, found):
 def test_fuzzed_requests(executor, admin, tmp_path):
     """Whatever bytes come, the daemon lives, answers every request, keeps its memory, and beats
     take at most 100 ms."""
-    count, seed = rounds(100_000, "XXL_FAULT_REQUESTS"), rounds(25, "XXL_FAULT_SEED")
+    count, seed = rounds(50_000, "XXL_FAULT_REQUESTS"), rounds(25, "XXL_FAULT_SEED")
     ledger = Ledger(admin, tmp_path)
     jobs = {
         "noop": ledger.python_job(tmp_path, "noop", "pass", isolation="thread"),

@@ -96,7 +96,7 @@ def test_after_the_accept_before_the_answer(executor, admin, tmp_path):
     ledger = Ledger(admin, tmp_path)
     daemon = executor({"job": ledger.job("echo done")}, admin=admin, start=False)
     crash_at(daemon, "accepted:1")
-    for i in range(rounds(10)):
+    for i in range(rounds(6)):
         log_id = ledger.trigger(daemon)
         died(daemon)
         assert log_id in ledger.unanswered
@@ -109,7 +109,7 @@ def test_after_the_accept_before_the_answer(executor, admin, tmp_path):
         assert ledger.result(log_id) == (200, "done")
         ledger.settle(daemon)
         assert ledger.started().count(log_id) == 1
-    assert len(ledger.started()) == len(ledger.accepted) == rounds(10)
+    assert len(ledger.started()) == len(ledger.accepted) == rounds(6)
 
 
 def test_after_the_answer_before_the_start(executor, admin, tmp_path):
@@ -120,7 +120,7 @@ def test_after_the_answer_before_the_start(executor, admin, tmp_path):
     jobs = {"first": ledger.job(f"read _ < {gate}; true"), "job": ledger.job("echo done")}
     daemon = executor(jobs, admin=admin, start=False)
     crash_at(daemon, "starting:2")
-    for _ in range(rounds(10)):
+    for _ in range(rounds(6)):
         first, young, old = [ledger.trigger(daemon, name) for name in ("first", "job", "job")]
         assert {first, young, old} <= ledger.accepted
         open_gate(gate)
@@ -159,7 +159,7 @@ def test_after_the_fork_before_anything_is_stored(executor, admin, tmp_path):
     }
     daemon, again = executor(jobs, admin=admin, start=False), set()
     crash_at(daemon, "forked:1")
-    for _, name in zip(range(rounds(10)), itertools.cycle(jobs)):
+    for _, name in zip(range(rounds(6)), itertools.cycle(jobs)):
         log_id = ledger.trigger(daemon, name)
         died(daemon)
         # It lives on: its first process, which notes the start, and the sleep.
@@ -211,7 +211,7 @@ def test_in_the_middle_of_a_run(executor, admin, tmp_path):
         ),
     }
     daemon, again, date = executor(jobs, admin=admin), set(), int(time.time() * 1000)
-    for _ in range(rounds(10)):
+    for _ in range(rounds(6)):
         runs = {
             name: ledger.trigger(daemon, name, jobId=i, logDateTime=date)
             for i, name in enumerate(jobs)
@@ -269,7 +269,7 @@ def test_after_the_exit_before_the_result_is_stored(executor, admin, tmp_path):
     }
     daemon, again = executor(jobs, admin=admin, start=False), set()
     crash_at(daemon, "exited:1")
-    for _, name in zip(range(rounds(10)), itertools.cycle(jobs)):
+    for _, name in zip(range(rounds(6)), itertools.cycle(jobs)):
         log_id = ledger.trigger(daemon, name)
         died(daemon)
         assert ledger.started().count(log_id) == 1 and log_id not in admin.results
@@ -301,7 +301,7 @@ def test_after_a_callback_before_its_acknowledgement_is_stored(executor, admin, 
         {"job": ledger.job("echo done; exit $(( $$ % 2 ))")}, admin=admin, start=False
     )
     crash_at(daemon, "sent:1")
-    for _ in range(rounds(10)):
+    for _ in range(rounds(6)):
         log_id = ledger.trigger(daemon)
         died(daemon)
         assert len(admin.results[log_id]) == 1
@@ -530,7 +530,7 @@ def free_port():
 def test_at_random_moments_under_load(executor, admin, tmp_path):
     """Every accepted run gets one result, starts at most once and leaves nothing, and the journal
     is sound."""
-    seed, seconds = int(os.environ.get("XXL_FAULT_SEED", "14")), rounds(20, "XXL_FAULT_SECONDS")
+    seed, seconds = int(os.environ.get("XXL_FAULT_SEED", "14")), rounds(12, "XXL_FAULT_SECONDS")
     ledger, plan, port = Ledger(admin, tmp_path), random.Random(seed), free_port()
     tree = "sleep 0.3 & (setsid sleep 0.3 &); wait; echo done"
     jobs = {

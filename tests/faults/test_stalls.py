@@ -523,7 +523,7 @@ def test_clients_that_ask_for_pages_and_do_not_read(executor, admin, tmp_path):
     daemon = executor(
         {"text": {"shell": f"cat {tmp_path / 'text'}"}},
         admin=admin,
-        env=launch(REQUEST_TIMEOUT=5.0),
+        env=launch(REQUEST_TIMEOUT=3.0),
         program=LAUNCH,
     )
     now = int(time.time() * 1000)
