@@ -612,7 +612,7 @@ def public_directory():
 
 
 @ROOT_ONLY
-def test_as_another_user(executor, admin, public_directory):
+def test_as_another_user(public_directory, executor, admin):
     daemon = executor(
         {
             "who": {"shell": "id -un; id -G; echo $HOME $USER $LOGNAME", "user": "nobody"},
@@ -650,7 +650,7 @@ def test_as_another_user(executor, admin, public_directory):
 
 @pytest.mark.parametrize("user", [None, pytest.param("nobody", marks=ROOT_ONLY)])
 def test_the_result_file_of_an_interrupted_start_is_forgotten(
-    executor, admin, public_directory, user
+    public_directory, executor, admin, user
 ):
     """After a crash the run starts again under its logId: what its first start wrote is not in the
     way."""

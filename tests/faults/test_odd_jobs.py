@@ -117,7 +117,7 @@ while time.monotonic() < end and not os.path.exists(stop) and not os.path.exists
 @pytest.mark.parametrize("how", ["timeout", "kill", "cover", "end"])
 def test_a_tree_that_keeps_forking(executor, admin, ledger, tmp_path, how):
     """200 chains of processes that fork a successor and exit, each in a session of its own and deaf
-    to SIGTERM, are gone within 2 s after the grace."""
+    to SIGTERM, are gone soon after the grace: nobody outruns the search."""
     count, grace, timeout = 200, 1, 6
     (tmp_path / "chains.py").write_text(CHAINS)
     stop, gate = tmp_path / "stop", tmp_path / "gate"
@@ -161,7 +161,7 @@ def test_a_tree_that_keeps_forking(executor, admin, ledger, tmp_path, how):
                     "end": (200, ""),
                 }[how]
             )
-            assert took < grace + 2, (
+            assert took < grace + xxl_executor.KILL_LIMIT, (
                 f"the last process was there {took:.2f} s after the run was to end"
             )
             if cover:
