@@ -25,6 +25,9 @@ sys.path.insert(0, str(ROOT))
 
 import xxl_executor  # noqa: E402
 
+# In the background of a script it is ignored, and what a process ignores its children ignore too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # Where PYTHONDONTWRITEBYTECODE is set, as in many images, every daemon and every server of Python
 # jobs would compile it once more.
 with contextlib.suppress(OSError):
