@@ -22,8 +22,8 @@ registration   Registration.start  30 s, or a retry                   close(), a
 (timers)       7, 11 and 14        a deadline of a run, exchange, stop that ends first
 (resolver)     11                  the name of an admin               the resolver gives up
 
-sections: 1 vocabulary, 2 config, 3 metrics, 4 HTTP server, 5 executor API, 6 scheduling,
-7 job process, 8 job logs, 9 journal, 10 callbacks, 11 admin client, 12 registration, 13 systemd,
+sections: 1 vocabulary, 2 config, 3 metrics, 4 HTTP server, 5 executor API, 6 core,
+7 job processes, 8 job logs, 9 journal, 10 callbacks, 11 admin client, 12 registration, 13 systemd,
 14 daemon, 15 CLI.  `grep -n '^# [0-9]'` lists them.
 """
 
@@ -51,6 +51,7 @@ import functools
 import gc
 import glob
 import hashlib
+import heapq
 import hmac
 import http
 import http.server
@@ -156,13 +157,14 @@ class AdminRefused(ExecutorError):
 
 
 class RunState(enum.Enum):
-    """accepted -> running -> finished -> delivered | dead; a dropped run goes from accepted to
-    finished."""
+    """accepted -> running -> finished -> acknowledged -> resent -> delivered; a dropped run goes
+    from accepted to finished, a result that the admin never took from finished to dead."""
 
-    ACCEPTING = "accepting"  # reserved in its lane, not committed yet
     ACCEPTED = "accepted"
     RUNNING = "running"
     FINISHED = "finished"
+    ACKNOWLEDGED = "acknowledged"  # by the admin, which may have lost it nevertheless
+    RESENT = "resent"  # and acknowledged once more
     DELIVERED = "delivered"
     DEAD = "dead"
 
@@ -203,11 +205,108 @@ class Result:
     exit_status: int | None = None
 
 
+# -- messages to the core: decisions may be refused, and count once they are committed; facts have
+# -- happened already
+
+
+class Submit(typing.NamedTuple):
+    """Decision: accept a trigger; `job` is what runs it, or why it cannot run here. `ticket`
+    takes the answer."""
+
+    trigger: Trigger
+    job: typing.Any
+    ticket: typing.Any
+
+
+class Kill(typing.NamedTuple):
+    """Decision: end what runs and drop what waits for a job."""
+
+    job_id: int
+    ticket: typing.Any
+
+
+class Resume(typing.NamedTuple):
+    """Decision: queue a run that the journal holds since an earlier life, `again`: one that ran."""
+
+    trigger: Trigger
+    job: typing.Any
+    again: bool
+
+
+class Expired(typing.NamedTuple):
+    """Decision, carried out even if it cannot be stored: a run is out of time."""
+
+    log_id: int
+    result: Result
+
+
+class CancelAll(typing.NamedTuple):
+    """Decision, carried out even if it cannot be stored: end everything that runs."""
+
+    result: Result
+
+
+class Drain(typing.NamedTuple):
+    """Decision: start nothing any more; `idle()` is called once nothing runs."""
+
+    idle: typing.Callable[[], None]
+
+
+class Ended(typing.NamedTuple):
+    """Fact: a run has ended so."""
+
+    log_id: int
+    result: Result
+
+
+class Lost(typing.NamedTuple):
+    """Fact: a run of an earlier life cannot go on."""
+
+    trigger: Trigger
+    result: Result
+
+
+class Stuck(typing.NamedTuple):
+    """Fact: a cancelled run does not return from its thread."""
+
+    log_id: int
+
+
+class Settled(typing.NamedTuple):
+    """Fact: results are in another state now; `stored(this)` is called after the commit."""
+
+    log_ids: list[int]
+    before: RunState
+    state: RunState
+    stored: typing.Callable[[typing.Any], None]
+
+
+class Note(typing.NamedTuple):
+    """Fact: something to be remembered under a name; None: not any more."""
+
+    name: str
+    value: str | None
+
+
+class Work(typing.NamedTuple):
+    """Decision: `work()` in the next transaction; `done(its value or the error)` after it."""
+
+    work: typing.Callable[[], typing.Any]
+    done: typing.Callable[[typing.Any], None]
+
+
+class Lines(list):
+    """Lines for the log, as one record: to format and to write each by itself takes 15 us."""
+
+    def __str__(self) -> str:
+        return "\n".join(self)
+
+
 class Route(enum.Enum):
     """Who answers a request."""
 
     DIRECT = "the selector: it needs no decision, no file and no lock"
-    WORK = "a thread of those that the admin waits for"
+    CORE = "the core, which gets a message from the selector"
     POOL = "a thread for what may read a file or the journal"
     PAGE = "the same, once a log page has its part of the budget"
 
@@ -1072,6 +1171,7 @@ _METRICS = {  # name: (type, help, names of labels)
     ),
     "refused_triggers_total": ("counter", "Triggers answered with code 500, by reason.", "reason"),
     "callback_failures_total": ("counter", "Failed attempts to deliver results."),
+    "results_resent_total": ("counter", "Acknowledged results that were sent once more."),
     "registration_failures_total": ("counter", "Failed heartbeats to the admin."),
     "log_dropped_bytes_total": (
         "counter",
@@ -1173,8 +1273,9 @@ STRANGER_TIMEOUT = 15.0  # seconds of idleness for who has not shown the token
 LINGER = 2.0  # seconds for the client to read why a connection ends
 BACKLOG = 1024  # connections that wait to be accepted
 ALIVE = 15.0  # seconds; the selector turns at least every LINGER
+PATIENCE = 2.5  # seconds for the core to decide; the admin waits at least 3
 POOL_THREADS = 4
-SMALL_BODY = HEAD_LIMIT  # bytes; what is no longer than a head needs no part of the budget
+SMALL_BODY = HEAD_LIMIT  # bytes; what is no longer needs no budget, and is decoded by the selector
 BODY_BUDGET = PAGE_BUDGET = 64 << 20  # bytes of all bodies, and of all log pages, at a time
 PAGE_COST = 9 << 20  # bytes; more than any answer to /log, see PAGE_LIMIT
 _TURN = 1 << 16  # bytes that one connection may send or be sent before others get their turn
@@ -1197,6 +1298,9 @@ def envelope(code: int, message: str | None = None, data: typing.Any = None) -> 
 
 def refusal(status: int, text: str) -> Reply:
     return Reply(status, _JSON, envelope(FAILURE, text))
+
+
+_YES = Reply(200, _JSON, envelope(SUCCESS))
 
 
 class HttpError(Exception):
@@ -1329,7 +1433,7 @@ class Phase(enum.Enum):
     HEAD = "the rest of its head"
     BODY = "the rest of its body"
     WAITING = "its part of a budget"
-    ANSWERING = "a thread that makes the answer"
+    ANSWERING = "the core or a thread that makes the answer"
     SENDING = "the client to take the answer"
     LINGERING = "the client to close"
     CLOSED = "nothing"
@@ -1341,7 +1445,7 @@ class Connection:
 
     __slots__ = (
         *("sock", "fd", "peer", "phase", "since", "deadline", "events", "trusted", "used"),
-        *("buffer", "skipped", "head", "request", "out", "sent", "close_after", "lent"),
+        *("buffer", "skipped", "head", "request", "ticket", "out", "sent", "close_after", "lent"),
     )
 
     def __init__(self, sock: socket.socket, peer: str):
@@ -1353,6 +1457,7 @@ class Connection:
         self.buffer, self.skipped = bytearray(), 0  # blank lines before the request, in bytes
         self.head: Head | None = None
         self.request: Request | None = None
+        self.ticket: Ticket | None = None
         self.out, self.sent, self.close_after = b"", 0, False
         self.lent: list[tuple[Budget, int]] = []
 
@@ -1423,6 +1528,22 @@ class Budget:
                 yield connection
 
 
+class Ticket:
+    """The answer to one request, by whoever claims it first: who decides, once that is committed,
+    or the selector when the client's patience ends. Any thread."""
+
+    def __init__(self, connection: Connection, deliver: typing.Callable):
+        self._connection, self._deliver = connection, deliver
+        self._claims = itertools.count()
+
+    def claim(self) -> bool:
+        return next(self._claims) == 0
+
+    def give(self, reply: Reply) -> None:
+        """After a claim."""
+        self._deliver(self._connection, reply)
+
+
 class Listener:
     """The listening socket in the selector; used by the selector thread.
 
@@ -1477,21 +1598,21 @@ class HttpServer:
     """Receives whole requests in one selector thread, which alone owns every connection.
 
     No connection holds a thread unless its request is complete, and no slow reader holds one
-    either. What needs no decision and no file is answered by the selector itself; the rest by a
-    few threads: what may take long by others than what the admin waits for, see Route.
+    either. What needs no decision and no file is answered by the selector itself; a decision
+    becomes a message to the core; what may read a file goes to a small pool, see Route.
     Nobody who has not shown the token gets a body kept, and at `max_connections` such connections
     make room first, then the one that is idle the longest.
 
-    `api` has trusts(request), route(request) -> Route, and answer(request) -> Reply.
-    None of them may raise; the first two, and answer for DIRECT, must not wait for anything.
+    `api` has trusts(request), route(request) -> Route, answer(request, ticket) -> Reply, or None
+    when the ticket will give it, and late(request) -> Reply, for a decision that has not come
+    within PATIENCE. None of them may raise; only answer() for POOL and PAGE may wait.
     """
 
-    def __init__(self, listener: socket.socket, api, max_connections: int, threads: int = 8):
+    def __init__(self, listener: socket.socket, api, max_connections: int):
         self._api, self._limit = api, max_connections
-        self._work: queue.SimpleQueue = queue.SimpleQueue()
         self._pool: queue.SimpleQueue = queue.SimpleQueue()
         self._answered: collections.deque[tuple[Connection, Reply | None]] = collections.deque()
-        self._abandoned = 0  # requests that wait for a thread although their client has gone
+        self._abandoned = 0  # requests that wait for an answer although their client has gone
         self._epoll = select.epoll()
         self._listener = Listener(listener, self._epoll)
         self._wake_read, self._wake_write = os.pipe()
@@ -1503,11 +1624,11 @@ class HttpServer:
         self._closing, self._holding = threading.Event(), threading.Event()
         self._quiet = threading.Event()  # held, and what had begun to come is answered
         self._held, self._stop_at = False, float("inf")
-        self._ticked, self._handled, self._seen = time.monotonic(), 0, (0, 0)  # for `alive`
+        self._ticked = time.monotonic()
         self._selector = threading.Thread(target=self._loop, name="http-selector", daemon=True)
         self._workers = [
-            threading.Thread(target=self._serve, args=(work,), name=f"http-{i}", daemon=True)
-            for i, work in enumerate([self._work] * threads + [self._pool] * POOL_THREADS)
+            threading.Thread(target=self._serve, name=f"http-{i}", daemon=True)
+            for i in range(POOL_THREADS)
         ]
 
     @property
@@ -1521,11 +1642,8 @@ class HttpServer:
             thread.start()
 
     def alive(self) -> bool:
-        """Whether the selector turns, and requests are answered if any wait since the last call;
-        one thread calls it."""
-        before, self._seen = self._seen, (self._work.qsize(), self._handled)
-        stuck = before[0] and self._seen[0] and before[1] == self._seen[1]
-        return time.monotonic() < self._ticked + ALIVE and not stuck
+        """Whether the selector turns."""
+        return time.monotonic() < self._ticked + ALIVE
 
     def hold(self, seconds: float) -> None:
         """Take no new connection and no further request of an old one until `release`; returns when
@@ -1546,7 +1664,6 @@ class HttpServer:
         deadline = time.monotonic() + timeout
         self._selector.join(timeout)
         for _ in self._workers:
-            self._work.put(None)
             self._pool.put(None)
         for thread in self._workers:
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -1561,20 +1678,25 @@ class HttpServer:
         with contextlib.suppress(BlockingIOError):  # it is full: the selector will wake
             os.write(self._wake_write, b"x")
 
-    def _serve(self, work: queue.SimpleQueue) -> None:
+    def _serve(self) -> None:
         share_core()
-        for connection in iter(work.get, None):
-            reply = None
+        for connection in iter(self._pool.get, None):
+            reply: Reply | None = None
+            ticket = Ticket(connection, self._deliver)
             try:
-                # A run is a run, but nobody wants to read any more.
-                if work is self._work or connection.phase is not Phase.CLOSED:
-                    reply = self._api.answer(connection.request)
+                if connection.phase is not Phase.CLOSED:  # else nobody wants to read any more
+                    reply = self._api.answer(connection.request, ticket)
+                    if reply is None:
+                        continue
             except Exception as error:
                 log.exception("a request failed unexpectedly, please report it")
                 reply = refusal(500, f"the executor failed: {type(error).__name__}: {error}")
-            self._handled += work is self._work
-            self._answered.append((connection, reply))
-            self._wake()
+            self._deliver(connection, reply)
+
+    def _deliver(self, connection: Connection, reply: Reply | None) -> None:
+        """Any thread."""
+        self._answered.append((connection, reply))
+        self._wake()
 
     # -- the selector thread
 
@@ -1614,12 +1736,7 @@ class HttpServer:
     def _woken(self) -> None:
         with contextlib.suppress(BlockingIOError):
             os.read(self._wake_read, 4096)
-        while self._answered:
-            connection, reply = self._answered.popleft()
-            if connection.phase is Phase.ANSWERING:
-                self._guarded(self._reply_and_go_on, connection, reply)
-            else:
-                self._abandoned -= 1
+        self._take_answers()
         if self._closing.is_set() and not self._listener.closed:
             for _ in range(BACKLOG // 64):  # who waits there has connected
                 if self._held or not self._accept():
@@ -1640,6 +1757,14 @@ class HttpServer:
                 if waits and not connection.unread():
                     self._drop(connection)
 
+    def _take_answers(self) -> None:
+        while self._answered:
+            connection, reply = self._answered.popleft()
+            if connection.phase is Phase.ANSWERING:
+                self._guarded(self._reply_and_go_on, connection, reply)
+            else:
+                self._abandoned -= 1
+
     def _leaving(self) -> bool:
         """Whether each connection is to end with its next answer."""
         return self._closing.is_set() or self._holding.is_set()
@@ -1649,19 +1774,30 @@ class HttpServer:
         soonest = now + REQUEST_TIMEOUT
         hurry = REQUEST_TIMEOUT - LINGER if self._pages.waiting else 0.0  # who does not read leaves
         for connection in list(self._connections.values()):
-            if connection.phase in (Phase.WAITING, Phase.ANSWERING):
+            if connection.phase is Phase.WAITING:
                 continue
             deadline = connection.deadline
             if connection.phase is Phase.SENDING:
                 deadline -= hurry
             if deadline > now:
                 soonest = min(soonest, deadline)
+            elif connection.phase is Phase.ANSWERING:
+                self._guarded(self._end_patience, connection)
             elif connection.phase in (Phase.HEAD, Phase.BODY):
                 late = HttpError(408, "the request did not arrive in time")
                 self._guarded(self._fail, connection, late)
             else:
                 self._drop(connection)
         return max(soonest, now + 0.05)
+
+    def _end_patience(self, connection: Connection) -> None:
+        """The core has not decided: it is told so by the claim, and drops what it would accept."""
+        self._take_answers()
+        if connection.phase is not Phase.ANSWERING:
+            return
+        connection.deadline = float("inf")
+        if connection.ticket is not None and connection.ticket.claim():
+            self._reply_and_go_on(connection, self._api.late(connection.request))
 
     def _guarded(self, step, connection: Connection, *arguments) -> None:
         """No failure of one connection may end the thread that serves them all."""
@@ -1826,23 +1962,30 @@ class HttpServer:
     def _go_on(self, connection: Connection) -> None:
         """It waited for its part of a budget and has it now."""
         if connection.lent[-1][0] is self._pages:
-            self._hand_over(connection, Route.PAGE)
+            self._hand_over(connection)
         else:
             self._expect_body(connection)
             self._advance(connection)
 
     def _dispatch(self, connection: Connection) -> None:
         route = self._api.route(connection.request)
-        if route is Route.DIRECT:
-            self._reply(connection, self._api.answer(connection.request))
+        if route is Route.DIRECT or route is Route.CORE:
+            ticket = Ticket(connection, self._deliver)
+            reply = self._api.answer(connection.request, ticket)
+            if reply is not None:
+                self._reply(connection, reply)
+                return
+            connection.ticket = ticket
+            connection.enter(Phase.ANSWERING, PATIENCE)
         elif route is Route.PAGE and not self._pages.lend(connection, PAGE_COST):
             connection.phase = Phase.WAITING
         else:
-            self._hand_over(connection, route)
+            self._hand_over(connection)
 
-    def _hand_over(self, connection: Connection, route: Route) -> None:
-        connection.phase = Phase.ANSWERING
-        (self._work if route is Route.WORK else self._pool).put(connection)
+    def _hand_over(self, connection: Connection) -> None:
+        connection.ticket = None
+        connection.enter(Phase.ANSWERING, float("inf"))
+        self._pool.put(connection)
 
     def _fail(self, connection: Connection, error: HttpError) -> None:
         connection.head, connection.close_after = None, True
@@ -1854,7 +1997,7 @@ class HttpServer:
         if head is not None and head.close or self._leaving():
             connection.close_after = True
         connection.out, connection.sent = render(reply, connection.close_after, head), 0
-        connection.head = connection.request = None
+        connection.head = connection.request = connection.ticket = None
         self._give_back(connection)
         if len(connection.out) > SMALL_BODY:  # what exists is counted without waiting
             self._pages.occupy(connection, len(connection.out))
@@ -1979,19 +2122,36 @@ class Complaints:
             log.warning("%.500s%s", text, more)
 
 
+class Answer:
+    """How the core answers a trigger or a kill; `refused(error)` is told when it says no."""
+
+    def __init__(self, ticket, refused: typing.Callable[[Refused], None] = lambda error: None):
+        self._ticket, self._refused = ticket, refused
+
+    def claim(self) -> bool:
+        """Whether nobody else has answered."""
+        return self._ticket.claim()
+
+    def give(self, outcome: Refused | str | None) -> None:
+        """After a claim: yes, yes with a text, or no."""
+        if isinstance(outcome, Refused):
+            self._refused(outcome)
+            self._ticket.give(refusal(200, str(outcome)))
+        else:
+            self._ticket.give(Reply(200, _JSON, envelope(SUCCESS, outcome)) if outcome else _YES)
+
+
 class Api:
     """Answers every request; `route` says in which thread."""
 
-    def __init__(
-        self, config: Config, scheduler, logs, scripts, metrics: Metrics, status, learned_path
-    ):
+    def __init__(self, config: Config, core, logs, scripts, metrics: Metrics, status, learned_path):
         self.config = config  # replaced as a whole by a reload
-        self._scheduler, self._logs, self._scripts = scheduler, logs, scripts
+        self._core, self._logs, self._scripts = core, logs, scripts
         self._metrics, self._status, self._learned = metrics, status, learned_path
         self.draining = False
         self._complaints = Complaints()
         self._prefix = urllib.parse.urlsplit(config.executor.address or "").path.rstrip("/")
-        self._post = {
+        self._post: dict[str, typing.Any] = {
             "/beat": self._beat,
             "/idleBeat": self._idle_beat,
             "/run": self._run,
@@ -2004,7 +2164,6 @@ class Api:
             "/metrics": self._show_metrics,
             "/status": self._show_status,
         }
-        self._alive = Reply(200, _JSON, envelope(SUCCESS))
 
     def trusts(self, request: Request) -> bool:
         """Whether it has shown the token, or none is needed; a web page in somebody's browser,
@@ -2025,7 +2184,12 @@ class Api:
             return Route.POOL
         if path not in self._post or path == "/beat" or not request.trusted:
             return Route.DIRECT
-        return Route.PAGE if path == "/log" else Route.WORK
+        if path == "/log":
+            return Route.PAGE
+        # A long body takes a while to decode, and a script is written to the disk first.
+        if len(request.body) > SMALL_BODY or b"GLUE" in request.body:
+            return Route.POOL
+        return Route.DIRECT if path == "/idleBeat" else Route.CORE
 
     def _path(self, request: Request) -> str:
         """Without the prefix of the advertised address."""
@@ -2033,7 +2197,8 @@ class Api:
             return request.path[len(self._prefix) :]
         return request.path
 
-    def answer(self, request: Request) -> Reply:
+    def answer(self, request: Request, ticket) -> Reply | None:
+        """None: `ticket` gives the answer when it is decided."""
         path, method = self._path(request), request.method
         if "Origin" in request.headers:
             self._complaints.tell("origin", f"refused a web page's request from {request.peer}")
@@ -2041,7 +2206,7 @@ class Api:
         if path in self._post:
             if method != "POST":
                 return refusal(405, f"{path} takes POST, not {method}")
-            return self._answer_post(path, request)
+            return self._answer_post(path, request, ticket)
         if path in self._get:
             if method not in ("GET", "HEAD"):
                 return refusal(405, f"{path} takes GET, not {method}")
@@ -2054,19 +2219,39 @@ class Api:
         known = ", ".join([*self._post, *self._get])
         return refusal(404, f"no such path; this is an XXL-JOB executor: {known}")
 
-    def _answer_post(self, path: str, request: Request) -> Reply:
+    def _answer_post(self, path: str, request: Request, ticket) -> Reply | None:
         """Always HTTP 200: the admin shows nothing of another status."""
         try:
             self._authorize(request)
+            if path in ("/run", "/trigger"):
+                self._run(request, Answer(ticket, self._tell_refused))
+                return None
+            if path == "/kill":
+                self._kill(request, Answer(ticket))
+                return None
             return self._post[path](request)
         except Refused as error:
             if path in ("/run", "/trigger"):
-                self._metrics.count("refused_triggers_total", reason=error.reason)
-                self._complaints.tell(error.reason, f"refused a trigger: {error}")
+                self._tell_refused(error)
             return refusal(200, str(error))
         except Exception as error:
             log.exception("%s failed unexpectedly, please report it", path)
             return refusal(200, f"the executor failed: {type(error).__name__}: {error}")
+
+    def _tell_refused(self, error: Refused) -> None:
+        self._metrics.count("refused_triggers_total", reason=error.reason)
+        self._complaints.tell(error.reason, f"refused a trigger: {error}")
+
+    def late(self, request: Request) -> Reply:
+        """The answer to a decision that has not been stored in time."""
+        error = Refused(
+            f"the executor could not store this within {seconds_text(PATIENCE)}: its disk is too"
+            " slow",
+            "slow",
+        )
+        if self._path(request) != "/kill":
+            self._tell_refused(error)
+        return refusal(200, str(error))
 
     def _authorize(self, request: Request) -> None:
         if not request.trusted:
@@ -2086,29 +2271,30 @@ class Api:
     def _beat(self, request: Request) -> Reply:
         if self.draining:
             raise Refused("the executor is stopping")
-        return self._alive
+        return _YES
 
     def _idle_beat(self, request: Request) -> Reply:
         if self.draining:
             raise Refused("the executor is stopping")
-        if self._scheduler.busy(number(decode(request.body), "jobId")):
+        if self._core.busy(number(decode(request.body), "jobId")):
             # the Java executor's words
             raise Refused("job thread is running or has trigger queue.")
-        return self._alive
+        return _YES
 
-    def _run(self, request: Request) -> Reply:
+    def _run(self, request: Request, answer: Answer) -> None:
         fields = decode(request.body)
         trigger = decode_trigger(fields)
         self._learned(self._path(request))
+        job: JobConfig | Refused
         try:
             if trigger.glue_type == "BEAN":
-                self._scheduler.submit(trigger, self._job(trigger.handler))
+                job = self._job(trigger.handler)
             else:
-                self._run_script(trigger, fields, request.peer)
-        except Refused:  # a trigger that is known stays accepted, whatever has changed since
-            if not self._scheduler.accepted(trigger.log_id):
-                raise
-        return self._alive
+                trigger = dataclasses.replace(trigger, handler=f"glue-{trigger.job_id}")
+                job = self._script(trigger, fields, request)
+        except Refused as error:  # unless the core knows the trigger already
+            job = error
+        self._core.put(Submit(trigger, job, answer))
 
     def _job(self, handler: str) -> JobConfig:
         """Raises Refused."""
@@ -2121,16 +2307,17 @@ class Api:
             raise Refused(f'job handler "{name}" not found{hint}', "unknown_handler")
         return job
 
-    def _run_script(self, trigger: Trigger, fields: dict, peer: str) -> None:
-        trigger = dataclasses.replace(trigger, handler=f"glue-{trigger.job_id}")
+    def _script(self, trigger: Trigger, fields: dict, request: Request) -> JobConfig:
+        """What runs the script of `trigger`, once that is stored. Raises Refused."""
+        if b"GLUE" not in request.body:  # see route()
+            raise Refused("glueType: expected plain text, without escapes", "glue")
         job = self._scripts.job(trigger)
-        if not self._scheduler.accepted(trigger.log_id):  # else its script is there already
-            self._scripts.store(trigger, text(fields, "glueSource"), peer)
-            self._scheduler.submit(trigger, job)
+        if not self._core.accepted(trigger.log_id):  # else its script is there already
+            self._scripts.store(trigger, text(fields, "glueSource"), request.peer)
+        return job
 
-    def _kill(self, request: Request) -> Reply:
-        found = self._scheduler.kill(number(decode(request.body), "jobId"))
-        return Reply(200, _JSON, envelope(SUCCESS, found))
+    def _kill(self, request: Request, answer: Answer) -> None:
+        self._core.put(Kill(number(decode(request.body), "jobId"), answer))
 
     def _log(self, request: Request) -> Reply:
         fields = decode(request.body)
@@ -2139,12 +2326,12 @@ class Api:
             log_id,
             log_date(fields),
             number(fields, "fromLineNum", 1),
-            ended=not self._scheduler.knows(log_id),
+            ended=not self._core.knows(log_id),
         )
         return Reply(200, _JSON, envelope(SUCCESS, None, page))
 
     def _health(self, request: Request) -> Reply:
-        return refusal(503, "stopping") if self.draining else self._alive
+        return refusal(503, "stopping") if self.draining else _YES
 
     def _show_metrics(self, request: Request) -> Reply:
         kind = "text/plain; version=0.0.4; charset=utf-8"
@@ -2157,32 +2344,34 @@ class Api:
 
 
 # --------------------------------------------------------------------------------------------------
-# 6 scheduling
+# 6 core
 # --------------------------------------------------------------------------------------------------
+RETRY_STORING = 1.0  # seconds until what could not be stored is tried again
+
+
 class Run:
-    """An accepted trigger on its way; the scheduler's lock guards `state` and `result`."""
+    """An accepted trigger on its way; only the core's thread changes it."""
 
-    __slots__ = ("trigger", "job", "state", "result", "control", "accepted", "started", "stuck")
+    __slots__ = ("trigger", "job", "cancelled", "accepted", "started", "stuck")
 
-    def __init__(self, trigger: Trigger, job: JobConfig, state: RunState):
-        self.trigger, self.job, self.state = trigger, job, state
-        self.result: Result | None = None
-        self.control = Control()
-        self.accepted = time.monotonic()
-        self.started = 0.0
-        self.stuck = False
+    def __init__(self, trigger: Trigger, job: JobConfig):
+        self.trigger, self.job = trigger, job
+        self.cancelled: Result | None = None
+        self.accepted, self.started = time.monotonic(), 0.0
+        self.stuck = False  # cancelled, but its thread does not return
 
 
 class Lane:
-    """What runs and waits for one jobId: one run at a time, the rest in order; used with the
-    scheduler's lock held."""
+    """What runs and waits for one jobId: one run at a time, the rest in order; the core's
+    thread."""
 
-    __slots__ = ("running", "waiting", "ready")
+    __slots__ = ("job_id", "running", "waiting", "offered")
 
-    def __init__(self):
+    def __init__(self, job_id: int):
+        self.job_id = job_id
         self.running: Run | None = None
         self.waiting: collections.deque[Run] = collections.deque()
-        self.ready = False  # it stands in the queue of lanes that a slot may take
+        self.offered = False  # it stands in the queue of lanes that may start a run
 
     def check(self, trigger: Trigger, job: JobConfig) -> None:
         """Raises Refused for a trigger that this lane does not take now."""
@@ -2204,372 +2393,121 @@ class Lane:
                 "queue_limit",
             )
 
-    def may_start(self) -> bool:
-        return (
-            self.running is None
-            and bool(self.waiting)
-            and self.waiting[0].state is not RunState.ACCEPTING
-        )
-
-    def take_waiting(self) -> list[Run]:
-        """Drop what was accepted and waits; what is not accepted yet comes after it and stays."""
-        taken = [run for run in self.waiting if run.state is RunState.ACCEPTED]
-        for run in taken:
-            self.waiting.remove(run)
-        return taken
-
     def stuck(self) -> str:
         run = self.running.trigger.log_id if self.running is not None else "?"
         return f"run {run} of this job does not return from its thread"
 
 
-class Slots:
-    """At most `limit` threads that call `work(item)` for the queued items in order; put: any
-    thread.
+class Batch:
+    """What one turn of the core decides: how to take it back, and what follows once it is
+    committed."""
 
-    The threads are daemons, started when none is idle: a job that never returns from its thread
-    cannot hold the exit back.
+    def __init__(self) -> None:
+        self.undo: list[typing.Callable[[], typing.Any]] = []
+        # who is to be told what: None for yes, a text, or Refused; and the run that was accepted
+        self.answers: list[tuple[typing.Any, typing.Any, Run | None]] = []
+        self.started: list[Run] = []
+        self.cancelled: list[Run] = []
+        self.dropped: list[tuple[Run, Result]] = []
+        self.works: list[tuple[Work, typing.Any]] = []
+        self.lines = Lines()
+
+
+class Core:
+    """One thread that decides everything: it takes all messages that wait as one batch, decides
+    each in memory, commits all decisions as one transaction, and only then lets the effects out.
+
+    put, active, busy, knows and snapshot: any thread. A run is in the journal as accepted before
+    its trigger is answered, and by a later commit as running before anything of it starts, so no
+    crash can make it start twice. What runs is cancelled only when that is committed.
     """
 
-    def __init__(self, limit: int, work: typing.Callable[[typing.Any], None]):
-        self._limit, self._work, self._lock = limit, work, threading.Lock()
-        self._queue: queue.SimpleQueue = queue.SimpleQueue()
-        self._started, self._threads = False, 0
-        self._spare = 0  # idle threads, or less than 0: items that wait for one
-
-    def start(self) -> None:
-        """Work off the queue from now on. Starts a thread even for nothing, so that a shortage of
-        threads later cannot leave none. Raises RuntimeError."""
-        with self._lock:
-            self._started = True
-            self._grow()
-            while self._spare < 0 and self._threads < self._limit:
-                self._grow()
-
-    def put(self, item: typing.Any) -> None:
-        with self._lock:
-            if self._started and self._spare <= 0 and self._threads < self._limit:
-                try:
-                    self._grow()
-                except RuntimeError as error:  # the item waits for a thread that gets free
-                    log.error(
-                        "cannot start another thread, %d slots instead of %d: %s",
-                        self._threads,
-                        self._limit,
-                        error,
-                    )
-            self._spare -= 1
-        self._queue.put(item)
-
-    def _grow(self) -> None:
-        threading.Thread(target=self._loop, name=f"slot-{self._threads + 1}", daemon=True).start()
-        self._threads += 1
-        self._spare += 1
-
-    def _loop(self) -> None:
-        share_core()
-        while True:
-            self._work(self._queue.get())
-            with self._lock:
-                self._spare += 1
-
-
-class Scheduler:
-    """One lane per jobId, lanes served in turn by at most `max_running` slot threads.
-
-    submit, kill, busy and knows: any thread. A run is in the journal as accepted before submit
-    returns and as running before anything of it starts, so no crash can make it start twice.
-    """
-
-    def __init__(self, journal, runner, metrics: Metrics, max_running: int, max_queued: int):
-        self._journal, self._runner, self._metrics = journal, runner, metrics
-        self._max_queued = max_queued
-        self._slots = Slots(max_running, self._serve)
-        self._lock = threading.Lock()
-        self._settled = threading.Condition(self._lock)  # a run left ACCEPTING
-        self._lanes: dict[int, Lane] = {}
-        self._runs: dict[int, Run] = {}  # by logId: everything between accepted and finished
-        self._queued = 0
+    def __init__(
+        self, journal, processes, slots, metrics: Metrics, max_running: int, max_queued: int
+    ):
+        """`processes` and `slots` have start(trigger, job) and cancel(logId, result); slots run the
+        jobs with isolation: thread."""
+        self._journal, self._processes, self._slots = journal, processes, slots
+        self._metrics, self._max_running, self._max_queued = metrics, max_running, max_queued
+        self._inbox: queue.SimpleQueue = queue.SimpleQueue()
+        self._lanes: dict[int, Lane] = {}  # by jobId
+        self._runs: dict[int, Run] = {}  # by logId: everything without a result
+        self._stuck: dict[int, Run] = {}  # by logId: those with one, whose thread goes on
+        self._ready: collections.deque[Lane] = collections.deque()
+        self._queued = self._occupied = 0  # runs that wait; runs that take one of max_running
+        self._batch = Batch()
         self._idle_hook: typing.Callable[[], None] | None = None  # set while draining
+        self._busy_since, self._closing = 0.0, False  # monotonic; 0: it waits for a message
         self.recent: dict[str, collections.deque[int]] = {}  # the last result codes of each handler
+        self._thread = threading.Thread(target=self._loop, name="core", daemon=True)
+        self._decide: dict[type, typing.Callable[[typing.Any], None]] = {
+            Submit: self._submit,
+            Kill: self._kill,
+            Resume: self._resume,
+            Expired: self._expire,
+            CancelAll: self._cancel_all,
+            Drain: self._drain,
+            Work: self._work,
+        }
+        self._happened: dict[type, typing.Callable[[typing.Any], None]] = {
+            Ended: self._ended,
+            Lost: self._lost,
+            Stuck: self._give_up,
+            Settled: journal.hold_state,
+            Note: journal.hold_note,
+        }
 
-    def submit(self, trigger: Trigger, job: JobConfig) -> None:
-        """Accept `trigger`, or raise Refused. A logId that is known already is accepted again and
-        starts nothing."""
-        run = self._reserve(trigger, job)
-        if run is None:
-            return
-        try:
-            fresh = self._journal.accept(trigger)
-        except JournalError as error:
-            self._withdraw(run)
-            raise Refused(f"the executor cannot store the trigger: {error}", "journal") from None
-        if not fresh:
-            self._withdraw(run)
-            return
-        failpoint("accepted")
-        log.info("accepted %s", trigger)
-        dropped, reason = [], f"covered by run {trigger.log_id}"
-        with self._lock:
-            lane = self._lanes[trigger.job_id]
-            if trigger.block_strategy == "COVER_EARLY":
-                dropped = self._drop_waiting(lane)
-                if lane.running is not None:
-                    lane.running.control.cancel(FAILURE, reason)
-            run.state = RunState.ACCEPTED
-            if (
-                lane.running is not None and lane.running.stuck
-            ):  # given up while this one was being stored
-                dropped, reason = dropped + self._drop_waiting(lane), lane.stuck()
-            self._settled.notify_all()
-            self._offer(lane)
-        self._finish(dropped, Result(FAILURE, reason))
+    # -- any thread
 
-    def resume(self, trigger: Trigger, job: JobConfig) -> None:
-        """Queue a run that the journal already holds as accepted, at start, before any trigger can
-        come."""
-        with self._lock:
-            lane = self._lanes.setdefault(trigger.job_id, Lane())
-            self._runs[trigger.log_id] = run = Run(trigger, job, RunState.ACCEPTED)
-            lane.waiting.append(run)
-            self._queued += 1
-            self._offer(lane)
-
-    def _reserve(self, trigger: Trigger, job: JobConfig) -> Run | None:
-        """A place in the lane that cannot start yet; None when this logId is known already. Raises
-        Refused."""
-        delay = time.time() - trigger.log_date_time / 1000
-        if job.max_delay and trigger.log_date_time and delay > job.max_delay:
-            raise Refused(
-                f"the trigger is {seconds_text(delay)} old, more than max_delay"
-                f" {seconds_text(job.max_delay)}",
-                "max_delay",
-            )
-        with self._lock:
-            if self._await_accepting(trigger.log_id):
-                return None
-            if self._idle_hook is not None:
-                raise Refused("the executor is stopping", "stopping")
-            lane = self._lanes.get(trigger.job_id) or Lane()
-            lane.check(trigger, job)
-            if self._queued >= self._max_queued:
-                raise Refused(
-                    f"{self._queued} triggers wait already: executor.max_queued is"
-                    f" {self._max_queued}",
-                    "max_queued",
-                )
-            self._lanes[trigger.job_id] = lane
-            self._runs[trigger.log_id] = run = Run(trigger, job, RunState.ACCEPTING)
-            lane.waiting.append(run)
-            self._queued += 1
-            return run
-
-    def _await_accepting(self, log_id: int) -> bool:
-        """With the lock held: wait while another thread stores this run; whether it is one."""
-        while (run := self._runs.get(log_id)) and run.state is RunState.ACCEPTING:
-            self._settled.wait()
-        return run is not None
-
-    def accepted(self, log_id: int) -> bool:
-        """Whether this run was accepted, however long ago."""
-        with self._lock:
-            if self._await_accepting(log_id):
-                return True
-        try:
-            return self._journal.knows(log_id)
-        except JournalError:
-            return False
-
-    def _withdraw(self, run: Run) -> None:
-        with self._lock:
-            lane = self._lanes[run.trigger.job_id]
-            lane.waiting.remove(run)
-            self._queued -= 1
-            del self._runs[run.trigger.log_id]
-            run.state = RunState.FINISHED
-            self._settled.notify_all()
-            if lane.waiting:
-                self._offer(lane)
-            elif lane.running is None:
-                del self._lanes[run.trigger.job_id]
-
-    def _drop_waiting(self, lane: Lane) -> list[Run]:
-        """With the lock held."""
-        dropped = lane.take_waiting()
-        self._queued -= len(dropped)
-        return dropped
-
-    def _offer(self, lane: Lane) -> None:
-        """With the lock held: queue `lane` for a slot when its next run may start."""
-        if self._idle_hook is None and not lane.ready and lane.may_start():
-            lane.ready = True
-            self._slots.put(lane)
-
-    def start(self) -> None:
-        self._slots.start()
-
-    def _serve(self, lane: Lane) -> None:
-        """Run the first of `lane`, in a slot thread; the lane then queues again, behind the
-        others."""
-        with self._lock:
-            lane.ready = False
-            if self._idle_hook is not None or not lane.may_start():
-                return  # draining, or killed or covered meanwhile
-            run = lane.running = lane.waiting.popleft()
-            self._queued -= 1
-        try:
-            result = self._execute(run)
-        except Exception as error:  # a slot thread must survive whatever a run does
-            log.exception("unexpected error, please report it: %s", run.trigger)
-            result = Result(FAILURE, f"the executor failed: {type(error).__name__}: {error}")
-        failpoint("exited")
-        self._finish([run], result)
-        with self._lock:
-            lane.running = None
-            if lane.waiting:
-                self._offer(lane)
-            else:
-                self._lanes.pop(run.trigger.job_id, None)
-            self._tell_idle()
-
-    def _execute(self, run: Run) -> Result:
-        waited = time.monotonic() - run.accepted
-        if run.job.max_delay and waited > run.job.max_delay:
-            return Result(
-                FAILURE,
-                f"waited {seconds_text(waited)}, more than max_delay"
-                f" {seconds_text(run.job.max_delay)}",
-            )
-        failpoint("starting")
-        try:
-            self._journal.start(run.trigger.log_id)
-        except JournalError as error:
-            return Result(FAILURE, f"not started, the executor cannot store the start: {error}")
-        with self._lock:
-            if run.control.result is not None:  # killed or covered while the start was stored
-                return run.control.result
-            run.state, run.started = RunState.RUNNING, time.monotonic()
-        self._metrics.observe("run_wait_seconds", waited)
-        run.control.stuck_hook = lambda: self._give_up(run)
-        return self._runner.run(run.trigger, run.job, run.control)
-
-    def _give_up(self, run: Run) -> None:
-        """A thread did not return from a cancelled run: report the run; its lane stays closed, so
-        that nothing overlaps."""
-        with self._lock:
-            if run.result is not None:
-                return
-            run.stuck = True
-            lane = self._lanes[run.trigger.job_id]
-            waiting, reason = self._drop_waiting(lane), lane.stuck()
-        log.error(
-            "thread of %s does not return; its slot is lost until it does or the executor restarts",
-            run.trigger,
-        )
-        why = run.control.result or Result(FAILURE, "cancelled")
-        self._finish([run], Result(why.code, f"{why.message}; its thread did not return"))
-        self._finish(waiting, Result(FAILURE, reason))
-        with self._lock:
-            self._tell_idle()
-
-    def _finish(self, runs: typing.Sequence[Run], result: Result) -> None:
-        """Store `result` of `runs` that have none yet; a run that was given up may come back."""
-        with self._lock:
-            runs = [run for run in runs if run.result is None]
-            for run in runs:
-                run.result, run.state = result, RunState.FINISHED
-                recent = self.recent.setdefault(run.trigger.label, collections.deque(maxlen=10))
-                recent.append(result.code)
-        if not runs:
-            return
-        self._journal.finish([run.trigger for run in runs], result)
-        with self._lock:
-            for run in runs:
-                self._runs.pop(run.trigger.log_id, None)
-        for run in runs:
-            took = time.monotonic() - run.started if run.started else 0.0
-            self._metrics.count("runs_total", job=run.trigger.label, code=result.code)
-            self._metrics.observe("run_duration_seconds", took)
-            log.info(
-                "finished %s code=%d in %s: %.200s",
-                run.trigger,
-                result.code,
-                seconds_text(took),
-                result.message,
-            )
-
-    def kill(self, job_id: int) -> str:
-        """End what runs and drop what waits for `job_id`; returns what was found. Does not wait for
-        the processes."""
-        with self._lock:
-            lane = self._lanes.get(job_id)
-            if lane is None:
-                return "nothing was running"
-            waiting, running = self._drop_waiting(lane), lane.running
-            if running is not None:
-                running.control.cancel(FAILURE, "killed by the admin")
-            elif not lane.waiting:
-                del self._lanes[job_id]
-        self._finish(waiting, Result(FAILURE, "killed by the admin before it started"))
-        return f"killed {int(running is not None)} running, dropped {len(waiting)} waiting"
+    def put(self, message: typing.Any) -> None:
+        self._inbox.put(message)
 
     def busy(self, job_id: int) -> bool:
-        with self._lock:
-            return job_id in self._lanes
+        """Whether something runs or waits for this job."""
+        return job_id in self._lanes
 
     def knows(self, log_id: int) -> bool:
         """Whether this run waits or runs."""
         return log_id in self._runs
 
-    def drain(self, idle_hook: typing.Callable[[], None]) -> None:
-        """Start nothing more; `idle_hook` is called (from any thread) when nothing runs."""
-        with self._lock:
-            self._idle_hook = idle_hook
-            self._tell_idle()
-
-    def _tell_idle(self) -> None:
-        """With the lock held: nothing runs any more, but for threads that were given up."""
-        if self._idle_hook is not None and not self._runs_something():
-            self._idle_hook()
-
-    def _runs_something(self) -> bool:
-        """With the lock held."""
-        return any(lane.running and not lane.running.stuck for lane in self._lanes.values())
+    def accepted(self, log_id: int) -> bool:
+        """Whether this run was accepted, however long ago."""
+        try:
+            return log_id in self._runs or self._journal.knows(log_id)
+        except JournalError:
+            return False
 
     def active(self) -> bool:
-        """Whether something runs, be it about to start."""
-        with self._lock:
-            return self._runs_something()
+        """Whether something runs, be it about to start, but for threads that were given up."""
+        return self._occupied > len(self._stuck)
 
-    def cancel_all(self, message: str) -> float:
-        """End everything that runs; returns the seconds it may take until the processes are
-        gone."""
-        with self._lock:
-            running = [lane.running for lane in self._lanes.values() if lane.running is not None]
-            for run in running:
-                run.control.cancel(FAILURE, message)
-        return max([run.job.kill_grace for run in running], default=0.0) + KILL_LIMIT
+    def flush(self, seconds: float) -> None:
+        """Wait until all that was put before is decided and its effects are out, or `seconds`."""
+        done = threading.Event()
+        self.put(Work(lambda: None, lambda value: done.set()))
+        done.wait(seconds)
+
+    def alive(self, patience: float) -> bool:
+        """Whether the thread is not busy with one batch for more than `patience` seconds."""
+        since = self._busy_since
+        return self._thread.is_alive() and not (since and time.monotonic() > since + patience)
 
     def snapshot(self) -> dict:
         """What runs and waits, for `status`."""
         now = time.monotonic()
-        with self._lock:
-            runs = list(self._runs.values())
-            running = [
-                {
-                    "job": run.trigger.handler,
-                    "jobId": run.trigger.job_id,
-                    "logId": run.trigger.log_id,
-                    "stuck": run.stuck,
-                    "seconds": round(now - run.started, 3),
-                }
-                for lane in self._lanes.values()
-                for run in [lane.running]
-                if run is not None and run.started
-            ]
-        waiting = collections.Counter(
-            run.trigger.label for run in runs if not run.started and run.result is None
-        )
+        runs, stuck = list(self._runs.values()), list(self._stuck.values())
+        running = [
+            {
+                "job": run.trigger.handler,
+                "jobId": run.trigger.job_id,
+                "logId": run.trigger.log_id,
+                "stuck": run.stuck,
+                "seconds": round(now - run.started, 3),
+            }
+            for run in runs + stuck
+            if run.started
+        ]
+        waiting = collections.Counter(run.trigger.label for run in runs if not run.started)
         return {
             "running": running,
             "queued": dict(waiting),
@@ -2580,51 +2518,393 @@ class Scheduler:
         """Publish the gauges of this section."""
         self._metrics.gauge("running", lambda: len(self.snapshot()["running"]))
         self._metrics.gauge("queued", lambda: self._queued)
-        self._metrics.gauge(
-            "stuck_threads", lambda: sum(run["stuck"] for run in self.snapshot()["running"])
+        self._metrics.gauge("stuck_threads", lambda: len(self._stuck))
+
+    def grace(self) -> float:
+        """How many seconds it may take until all that runs has ended, once it is cancelled."""
+        running = [run for run in list(self._runs.values()) if run.started]
+        return max([run.job.kill_grace for run in running], default=0.0) + KILL_LIMIT
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self, seconds: float) -> None:
+        """Store what was put before, for at most `seconds`."""
+        self._closing = True
+        self.put(Work(lambda: None, lambda value: None))
+        if self._thread.is_alive():
+            self._thread.join(seconds)
+
+    # -- the core's thread
+
+    def _loop(self) -> None:
+        share_core()
+        while True:
+            closing = self._closing
+            messages = self._take(0.0 if closing else self._patience())
+            self._busy_since = time.monotonic()
+            try:
+                self._turn(messages)
+            except Exception:
+                log.exception("the core goes on after an unexpected error, please report it")
+            self._busy_since = 0.0
+            if closing and self._inbox.empty():
+                return
+
+    def _patience(self) -> float | None:
+        """Seconds to wait for a message; None: there is nothing to do before one comes."""
+        if self._ready and self._occupied < self._max_running and self._idle_hook is None:
+            return 0.0
+        return RETRY_STORING if self._journal.owes() else None
+
+    def _take(self, seconds: float | None) -> list:
+        """All that waits; waits for the first, at most `seconds`."""
+        messages = []
+        with contextlib.suppress(queue.Empty):
+            messages.append(self._inbox.get(seconds != 0.0, seconds))
+            while True:
+                messages.append(self._inbox.get_nowait())
+        return messages
+
+    def _turn(self, messages: list) -> None:
+        decisions = []
+        self._batch = facts = Batch()
+        for message in messages:
+            happened = self._happened.get(type(message))
+            if happened is None:
+                decisions.append(message)
+            else:
+                happened(message)
+        error = self._try(decisions)
+        if error is not None and self._journal.mend(error):
+            error = self._try(decisions)
+        if error is not None:
+            self._refuse(decisions, self._journal.give_up(error))
+        self._batch.lines[:0] = facts.lines
+        self._let_out(self._batch)
+
+    def _try(self, decisions: list) -> Exception | None:
+        """Decide and commit; the error, with everything as it was before, when that fails."""
+        self._batch = batch = Batch()
+        try:
+            self._journal.begin()
+            self._start_ready()  # what came in earlier batches
+            for message in decisions:
+                self._decide[type(message)](message)
+            self._journal.commit()
+        except Exception as error:
+            if not isinstance(error, (sqlite3.Error, OSError)):
+                log.exception("unexpected error, please report it")
+            for undo in reversed(batch.undo):
+                undo()
+            self._journal.take_back()
+            return error
+        return None
+
+    def _refuse(self, decisions: list, reason: str) -> None:
+        """Nothing of this turn could be stored: say so, and carry out what must be nevertheless."""
+        starting = self._batch.started
+        self._batch = batch = Batch()
+        for message in decisions:
+            if isinstance(message, Submit):
+                refused = Refused(f"the executor cannot store the trigger: {reason}", "journal")
+                batch.answers.append((message.ticket, refused, None))
+            elif isinstance(message, Kill):
+                refused = Refused(f"the executor cannot store the kill: {reason}", "journal")
+                batch.answers.append((message.ticket, refused, None))
+            elif isinstance(message, Work):
+                batch.works.append((message, JournalError(reason)))
+            elif isinstance(message, Resume) and message.again:
+                told = f"executor restarted while the job ran, it cannot be run again: {reason}"
+                self._lost(Lost(message.trigger, Result(FAILURE, told)))
+            else:
+                self._decide[type(message)](message)
+        for run in starting:
+            lane = self._lanes[run.trigger.job_id]
+            lane.waiting.remove(run)
+            self._queued -= 1
+            told = f"not started, the executor cannot store the start: {reason}"
+            self._finish(run, Result(FAILURE, told))
+            self._release(lane)
+
+    def _let_out(self, batch: Batch) -> None:
+        """The effects of what is committed: answers first, for the admin waits at most 3 s."""
+        for _, _, run in batch.answers:
+            if run is not None:
+                failpoint("accepted")
+        for ticket, outcome, run in batch.answers:
+            if ticket.claim():
+                ticket.give(outcome)
+            elif run is not None:  # refused meanwhile, see HttpServer
+                lane = self._lanes[run.trigger.job_id]
+                lane.waiting.remove(run)
+                self._queued -= 1
+                self._finish(run, Result(FAILURE, "refused: it could not be stored in time"))
+                self._release(lane)
+        for run, result in batch.dropped:
+            self._account(run, result)
+        if batch.lines:
+            log.info(batch.lines)
+        for run in batch.started:
+            run.started = time.monotonic()
+            self._metrics.observe("run_wait_seconds", run.started - run.accepted)
+            self._place(run).start(run.trigger, run.job)
+        for run in batch.cancelled:
+            assert run.cancelled is not None
+            self._place(run).cancel(run.trigger.log_id, run.cancelled)
+        for work, value in batch.works:
+            work.done(value)
+        self._journal.publish()
+        if self._idle_hook is not None and not self.active():
+            self._idle_hook()
+
+    def _place(self, run: Run) -> typing.Any:
+        return self._slots if run.job.isolation == "thread" else self._processes
+
+    # -- decisions: each writes into the transaction and notes how to take back what it changed here
+
+    def _start_ready(self) -> None:
+        """Start what may run now, the lanes in turn."""
+        while self._ready and self._occupied < self._max_running and self._idle_hook is None:
+            lane = self._ready.popleft()
+            lane.offered = False
+            if lane.running is None and lane.waiting:
+                self._start_next(lane)
+
+    def _start_next(self, lane: Lane) -> None:
+        run = lane.waiting[0]
+        waited = time.monotonic() - run.accepted
+        if run.job.max_delay and waited > run.job.max_delay:
+            told = f"waited {seconds_text(waited)}, more than max_delay"
+            why = Result(FAILURE, f"{told} {seconds_text(run.job.max_delay)}")
+            self._drop_waiting(lane, 1, why)
+            return
+        failpoint("starting")
+        self._batch.started.append(run)
+        lane.running = lane.waiting.popleft()
+        self._queued -= 1
+        self._occupied += 1
+
+        def undo() -> None:
+            lane.running = None
+            lane.waiting.appendleft(run)
+            self._queued += 1
+            self._occupied -= 1
+            self._offer(lane)
+
+        self._batch.undo.append(undo)
+        self._journal.start(run.trigger.log_id)
+
+    def _submit(self, message: Submit) -> None:
+        """Accept a trigger, or refuse it. A logId that is known already is accepted again and
+        starts nothing, whatever has changed since."""
+        trigger, answers = message.trigger, self._batch.answers
+        if trigger.log_id in self._runs:
+            answers.append((message.ticket, None, None))
+            return
+        try:
+            lane = self._admit(trigger, message.job)
+            fresh = self._journal.accept(trigger)
+        except Refused as error:
+            known = self._journal.holds(trigger.log_id)
+            answers.append((message.ticket, None if known else error, None))
+            return
+        if not fresh:
+            answers.append((message.ticket, None, None))
+            return
+        if trigger.block_strategy == "COVER_EARLY":
+            reason = Result(FAILURE, f"covered by run {trigger.log_id}")
+            self._drop_waiting(lane, len(lane.waiting), reason)
+            if lane.running is not None:
+                self._cancel(lane.running, reason)
+        answers.append((message.ticket, None, self._queue(trigger, message.job, lane)))
+        self._batch.lines.append(f"accepted {trigger}")
+
+    def _admit(self, trigger: Trigger, job: typing.Any) -> Lane:
+        """The lane of a trigger that may be accepted now. Raises Refused."""
+        if isinstance(job, Refused):
+            raise job
+        delay = time.time() - trigger.log_date_time / 1000
+        if job.max_delay and trigger.log_date_time and delay > job.max_delay:
+            raise Refused(
+                f"the trigger is {seconds_text(delay)} old, more than max_delay"
+                f" {seconds_text(job.max_delay)}",
+                "max_delay",
+            )
+        if self._idle_hook is not None:
+            raise Refused("the executor is stopping", "stopping")
+        lane = self._lanes.get(trigger.job_id) or Lane(trigger.job_id)
+        lane.check(trigger, job)
+        if self._queued >= self._max_queued:
+            raise Refused(
+                f"{self._queued} triggers wait already: executor.max_queued is {self._max_queued}",
+                "max_queued",
+            )
+        return lane
+
+    def _queue(self, trigger: Trigger, job: JobConfig, lane: Lane) -> Run:
+        run = self._runs[trigger.log_id] = Run(trigger, job)
+        self._lanes[lane.job_id] = lane
+        lane.waiting.append(run)
+        self._queued += 1
+        self._offer(lane)
+
+        def undo() -> None:
+            del self._runs[trigger.log_id]
+            lane.waiting.pop()
+            self._queued -= 1
+            self._release(lane)
+
+        self._batch.undo.append(undo)
+        return run
+
+    def _resume(self, message: Resume) -> None:
+        trigger = message.trigger
+        if message.again:
+            self._journal.restart(trigger)
+        self._queue(trigger, message.job, self._lanes.get(trigger.job_id) or Lane(trigger.job_id))
+
+    def _kill(self, message: Kill) -> None:
+        lane = self._lanes.get(message.job_id)
+        told = "nothing was running"
+        if lane is not None:
+            running, waiting = lane.running, len(lane.waiting)
+            why = Result(FAILURE, "killed by the admin before it started")
+            self._drop_waiting(lane, waiting, why)
+            if running is not None:
+                self._cancel(running, Result(FAILURE, "killed by the admin"))
+            told = f"killed {int(running is not None)} running, dropped {waiting} waiting"
+        self._batch.answers.append((message.ticket, told, None))
+
+    def _expire(self, message: Expired) -> None:
+        run = self._runs.get(message.log_id)
+        if run is not None:
+            self._cancel(run, message.result)
+
+    def _cancel_all(self, message: CancelAll) -> None:
+        for lane in self._lanes.values():
+            if lane.running is not None:
+                self._cancel(lane.running, message.result)
+
+    def _drain(self, message: Drain) -> None:
+        self._idle_hook = message.idle
+
+    def _work(self, message: Work) -> None:
+        self._batch.works.append((message, message.work()))
+
+    def _cancel(self, run: Run, result: Result) -> None:
+        """The first reason wins. The journal has it before anything is done, so that a crash does
+        not change it."""
+        if run.cancelled is None and not run.stuck:
+            run.cancelled = result
+            self._batch.cancelled.append(run)
+            self._journal.cancel(run.trigger.log_id, result)
+
+            def undo() -> None:
+                run.cancelled = None
+                self._journal.uncancel()
+
+            self._batch.undo.append(undo)
+
+    def _drop_waiting(self, lane: Lane, count: int, result: Result) -> None:
+        """The first `count` that wait have ended with `result`."""
+        dropped = [lane.waiting.popleft() for _ in range(count)]
+        self._queued -= count
+        for run in dropped:
+            del self._runs[run.trigger.log_id]
+        self._journal.finish([run.trigger.log_id for run in dropped], result)
+        self._batch.dropped += [(run, result) for run in dropped]
+        self._release(lane)
+
+        def undo() -> None:
+            self._lanes[lane.job_id] = lane
+            lane.waiting.extendleft(reversed(dropped))
+            self._queued += count
+            self._runs.update((run.trigger.log_id, run) for run in dropped)
+            self._journal.unfinish(count)
+            self._offer(lane)
+
+        self._batch.undo.append(undo)
+
+    def _offer(self, lane: Lane) -> None:
+        """Have the next run of `lane` started, after the other lanes."""
+        if lane.running is None and not lane.offered:
+            lane.offered = True
+            self._ready.append(lane)
+
+    def _release(self, lane: Lane) -> None:
+        """A run has left `lane`: the next one may come, or nobody needs it any more."""
+        if lane.running is None and lane.waiting:
+            self._offer(lane)
+        elif lane.running is None:
+            self._lanes.pop(lane.job_id, None)
+
+    # -- facts
+
+    def _ended(self, message: Ended) -> None:
+        failpoint("exited")
+        run = self._stuck.pop(message.log_id, None)
+        if run is None:
+            run = self._runs[message.log_id]
+            self._finish(run, message.result)
+        lane = self._lanes[run.trigger.job_id]
+        lane.running = None
+        self._occupied -= 1
+        self._release(lane)
+
+    def _lost(self, message: Lost) -> None:
+        self._journal.finish([message.trigger.log_id], message.result)
+
+    def _give_up(self, message: Stuck) -> None:
+        """A thread did not return from a cancelled run: report the run; its lane stays closed, so
+        that nothing overlaps."""
+        run = self._runs.get(message.log_id)
+        if run is None or run.cancelled is None:
+            return
+        log.error(
+            "thread of %s does not return; its slot is lost until it does or the executor restarts",
+            run.trigger,
+        )
+        why = run.cancelled
+        run.stuck, self._stuck[message.log_id] = True, run
+        self._finish(run, Result(why.code, f"{why.message}; its thread did not return"))
+        lane = self._lanes[run.trigger.job_id]
+        waiting, lane.waiting = lane.waiting, collections.deque()
+        self._queued -= len(waiting)
+        for other in waiting:
+            self._finish(other, Result(FAILURE, lane.stuck()))
+
+    def _finish(self, run: Run, result: Result) -> None:
+        """It has this result, whether that can be stored now or not."""
+        del self._runs[run.trigger.log_id]
+        self._journal.finish([run.trigger.log_id], result)
+        self._account(run, result)
+
+    def _account(self, run: Run, result: Result) -> None:
+        recent = self.recent.setdefault(run.trigger.label, collections.deque(maxlen=10))
+        recent.append(result.code)
+        took = time.monotonic() - run.started if run.started else 0.0
+        self._metrics.count("runs_total", job=run.trigger.label, code=result.code)
+        self._metrics.observe("run_duration_seconds", took)
+        self._batch.lines.append(
+            f"finished {run.trigger} code={result.code} in {seconds_text(took)}:"
+            f" {result.message[:200]}"
         )
 
 
 # --------------------------------------------------------------------------------------------------
-# 7 job process
+# 7 job processes
 # --------------------------------------------------------------------------------------------------
 _CHUNK = 1 << 16  # bytes; what one read of a pipe or file asks for
 KILL_LIMIT = 10.0  # seconds that SIGKILL is repeated for a tree that keeps forking
 SERVER_LIMIT = 10.0  # seconds that a Python server may take to fork; it takes milliseconds
+STORE_LIMIT = 5.0  # seconds that a run which is out of time waits for that to be stored
 PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 4, 36  # <linux/prctl.h>
 M_MMAP_THRESHOLD = -3  # <malloc.h>
 _KEPT: dict[int, int] = {}  # {pid: start time} of what jobs with background: keep left
 _OWN: set[int] = (
     set()
 )  # direct children that somebody here waits for; all others are orphans that jobs left
-
-
-class Control:
-    """How a run is cancelled from another thread; the first reason wins."""
-
-    def __init__(self):
-        self._lock = threading.Lock()
-        self._act: typing.Callable[[], typing.Any] | None = None
-        self.result: Result | None = None
-        self.stuck_hook: typing.Callable[[], None] = lambda: None
-
-    def cancel(self, code: int, message: str) -> None:
-        with self._lock:
-            if self.result is None:
-                self.result = Result(code, message)
-                if self._act is not None:
-                    try:
-                        self._act()
-                    except RuntimeError as error:  # no thread for the timer of a run in a thread
-                        log.error("cannot watch whether a cancelled run ends: %s", error)
-
-    def attach(self, act: typing.Callable[[], typing.Any] | None) -> None:
-        """`act` is called once when the run is cancelled, at once when it is already; None
-        detaches."""
-        with self._lock:
-            self._act = act
-            if act is not None and self.result is not None:
-                act()
 
 
 class Context:
@@ -3056,26 +3336,16 @@ class ForkedChild:
     """A job process that a Python server forked: `fd` is readable when the server reports of it, or
     is gone. Only the server holds its other end; the job holds that of `channel`."""
 
-    def __init__(self, report: int, channel: socket.socket):
-        self.fd, self._channel = report, channel
+    def __init__(self, server: PythonServer, report: int, channel: socket.socket):
+        self._server, self.fd, self._channel = server, report, channel
         os.set_blocking(report, False)
-        self.pid, self.lost = 0, False
+        self.pid, self.lost, self.error = 0, False, ""
         self.seen: dict[int, int] = {}  # {pid: start time} of its process
         self._status: int | None = None
-        self._data, self._error = b"", ""
+        self._data = b""
 
     def go_on(self, request: dict) -> None:
-        """Wait for the PID, then have the child run `request`. Raises OSError: nothing ran then."""
-        deadline, poller = time.monotonic() + SERVER_LIMIT, select.poll()
-        poller.register(self.fd, select.POLLIN)
-        while self.poll() is None and not (self.pid or self._error):
-            if time.monotonic() >= deadline:
-                raise TimeoutError(errno.ETIMEDOUT, "the Python server does not answer")
-            poller.poll(max(0.0, deadline - time.monotonic()) * 1000 + 1)
-        if self._error:
-            raise OSError(errno.EAGAIN, self._error)
-        if not self.pid:
-            raise ConnectionError(errno.ECONNRESET, "the Python server ended unexpectedly")
+        """Its PID is known: have it run `request`."""
         found = _process_stat(self.pid)
         if found is not None:
             self.seen = {self.pid: found[3]}  # before it has its session and its marker
@@ -3095,7 +3365,7 @@ class ForkedChild:
         *lines, self._data = self._data.split(b"\n")
         for fields in map(json.loads, lines):
             self.pid = fields.get("pid", self.pid)
-            self._error = fields.get("error", self._error)
+            self.error = fields.get("error", self.error)
             self._status = fields.get("status", self._status)
         return self._status
 
@@ -3120,68 +3390,47 @@ class ForkedChild:
                 data += part
         return data.decode("utf-8", "replace").replace("\0", "\ufffd")
 
+    def retire_server(self) -> None:
+        """It does not answer: what it has started goes on, others get a new one."""
+        self._server.retire()
+
     def close(self) -> None:
         """Has the server reap it."""
         os.close(self.fd)
         self._channel.close()
+        self._server.release()
 
 
 class PythonServer:
-    """A warm interpreter for `python` jobs, started on first use and again when it is gone; any
-    thread."""
+    """A warm interpreter that forks the processes of `python` jobs; the supervisor's thread."""
 
     def __init__(self, interpreter: str, environment: dict[str, str]):
-        self._interpreter, self._environment = interpreter, environment
-        self._lock = threading.RLock()
-        self._socket: socket.socket | None = None
-        self._popen: subprocess.Popen | None = None
-
-    def start(self) -> bool:
-        """Whether it had to be started. Raises OSError when the interpreter cannot be."""
-        with self._lock:
-            if self._popen is not None and self._popen.poll() is None:
-                return False
-            self._close()
-            ours, theirs = socket.socketpair()
-            with theirs, any_core():
-                try:
-                    self._popen = subprocess.Popen(
-                        run_as_module(self._interpreter, "--serve-python", str(theirs.fileno())),
-                        cwd="/",
-                        pass_fds=[theirs.fileno()],
-                        env=self._environment,
-                        stdin=subprocess.DEVNULL,
-                        start_new_session=True,
-                    )
-                except OSError:
-                    ours.close()
-                    raise
-            _OWN.add(self._popen.pid)
-            ours.settimeout(SERVER_LIMIT)
-            self._socket = ours
-            return True
-
-    def spawn(self, request: dict, output: int) -> ForkedChild:
-        """Fork a child whose output goes to the descriptor `output`. Raises OSError; nothing of
-        `request` runs then, or ever will."""
-        for attempt in (1, 2):  # a server that had died is noticed at the latest when it is used
-            with self._lock:
-                self.start()
-                popen = self._popen
-                child = self._fork(output)
+        """Raises OSError when the interpreter cannot be started."""
+        self._children, self._retired = 0, False
+        self._socket, theirs = socket.socketpair()
+        with theirs, any_core():
             try:
-                child.go_on(request)
-                break
-            except OSError as error:
-                child.close()  # without a request its process ends
-                if isinstance(error, (TimeoutError, ConnectionError)):
-                    self._kill_server(popen)
-                if attempt == 2 or not isinstance(error, ConnectionError):
-                    raise
-        return child
+                self._popen = subprocess.Popen(
+                    run_as_module(interpreter, "--serve-python", str(theirs.fileno())),
+                    cwd="/",
+                    pass_fds=[theirs.fileno()],
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,
+                )
+            except OSError:
+                self._socket.close()
+                raise
+        _OWN.add(self._popen.pid)
+        self._socket.setblocking(False)
 
-    def _fork(self, output: int) -> ForkedChild:
-        """With the lock held: ask the server for a child."""
+    def alive(self) -> bool:
+        """Whether it may be asked."""
+        return not self._retired and self._popen.poll() is None
+
+    def fork(self, output: int) -> ForkedChild:
+        """Ask for a child whose output goes to the descriptor `output`; it waits for its request.
+        Raises OSError."""
         ours, theirs = socket.socketpair()
         with theirs:
             try:
@@ -3189,35 +3438,34 @@ class PythonServer:
             except OSError:
                 ours.close()
                 raise
-            assert self._socket is not None
-            with contextlib.suppress(OSError):  # it is gone, which `report` tells
+            with contextlib.suppress(OSError):  # it is gone or silent, which `report` tells
                 socket.send_fds(self._socket, [b"x"], [output, write, theirs.fileno()])
             os.close(write)
-        return ForkedChild(read, ours)
+        self._children += 1
+        return ForkedChild(self, read, ours)
 
-    def _kill_server(self, popen: subprocess.Popen | None) -> None:
-        """Kill it and wait for its end: the next run must get a new one."""
-        with self._lock:
-            if popen is not None and self._popen is popen:
-                popen.kill()
-                self._close()
+    def release(self) -> None:
+        """A child is not needed any more."""
+        self._children -= 1
+        if self._retired and not self._children:
+            self.close(0)
 
-    def _close(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
-        if self._popen is not None:
-            try:
-                self._popen.wait(2)
-            except subprocess.TimeoutExpired:
-                self._popen.kill()
-                self._popen.wait()
-            _OWN.discard(self._popen.pid)
-            self._popen = None
+    def retire(self) -> None:
+        """Ask it nothing any more: it ends with its last child."""
+        if not self._retired:
+            self._retired = True
+            if not self._children:
+                self.close(0)
 
-    def close(self) -> None:
-        with self._lock:
-            self._close()
+    def close(self, seconds: float = 2.0) -> None:
+        """It ends by itself within `seconds`, or is killed."""
+        self._socket.close()
+        try:
+            self._popen.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self._popen.kill()
+            self._popen.wait()
+        _OWN.discard(self._popen.pid)
 
 
 def _patiently(call: typing.Callable[[], typing.Any]) -> typing.Any:
@@ -3241,7 +3489,7 @@ def breathe(seconds: float) -> None:
 def _read_proc(path: str) -> bytes:
     """A small file of the kernel; without the objects of open(), whose making takes longer than all
     the rest."""
-    fd = _patiently(lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         data = part = os.read(fd, 1 << 15)
         while part:
@@ -3263,7 +3511,10 @@ def _process_stat(pid: int) -> tuple[str, int, int, int] | None:
 
 def has_ended(pid: int) -> bool:
     """Whether a process that nobody has reaped has ended."""
-    found = _process_stat(pid)
+    try:
+        found = _process_stat(pid)
+    except OSError:  # no descriptor free: nobody can tell
+        return False
     return found is None or found[0] in "ZX"
 
 
@@ -3274,7 +3525,8 @@ def _pids() -> list[int]:
 
 def _marked(pid: int, needle: bytes) -> bool:
     with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
-        return needle in b"\0" + _read_proc(f"/proc/{pid}/environ")
+        environment = _patiently(lambda: _read_proc(f"/proc/{pid}/environ"))
+        return needle in b"\0" + environment
     return False
 
 
@@ -3293,7 +3545,7 @@ def family(
     stats, members = {}, []
     children = collections.defaultdict(list)
     for pid in _pids():
-        found = _process_stat(pid)
+        found = _patiently(functools.partial(_process_stat, pid))
         if found is None or pid == os.getpid():
             continue
         stats[pid] = found
@@ -3411,8 +3663,11 @@ def _reap() -> tuple[bool, bool]:
             if os.waitpid(pid, os.WNOHANG)[0]:
                 _KEPT.pop(pid, None)
                 ended = True
-            elif (_process_stat(pid) or (0, 0, 0, 0))[3] != _KEPT.get(pid):
-                alive = True
+            elif not alive:
+                try:
+                    alive = (_process_stat(pid) or (0, 0, 0, 0))[3] != _KEPT.get(pid)
+                except OSError:  # no descriptor free
+                    alive = True
     return ended, alive
 
 
@@ -3538,202 +3793,433 @@ class ResultFiles:
             self._remove_directory(self._shared)
 
 
-class Runner:
-    """Runs one job to its end, tree and all, in the calling thread; any number of threads at a
-    time."""
+class Timers:
+    """What is to be called later; any thread asks, the supervisor calls."""
 
-    def __init__(self, logs, identity: str, scratch: str, metrics: Metrics):
-        self._logs, self._identity, self._metrics = logs, identity, metrics
+    def __init__(self, wake: typing.Callable[[], None]):
+        self._wake, self._lock = wake, threading.Lock()
+        self._heap: list[list] = []  # [when (monotonic), a number, what or None]
+        self._numbers, self._cancelled = itertools.count(), 0
+
+    def after(self, seconds: float, call: typing.Callable[[], typing.Any]) -> list:
+        """Call `call` in the supervisor's thread; returns what `cancel` takes."""
+        entry = [time.monotonic() + seconds, next(self._numbers), call]
+        with self._lock:
+            heapq.heappush(self._heap, entry)
+            first = self._heap[0] is entry
+        if first:
+            self._wake()
+        return entry
+
+    def cancel(self, entry: list | None) -> None:
+        if entry is None or entry[2] is None:
+            return
+        with self._lock:
+            entry[2] = None
+            self._cancelled += 1
+            if self._cancelled > 1000 and 2 * self._cancelled > len(self._heap):
+                self._heap = [live for live in self._heap if live[2] is not None]
+                heapq.heapify(self._heap)
+                self._cancelled = 0
+
+    def soonest(self) -> float:
+        """Monotonic; infinity when nothing waits."""
+        with self._lock:
+            return self._heap[0][0] if self._heap else float("inf")
+
+    def due(self) -> list[typing.Callable[[], typing.Any]]:
+        """What is to be called now."""
+        now, calls = time.monotonic(), []
+        with self._lock:
+            while self._heap and self._heap[0][0] <= now:
+                entry = heapq.heappop(self._heap)
+                if entry[2] is None:
+                    self._cancelled -= 1
+                else:
+                    calls.append(entry[2])
+                    entry[2] = None
+        return calls
+
+
+class Supervisor:
+    """One thread over output pipes, ends and deadlines of all runs in processes.
+
+    start, cancel, prepare and `timers`: any thread. It waits for no disk sync, no lock, no other
+    process and not for the admin; what may take long has a thread of its own, see `aside`.
+    Each run ends with Ended(logId, result) to `report`, which also gets Expired(logId, result) of
+    what is out of time and answers that with `cancel`.
+    """
+
+    def __init__(self, logs, identity: str, scratch: str, metrics: Metrics, report):
+        self.logs, self._identity, self._metrics = logs, identity, metrics
+        self._report = report
         self.environment = {
             name: value for name, value in os.environ.items() if not SECRETS.fullmatch(name)
         }
-        self._servers: dict[str, PythonServer] = {}
-        self._lock = threading.Lock()
-        self._local = threading.local()  # `sink` is where the output of a job in this thread goes
-        self._streams: tuple | None = None
         require_kernel()
         self.results = ResultFiles(scratch, identity)
         if LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
             raise ExecutorError(
                 f"cannot become the reaper of orphans: {os.strerror(ctypes.get_errno())}"
             )
+        self._servers: dict[str, PythonServer] = {}
+        self._runs: dict[int, ProcessRun] = {}  # by logId
+        self._inbox: collections.deque[typing.Callable[[], None]] = collections.deque()
+        self._handlers: dict[int, typing.Callable[[], None]] = {}  # by descriptor
+        self.lines = Lines()  # for the log, and what to report, at the end of a turn
+        self._reports: list = []
+        self._epoll = select.epoll()
+        self._wake_read, self._wake_write = os.pipe()
+        for end in (self._wake_read, self._wake_write):
+            os.set_blocking(end, False)
+        self._asleep, self._busy_since = False, 0.0  # monotonic; 0: it waits
+        self._closing = False
+        self.timers = Timers(self._nudge)
+        self._thread = threading.Thread(target=self._loop, name="supervisor", daemon=True)
+
+    # -- any thread
+
+    def start_thread(self) -> None:
+        self._epoll.register(self._wake_read, select.EPOLLIN)
+        self._thread.start()
+
+    def start(self, trigger: Trigger, job: JobConfig) -> None:
+        self._post(functools.partial(self._begin, trigger, job))
+
+    def cancel(self, log_id: int, result: Result) -> None:
+        """End the run, with this result unless it has ended by itself."""
+        self._post(functools.partial(self._cancel, log_id, result))
 
     def prepare(self, jobs: typing.Iterable[JobConfig]) -> None:
         """Warm up what `jobs` need, so that their first start is as fast as the others."""
-        for job in jobs:
-            if job.python and job.isolation == "process":
-                try:
-                    self.server(job).start()
-                except OSError as error:
-                    log.warning(
-                        "jobs.%s.interpreter: %s cannot be started: %s",
-                        job.name,
-                        job.interpreter,
-                        error.strerror,
-                    )
-            elif job.python and self._streams is None:
-                self._streams = sys.stdout, sys.stderr
-                sys.stdout, sys.stderr = (
-                    ThreadOutput(stream, self._local) for stream in self._streams
-                )
+        wanted = [job for job in jobs if job.python and job.isolation == "process"]
+        self._post(functools.partial(self._prepare, wanted))
 
-    def close(self) -> None:
+    def alive(self, patience: float) -> bool:
+        """Whether the thread is not busy with one turn for more than `patience` seconds."""
+        since = self._busy_since
+        return self._thread.is_alive() and not (since and time.monotonic() > since + patience)
+
+    def close(self, seconds: float) -> None:
+        """After `seconds` at the latest; what still runs is left to the caller."""
+        self._closing = True
+        self._wake()
+        if self._thread.is_alive():
+            self._thread.join(seconds)
+        if not self._thread.is_alive():
+            self._epoll.close()
+            os.close(self._wake_read)
+            os.close(self._wake_write)
         for server in self._servers.values():
             server.close()
         self.results.close()
-        if self._streams is not None:
-            sys.stdout, sys.stderr = self._streams
+
+    def _post(self, call: typing.Callable[[], None]) -> None:
+        self._inbox.append(call)
+        self._nudge()
+
+    def _nudge(self) -> None:
+        if self._asleep:
+            self._wake()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # it is full: the supervisor will wake
+            os.write(self._wake_write, b"x")
+
+    # -- the supervisor's thread
+
+    def _loop(self) -> None:
+        share_core()
+        while not self._closing:
+            self._asleep = True
+            left = min(self.timers.soonest() - time.monotonic(), 3600.0)
+            # By handler at once: what this turn closes may give its descriptor to another.
+            events = self._epoll.poll(0.0 if self._inbox else max(0.0, left) + 0.001)
+            self._asleep, self._busy_since = False, time.monotonic()
+            for handler in [self._handlers.get(fd) for fd, _ in events]:
+                if handler is None:  # the wake-up, or it is closed already
+                    with contextlib.suppress(BlockingIOError):
+                        os.read(self._wake_read, 4096)
+                else:
+                    self._guarded(handler)
+            for _ in range(len(self._inbox)):
+                self._guarded(self._inbox.popleft())
+            for call in self.timers.due():
+                self._guarded(call)
+            self._tell()
+            self._busy_since = 0.0
+
+    def _guarded(self, step: typing.Callable[[], typing.Any]) -> None:
+        """No failure of one run may end the thread that serves them all."""
+        try:
+            step()
+        except Exception:
+            log.exception("the supervisor goes on after an unexpected error, please report it")
+
+    def _tell(self) -> None:
+        if self.lines:
+            log.info(self.lines)
+            self.lines = Lines()
+        reports, self._reports = self._reports, []
+        for message in reports:
+            self._report(message)
+
+    def watch(self, fd: int, handler: typing.Callable[[], None]) -> None:
+        """Have `handler` called while there is something to read, or the end."""
+        self._epoll.register(fd, select.EPOLLIN)
+        self._handlers[fd] = handler
+
+    def unwatch(self, fd: int) -> None:
+        """Before it is closed: a child that is being started may hold it a moment longer."""
+        if self._handlers.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    def report(self, message: typing.Any) -> None:
+        """At the end of this turn."""
+        self._reports.append(message)
+
+    def aside(
+        self, work: typing.Callable[[], typing.Any], done: typing.Callable[[typing.Any], None]
+    ) -> None:
+        """Have a thread of its own do `work`, then call `done` with its value or its exception."""
+
+        def act() -> None:
+            try:
+                value = work()
+            except Exception as error:
+                value = error
+            self._post(functools.partial(done, value))
+
+        try:
+            threading.Thread(target=act, name="aside", daemon=True).start()
+        except RuntimeError:  # no more threads: then everybody waits
+            act()
 
     def server(self, job: JobConfig) -> PythonServer:
-        """The Python server of the interpreter that `job` wants."""
+        """The Python server of the interpreter that `job` wants. Raises OSError."""
         interpreter = job.interpreter or sys.executable
-        with self._lock:
-            if interpreter not in self._servers:
-                self._servers[interpreter] = PythonServer(
-                    interpreter, {**self.environment, MARKER: f"{self._identity}-{'server':0>20}"}
-                )
-            return self._servers[interpreter]
+        server = self._servers.get(interpreter)
+        if server is None or not server.alive():
+            if server is not None:
+                server.retire()
+            marked = {**self.environment, MARKER: f"{self._identity}-{'server':0>20}"}
+            server = self._servers[interpreter] = PythonServer(interpreter, marked)
+        return server
 
     def marker(self, log_id: int, keep: bool) -> str:
         """Always of one length (see _take_request); `+` for a job whose background processes may
         stay when it has finished."""
         return f"{self._identity}{'+' if keep else '-'}{log_id:020d}"
 
-    def run(self, trigger: Trigger, job: JobConfig, control: Control) -> Result:
-        began = time.monotonic()
-        timeout = min([limit for limit in (job.timeout, trigger.timeout) if limit], default=0)
-        out = self._logs.open(trigger)
-        result = Result(FAILURE, "the executor failed, see its log")
-        try:
-            if job.isolation == "thread":
-                result = run_in_thread(trigger, job, control, timeout, out, self._local)
-            else:
-                result = ProcessRun(self, trigger, job, control, timeout, out).run()
-        finally:
-            shown = " ".join(result.message.split())[:500]
-            out.end(
-                f"{'succeeded' if result.code == SUCCESS else 'failed'} after"
-                f" {seconds_text(time.monotonic() - began)}: code"
-                f" {result.code}{', ' + shown if shown else ''}"
-            )
-            if out.dropped:
-                self._metrics.count("log_dropped_bytes_total", out.dropped)
-        return dataclasses.replace(result, message=clip(result.message))
+    def _prepare(self, jobs: list[JobConfig]) -> None:
+        for job in jobs:
+            try:
+                self.server(job)
+            except OSError as error:
+                log.warning(
+                    "jobs.%s.interpreter: %s cannot be started: %s",
+                    job.name,
+                    job.interpreter,
+                    error.strerror,
+                )
+
+    def _begin(self, trigger: Trigger, job: JobConfig) -> None:
+        run = self._runs[trigger.log_id] = ProcessRun(self, trigger, job)
+        run.guarded(run.begin)
+
+    def _cancel(self, log_id: int, result: Result) -> None:
+        run = self._runs.get(log_id)
+        if run is not None:
+            run.guarded(functools.partial(run.cancel, result))
+
+    def ended(self, run: ProcessRun, result: Result) -> None:
+        self._runs.pop(run.trigger.log_id, None)
+        if run.out.dropped:
+            self._metrics.count("log_dropped_bytes_total", run.out.dropped)
+        self.report(Ended(run.trigger.log_id, result))
 
 
-def note_start(out, trigger: Trigger, timeout: float, where: str) -> None:
-    """Tell the daemon's log and the run's log that the run starts in `where`."""
+def start_note(trigger: Trigger, timeout: float, where: str) -> tuple[str, str]:
+    """What the daemon's log and the run's log say when a run starts in `where`."""
     limit = seconds_text(timeout) if timeout else "none"
-    log.info("started %s %s timeout=%s", trigger, where, limit)
-    out.note(
+    return f"started {trigger} {where} timeout={limit}", (
         f"{trigger} shard={trigger.shard_index}/{trigger.shard_total} timeout={limit} {where} "
         f"param={json.dumps(trigger.param, ensure_ascii=False)}"
     )
 
 
-class ProcessRun:
-    """One run in a process of its own: spawn, pump the output, end the whole tree; used by one slot
-    thread."""
+def end_note(result: Result, seconds: float) -> str:
+    shown = " ".join(result.message.split())[:500]
+    how = "succeeded" if result.code == SUCCESS else "failed"
+    return f"{how} after {seconds_text(seconds)}: code {result.code}{', ' + shown if shown else ''}"
 
-    def __init__(
-        self,
-        runner: Runner,
-        trigger: Trigger,
-        job: JobConfig,
-        control: Control,
-        timeout: float,
-        out,
-    ):
-        self._runner, self._trigger, self._job, self._control = runner, trigger, job, control
-        self._timeout, self._out = timeout, out
-        self._marker = runner.marker(trigger.log_id, job.background == "keep")
-        self._result_file = "" if job.user else runner.results.path(trigger.log_id)
+
+def shortest(*limits: float) -> float:
+    """The smallest of timeouts, of which 0 is none."""
+    return min([limit for limit in limits if limit], default=0)
+
+
+class RunPhase(enum.Enum):
+    """What a run in a process waits for."""
+
+    STARTING = "its PID"
+    RUNNING = "its end, its deadline, a cancellation"
+    TERMINATING = "its end after SIGTERM, for kill_grace"
+    KILLING = "a thread that kills its whole tree"
+    LEFTOVERS = "a thread that ends what it has left, or lets it be"
+    ENDED = "nothing"
+
+
+class ProcessRun:
+    """One run in a process of its own, from its start to the end of its whole tree; the
+    supervisor's thread.
+
+    A thread of this run's own does what may take long, one thing at a time: until it has done so,
+    the main process is not reaped, and its PID and session are nobody else's.
+    """
+
+    def __init__(self, supervisor: Supervisor, trigger: Trigger, job: JobConfig):
+        self._supervisor, self.trigger, self._job = supervisor, trigger, job
+        self.phase, self._began = RunPhase.STARTING, time.monotonic()
+        self._timeout = shortest(job.timeout, trigger.timeout)
+        self.out = supervisor.logs.open(trigger)
+        self._marker = supervisor.marker(trigger.log_id, job.background == "keep")
+        self._result_file = "" if job.user else supervisor.results.path(trigger.log_id)
         self._owner = os.geteuid()  # of the result file
+        self._user: tuple[pwd.struct_passwd, list[int]] | None = None
+        self._read = -1  # where its output comes from
+        self._child: Child | ForkedChild | None = None
+        self._attempts = 0  # to have it forked by a Python server
+        self._status: int | None = None
+        self._cancelled: Result | None = None
         self._kill_at: float | None = None  # monotonic; set when the run is being ended
+        self._awaited = False  # it had ended when it was looked at, its status will come
         # its processes then: one may clear its environment and lose its parent
         self._seen: dict[int, int] = {}
+        self._aside = False  # its own thread is at work
+        self._timer: list | None = None
+        self._blank: list | None = None  # the timer of the start note
+        self._overdue: typing.Callable[[], None] | None = None  # what its thread puts off
 
-    def run(self) -> Result:
-        read = write = wake_read = wake_write = -1
-        child = None
+    # -- what moves it on
+
+    def guarded(self, step: typing.Callable[[], typing.Any]) -> None:
+        """Whatever fails, the run ends, and its tree before it."""
         try:
-            try:
-                read, write = os.pipe()
-                os.set_blocking(read, False)  # a job may take back what it wrote
-                wake_read, wake_write = os.pipe()
-                child = self._spawn(write)
-            except (OSError, ValueError, KeyError) as error:
-                note_start(self._out, self._trigger, self._timeout, "pid=none")
-                if isinstance(error, Unwatched):
-                    self._end_by_force(0)
-                return Result(FAILURE, self._spawn_failure(error), 127)
-            finally:
-                if write >= 0:
-                    os.close(write)
-            self._seen.update(child.seen)
-            failpoint("forked")
-            note_start(self._out, self._trigger, self._timeout, f"pid={child.pid}")
-            self._control.attach(lambda: os.write(wake_write, b"x"))
-            try:
-                status = self._supervise(child, read, wake_read)
-            except BaseException:
-                self._end_by_force(child.session)
-                raise
-            self._control.attach(None)
-            if reap_orphans() or child.lost:  # a server's end is seen before its children are ours
-                if self._job.background == "kill" or self._kill_at is not None or child.lost:
-                    self._end_leftovers(child.session)
-                else:
-                    _KEPT.update(family(self._marker, child.session))
-            self._pump_rest(read)
-            said = child.message or self._runner.results.read(self._result_file, self._owner)
-            return self._result(status, said)
-        finally:
-            self._control.attach(None)
-            if child is not None:
-                child.close()
-            for fd in (read, wake_read, wake_write):
-                if fd >= 0:
-                    os.close(fd)
-            if self._result_file:
-                self._runner.results.remove(self._result_file)
+            step()
+        except Exception as error:
+            log.exception("unexpected error, please report it: %s", self.trigger)
+            self._fail(f"the executor failed: {type(error).__name__}: {error}")
 
-    def _spawn(self, output: int) -> Child | ForkedChild:
-        trigger, job = self._trigger, self._job
-        user = pwd.getpwnam(job.user) if job.user else None
-        if user:
-            self._result_file, self._owner = self._runner.results.create(user), user.pw_uid
-            os.fchown(output, user.pw_uid, user.pw_gid)  # for what opens /dev/stderr anew
-        shards = {"shard_index": str(trigger.shard_index), "shard_total": str(trigger.shard_total)}
+    def _wait(self, seconds: float, call: typing.Callable[[], None]) -> None:
+        """Have `call` called later, instead of what was to be called before."""
+        timers = self._supervisor.timers
+        timers.cancel(self._timer)
+
+        def due() -> None:
+            if self._aside:
+                self._overdue = call
+            else:
+                self.guarded(call)
+
+        self._timer = timers.after(seconds, due)
+
+    def _apart(
+        self,
+        work: typing.Callable[[], typing.Any],
+        then: typing.Callable[[typing.Any], None] | None = None,
+    ) -> None:
+        """Have this run's thread do `work`, and go on with `then` or with what came meanwhile."""
+        self._aside = True
+
+        def done(value: typing.Any) -> None:
+            self._aside, overdue = False, self._overdue
+            self._overdue = None
+            if isinstance(value, Exception) and then is None:
+                raise value
+            if then is not None:
+                then(value)
+            elif self._status is not None:
+                self._end_leftovers()
+            elif overdue is not None:
+                overdue()
+
+        self._supervisor.aside(work, lambda value: self.guarded(lambda: done(value)))
+
+    # -- STARTING
+
+    def begin(self) -> None:
+        if self._job.user:
+            self._apart(self._look_up, self._spawn)
+        else:
+            self._spawn(None)
+
+    def _look_up(self) -> tuple[pwd.struct_passwd, list[int]]:
+        """Who the job's user is: a directory service may take its time. Raises KeyError."""
+        user = pwd.getpwnam(self._job.user)
+        return user, os.getgrouplist(user.pw_name, user.pw_gid)
+
+    def _spawn(self, user: typing.Any) -> None:
+        """`user`: what `_look_up` found, or its exception."""
+        write = -1
+        try:
+            if isinstance(user, Exception):
+                raise user
+            self._user = user
+            self._read, write = os.pipe()
+            os.set_blocking(self._read, False)  # a job may take back what it wrote
+            if user is not None and not self._result_file:
+                self._result_file = self._supervisor.results.create(user[0])
+                self._owner = user[0].pw_uid
+            if user is not None:
+                os.fchown(write, *user[0][2:4])  # for what opens /dev/stderr anew
+            if self._job.python:
+                os.stat(self._job.cwd)  # the child would report it with less to go by
+                self._fork(write)
+            else:
+                self._child = self._execute(write)
+        except (OSError, ValueError, KeyError) as error:
+            self._cannot_start(error)
+            return
+        finally:
+            if write >= 0:
+                os.close(write)
+        assert self._child is not None
+        self._supervisor.watch(self._read, self._on_output)
+        self._supervisor.watch(self._child.fd, self._on_child)
+        if self._child.pid:
+            self._run()
+        else:
+            self._wait(SERVER_LIMIT, self._silent)
+
+    def _fork(self, output: int) -> None:
+        self._attempts += 1
+        self._child = self._supervisor.server(self._job).fork(output)
+
+    def _environment(self) -> dict[str, str]:
+        trigger, job = self.trigger, self._job
         environment = {
-            **self._runner.environment,
+            **self._supervisor.environment,
             **job.env,
             MARKER: self._marker,
             "XXL_JOB_ID": str(trigger.job_id),
             "XXL_JOB_LOG_ID": str(trigger.log_id),
             "XXL_JOB_HANDLER": trigger.handler,
             "XXL_JOB_PARAM": trigger.param,
-            "XXL_JOB_SHARD_INDEX": shards["shard_index"],
-            "XXL_JOB_SHARD_TOTAL": shards["shard_total"],
+            "XXL_JOB_SHARD_INDEX": str(trigger.shard_index),
+            "XXL_JOB_SHARD_TOTAL": str(trigger.shard_total),
             "XXL_JOB_TRIGGER_TIME": str(trigger.log_date_time),
             "XXL_JOB_TIMEOUT": str(self._timeout),
             "XXL_JOB_RESULT_FILE": self._result_file,
         }
-        if user:
+        if self._user is not None:
+            user = self._user[0]
             environment.update(HOME=user.pw_dir, USER=user.pw_name, LOGNAME=user.pw_name)
-        if job.python:
-            os.stat(job.cwd)  # the child would report it with less to go by
-            return self._runner.server(job).spawn(
-                {
-                    "entry_point": job.python,
-                    "pythonpath": job.pythonpath,
-                    "cwd": job.cwd,
-                    "user": job.user,
-                    "env": environment,
-                    "context": {**vars(trigger), "timeout": self._timeout},
-                },
-                output,
-            )
+        return environment
+
+    def _execute(self, output: int) -> Child:
+        trigger, job = self.trigger, self._job
+        shards = {"shard_index": str(trigger.shard_index), "shard_total": str(trigger.shard_total)}
         if job.shell:
             command = ["/bin/sh", "-c", job.shell, job.name, trigger.param, *shards.values()]
         else:
@@ -3745,15 +4231,15 @@ class ProcessRun:
         # Without user= and preexec_fn subprocess uses vfork, which costs the same however large the
         # daemon is.
         as_user: dict[str, typing.Any] = {}
-        if user:
-            groups = os.getgrouplist(user.pw_name, user.pw_gid)
+        if self._user is not None:
+            user, groups = self._user
             as_user = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": groups}
         with any_core():
             return Child(
                 subprocess.Popen(
                     command,
                     cwd=job.cwd,
-                    env=environment,
+                    env=self._environment(),
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=output,
@@ -3761,6 +4247,69 @@ class ProcessRun:
                     **as_user,
                 )
             )
+
+    def _request(self) -> dict:
+        """What the forked child is to run."""
+        job = self._job
+        return {
+            "entry_point": job.python,
+            "pythonpath": job.pythonpath,
+            "cwd": job.cwd,
+            "user": job.user,
+            "env": self._environment(),
+            "context": {**vars(self.trigger), "timeout": self._timeout},
+        }
+
+    def _on_started(self) -> None:
+        """The Python server has answered, or is gone."""
+        child = self._child
+        assert isinstance(child, ForkedChild)
+        child.poll()
+        if child.pid:
+            child.go_on(self._request())
+            self._run()
+        elif child.error:
+            self._give_back_child()
+            self._cannot_start(OSError(errno.EAGAIN, child.error))
+        elif child.lost:
+            self._give_back_child()
+            self._try_again()
+
+    def _try_again(self) -> None:
+        """A server that had died is noticed at the latest when it is used."""
+        lost = ConnectionError(errno.ECONNRESET, "the Python server ended unexpectedly")
+        if self._attempts > 1:
+            self._cannot_start(lost)
+            return
+        self._close_output()
+        self.begin()
+
+    def _close_output(self) -> None:
+        if self._read >= 0:
+            self._supervisor.unwatch(self._read)
+            os.close(self._read)
+            self._read = -1
+
+    def _silent(self) -> None:
+        """The Python server does not answer: the next run gets a new one."""
+        assert isinstance(self._child, ForkedChild)
+        self._child.retire_server()
+        self._give_back_child()  # without a request its process ends
+        self._cannot_start(TimeoutError(errno.ETIMEDOUT, "the Python server does not answer"))
+
+    def _give_back_child(self) -> None:
+        child, self._child = self._child, None
+        if child is not None:
+            self._supervisor.unwatch(child.fd)
+            child.close()
+
+    def _cannot_start(self, error: Exception) -> None:
+        self._tell_start("pid=none")
+        result = Result(FAILURE, self._spawn_failure(error), 127)
+        if isinstance(error, Unwatched):
+            self._apart(lambda: self._end_by_force(0), lambda value: self._finish(result))
+        else:
+            self._finish(result)
 
     def _spawn_failure(self, error: Exception) -> str:
         job = self._job
@@ -3774,7 +4323,7 @@ class ProcessRun:
         if not os.path.isdir(job.cwd):
             return f"cannot start: the directory {job.cwd} does not exist (jobs.{job.name}.cwd)"
         if isinstance(error, OSError) and error.errno == errno.E2BIG:
-            size = len(self._trigger.param.encode("utf-8", "replace"))
+            size = len(self.trigger.param.encode("utf-8", "replace"))
             return (
                 f"cannot start: the parameter of {size} bytes is longer than the kernel passes to a"
                 " program"
@@ -3793,93 +4342,174 @@ class ProcessRun:
         )
         return f"cannot start {program}: {getattr(error, 'strerror', None) or error}"
 
-    def _supervise(self, child, read: int, wake: int) -> int | None:
-        """Pump the output into the log until the child has ended, and end it when it is cancelled
-        or out of time.
+    def _tell_start(self, where: str) -> None:
+        line, note = start_note(self.trigger, self._timeout, where)
+        self._supervisor.lines.append(line)
+        self.out.begin(note)
 
-        Returns the exit status, negative for a signal; None for a process that even SIGKILL did not
-        end (a dead NFS server).
-        """
-        poller = select.poll()
-        for fd in (read, child.fd, wake):
-            poller.register(fd, select.POLLIN)
-        deadline = time.monotonic() + self._timeout if self._timeout else None
-        awaited = killed = False
-        while True:
-            left = 3600.0 if deadline is None else max(0.0, deadline - time.monotonic())
-            # poll(2) takes milliseconds as an int: a longer wait is taken in parts
-            ready = {fd for fd, _ in poller.poll(min(left, 3600.0) * 1000 + 1)}
-            if child.fd in ready:
-                status = child.poll()
-                if status is not None:
-                    return status
-            if read in ready:
-                with contextlib.suppress(BlockingIOError):
-                    data = os.read(read, _CHUNK)
-                    if data:
-                        self._out.write(data)
-                    else:
-                        poller.unregister(read)
-            if wake in ready:
-                poller.unregister(wake)
-            late = deadline is not None and time.monotonic() >= deadline
-            if self._kill_at is not None:
-                if late and killed:
-                    return None
-                if late:
-                    killed, deadline = True, time.monotonic() + KILL_LIMIT
-                    kill_family(self._marker, child.session, self._seen)
-            elif late or self._control.result is not None:
-                if not awaited and has_ended(child.pid):
-                    # It was this thread that was late: the status will be here in a moment.
-                    awaited, deadline = True, time.monotonic() + SERVER_LIMIT
-                elif late or not awaited:
-                    self._control.cancel(TIMEOUT, f"timed out after {seconds_text(self._timeout)}")
-                    self._kill_at = deadline = time.monotonic() + self._job.kill_grace
-                    self._terminate(child)
+    # -- RUNNING
 
-    def _end_by_force(self, session: int) -> None:
-        """Its run is not ended before its processes are, whatever is short and for how long."""
+    def _run(self) -> None:
+        assert self._child is not None
+        self.phase = RunPhase.RUNNING
+        self._seen.update(self._child.seen)
+        failpoint("forked")
+        self._tell_start(f"pid={self._child.pid}")
+        # The admin's page of a job that says nothing must not stay blank.
+        self._blank = self._supervisor.timers.after(0.5, self.out.flush)
+        if self._cancelled is not None:
+            self._terminate()
+        elif self._timeout:
+            self._wait(self._timeout - (time.monotonic() - self._began), self._expire)
+        else:
+            self._supervisor.timers.cancel(self._timer)
+
+    def _on_output(self) -> None:
+        if self._read < 0:  # closed in this turn
+            return
+        with contextlib.suppress(BlockingIOError):
+            data = os.read(self._read, _CHUNK)
+            if data:
+                self.out.write(data)
+            else:
+                self._supervisor.unwatch(self._read)
+
+    def _on_child(self) -> None:
+        if self._child is None:  # closed in this turn
+            return
+        self.guarded(self._on_started if self.phase is RunPhase.STARTING else self._look)
+
+    def _look(self) -> bool:
+        """Whether the main process has ended: then its leftovers are next."""
+        assert self._child is not None
+        if self._status is None:
+            self._status = self._child.poll()
+            if self._status is None:
+                return False
+            self._supervisor.unwatch(self._child.fd)
+            self._supervisor.timers.cancel(self._timer)
+            if not self._aside:
+                self._end_leftovers()
+        return True
+
+    def _has_ended(self, again: typing.Callable[[], None]) -> bool:
+        """Whether the main process has ended, be it that its status is on its way: then `again` is
+        called if it does not come."""
+        assert self._child is not None
+        if self._look():
+            return True
+        if not self._awaited and has_ended(self._child.pid):
+            self._awaited = True
+            self._wait(SERVER_LIMIT, again)
+            return True
+        return False
+
+    def _expire(self) -> None:
+        if self._has_ended(self._expire):
+            return
+        result = Result(TIMEOUT, f"timed out after {seconds_text(self._timeout)}")
+        self._supervisor.report(Expired(self.trigger.log_id, result))
+        self._wait(STORE_LIMIT, functools.partial(self.cancel, result))
+
+    def cancel(self, result: Result) -> None:
+        """The first reason counts, and none once the main process has ended."""
+        if self._cancelled is None and self._status is None:
+            self._cancelled = result
+            if self.phase is RunPhase.RUNNING:
+                self._terminate()
+
+    # -- TERMINATING, KILLING
+
+    def _terminate(self) -> None:
+        if self._has_ended(self._terminate):
+            return
+        self.phase = RunPhase.TERMINATING
+        self._kill_at = time.monotonic() + self._job.kill_grace
+        self._wait(self._job.kill_grace, self._kill)
+        self._apart(self._send_sigterm)
+
+    def _send_sigterm(self) -> None:
+        assert self._child is not None
+        with urgent():
+            reap_orphans()  # thousands of them would make the search long
+            self._seen.update(family(self._marker, self._child.session, self._seen))
+            await_exit(send_signal(self._seen, signal.SIGTERM), 0)
+
+    def _kill(self) -> None:
+        assert self._child is not None
+        child, self.phase = self._child, RunPhase.KILLING
+        self._wait(KILL_LIMIT, self._end_leftovers)  # a process that even SIGKILL does not end
+        self._apart(lambda: self._end_by_force(child.session))
+
+    def _end_by_force(self, session: int) -> list[int]:
+        """A run is not ended before its processes are, whatever is short and for how long; returns
+        who cannot be killed."""
         while True:
             try:
-                kill_family(self._marker, session, self._seen)
-                return
+                return kill_family(self._marker, session, self._seen)
             except OSError as error:
-                log.error("cannot search for the processes of %s: %s", self._trigger, error)
+                log.error("cannot search for the processes of %s: %s", self.trigger, error)
                 with contextlib.suppress(OSError):
                     if session:
                         os.killpg(session, signal.SIGKILL)
                 breathe(1.0)
 
-    def _terminate(self, child: Child | ForkedChild) -> None:
-        with urgent():
-            reap_orphans()  # thousands of them would make the search long
-            self._seen.update(family(self._marker, child.session, self._seen))
-            await_exit(send_signal(self._seen, signal.SIGTERM), 0)
+    def _fail(self, message: str) -> None:
+        """Something unexpected happened: end the tree by force, then the run."""
+        if self.phase is RunPhase.ENDED:
+            return
+        session = self._child.session if self._child is not None else 0
+        result = Result(FAILURE, message)
+        self.phase, self._overdue = RunPhase.LEFTOVERS, None
+        self._supervisor.timers.cancel(self._timer)
+        self._apart(lambda: self._end_by_force(session), lambda value: self._finish(result))
 
-    def _end_leftovers(self, session: int) -> None:
+    # -- LEFTOVERS
+
+    def _end_leftovers(self) -> None:
+        assert self._child is not None
+        child, self.phase = self._child, RunPhase.LEFTOVERS
+        self._supervisor.timers.cancel(self._timer)
+        if (
+            not reap_orphans() and not child.lost
+        ):  # a server's end is seen before its children are ours
+            self._drain()
+        elif self._job.background == "kill" or self._kill_at is not None or child.lost:
+            self._apart(lambda: self._end_tree(child.session), lambda value: self._drain())
+        else:
+            self._apart(lambda: self._keep_tree(child.session), lambda value: self._drain())
+
+    def _keep_tree(self, session: int) -> None:
+        _KEPT.update(family(self._marker, session))
+
+    def _end_tree(self, session: int) -> None:
         """What is left of the tree gets SIGTERM, the rest of the grace, and SIGKILL."""
         kill_at = (
             time.monotonic() + self._job.kill_grace if self._kill_at is None else self._kill_at
         )
-        self._seen.update(family(self._marker, session, self._seen))
-        await_exit(send_signal(self._seen, signal.SIGTERM), max(0.0, kill_at - time.monotonic()))
-        survivors = kill_family(self._marker, session, self._seen)
+        with contextlib.suppress(OSError):
+            self._seen.update(family(self._marker, session, self._seen))
+            left = max(0.0, kill_at - time.monotonic())
+            await_exit(send_signal(self._seen, signal.SIGTERM), left)
+        survivors = self._end_by_force(session)
         if survivors:
-            log.error("processes %s of %s cannot be killed", survivors, self._trigger)
+            log.error("processes %s of %s cannot be killed", survivors, self.trigger)
 
-    def _pump_rest(self, read: int) -> None:
-        """What is in the pipe now; a process that was kept may go on writing into it, so never
+    def _drain(self) -> None:
+        """Take what is in the pipe now; a process that was kept may go on writing into it, so never
         until its end."""
         with contextlib.suppress(BlockingIOError):
             for _ in range(64):
-                data = os.read(read, _CHUNK)
+                data = os.read(self._read, _CHUNK)
                 if not data:
                     break
-                self._out.write(data)
+                self.out.write(data)
+        self._finish(self._result())
 
-    def _result(self, status: int | None, message: str) -> Result:
-        ended = self._control.result
+    def _result(self) -> Result:
+        child, ended, status = self._child, self._cancelled, self._status
+        assert child is not None
+        message = child.message or self._supervisor.results.read(self._result_file, self._owner)
         # A cancellation that came after its end changes nothing.
         if status is None or ended is not None and self._kill_at is not None:
             assert ended is not None
@@ -3892,15 +4522,27 @@ class ProcessRun:
                 ended.code, message, 124 if ended.code == TIMEOUT else _shell_status(status)
             )
         if status == 0:
-            return Result(SUCCESS, message or self._out.last_line(), 0)
+            return Result(SUCCESS, message or self.out.last_line(), 0)
         if status < 0:
             return Result(FAILURE, f"killed by signal {-status}", _shell_status(status))
         if message:
             return Result(FAILURE, message, status)
-        last = self._out.last_line()
+        last = self.out.last_line()
         return Result(
             FAILURE, f"exit status {status}: {last}" if last else f"exit status {status}", status
         )
+
+    def _finish(self, result: Result) -> None:
+        self.phase = RunPhase.ENDED
+        for timer in (self._timer, self._blank):
+            self._supervisor.timers.cancel(timer)
+        self._give_back_child()
+        self._close_output()
+        if self._result_file:
+            self._supervisor.results.remove(self._result_file)
+        self.out.end(end_note(result, time.monotonic() - self._began))
+        result = dataclasses.replace(result, message=clip(result.message))
+        self._supervisor.ended(self, result)
 
 
 def _shell_status(status: int | None) -> int:
@@ -3909,62 +4551,138 @@ def _shell_status(status: int | None) -> int:
     return 128 + signal.SIGKILL if status is None else 128 - status if status < 0 else status
 
 
-def run_in_thread(
-    trigger: Trigger, job: JobConfig, control: Control, timeout: float, out, local
-) -> Result:
-    """One run in the calling thread, cooperative: `Context.cancelled` asks it to return.
-    `local.sink` takes what it prints."""
+# -- jobs with isolation: thread
 
-    def sink(text: str) -> int:
-        out.write(text.encode("utf-8", "backslashreplace"))
+
+class ThreadRun:
+    """One run in a thread of the daemon, cooperative: `Context.cancelled` asks it to return."""
+
+    def __init__(self, trigger: Trigger, job: JobConfig):
+        self.trigger, self.job = trigger, job
+        self.timeout = shortest(job.timeout, trigger.timeout)
+        self.context = Context({**vars(trigger), "timeout": self.timeout}, self.write)
+        self.cancelled: Result | None = None
+        self.stuck: list | None = None  # the timer that tells that it does not return
+        self.out: typing.Any = None
+
+    def write(self, text: str) -> int:
+        self.out.write(text.encode("utf-8", "backslashreplace"))
         return len(text)
 
-    def later(seconds: float, act, *arguments) -> None:
-        timers.append(threading.Timer(min(seconds, threading.TIMEOUT_MAX), act, arguments))
-        timers[-1].daemon = True
-        timers[-1].start()
-
-    def cancelled() -> None:
-        context.cancelled.set()
-        later(job.kill_grace, control.stuck_hook)
-
-    note_start(out, trigger, timeout, f"pid={os.getpid()} thread={threading.current_thread().name}")
-    context = Context({**vars(trigger), "timeout": timeout}, sink)
-    timers: list[threading.Timer] = []
-    control.attach(cancelled)
-    if timeout:
+    def call(self) -> Result:
+        """Call the job, in a slot's thread."""
+        for entry in (self.job.cwd, *reversed(self.job.pythonpath)):
+            if entry not in sys.path:
+                sys.path.insert(0, entry)
         try:
-            later(timeout, control.cancel, TIMEOUT, f"timed out after {seconds_text(timeout)}")
-        except RuntimeError as error:
-            control.attach(None)
             return Result(
-                FAILURE, f"cannot start the thread that watches over its timeout: {error}"
+                SUCCESS, call_entry_point(self.job.python, self.context) or self.out.last_line()
             )
-    for entry in (job.cwd, *reversed(job.pythonpath)):
-        if entry not in sys.path:
-            sys.path.insert(0, entry)
-    local.sink = sink
-    try:
+        except BaseException as error:  # sys.exit() in a job must not end a slot's thread
+            if isinstance(error, SystemExit) and error.code in (None, 0):
+                return Result(SUCCESS, self.out.last_line())
+            trace = _own_frames(error.__traceback__)
+            self.write("".join(traceback.format_exception(type(error), error, trace)))
+            return Result(FAILURE, traceback.format_exception_only(type(error), error)[-1].strip())
+
+
+class Slots:
+    """At most `limit` threads for jobs with isolation: thread; start and cancel: the core's thread.
+
+    The threads are daemons, started when none is idle: a job that never returns from its thread
+    cannot hold the exit back. `report` gets Ended, Expired and Stuck, see Supervisor.
+    """
+
+    def __init__(self, limit: int, logs, metrics: Metrics, timers: Timers, report):
+        self._limit, self._logs, self._metrics = limit, logs, metrics
+        self._timers, self._report = timers, report
+        self._queue: queue.SimpleQueue = queue.SimpleQueue()
+        self._lock = threading.Lock()  # guards the two below
+        self._threads = 0
+        self._spare = 0  # idle threads, or less than 0: runs that wait for one
+        self._runs: dict[int, ThreadRun] = {}  # by logId
+        self._local = threading.local()  # `sink` is where the output of a job in this thread goes
+        self._streams: tuple | None = None
+
+    def prepare(self, jobs: typing.Iterable[JobConfig]) -> None:
+        """Before the first of `jobs` runs; main thread. Starts a thread even for nothing, so that a
+        shortage of threads later cannot leave none. Raises RuntimeError."""
+        if self._streams is None and any(job.isolation == "thread" for job in jobs):
+            self._streams = sys.stdout, sys.stderr
+            sys.stdout, sys.stderr = (ThreadOutput(stream, self._local) for stream in self._streams)
+            with self._lock:
+                self._grow()
+
+    def start(self, trigger: Trigger, job: JobConfig) -> None:
+        run = self._runs[trigger.log_id] = ThreadRun(trigger, job)
+        with self._lock:
+            if self._spare <= 0 and self._threads < self._limit:
+                try:
+                    self._grow()
+                except RuntimeError as error:  # it waits for a thread that gets free
+                    log.error(
+                        "cannot start another thread, %d slots instead of %d: %s",
+                        self._threads,
+                        self._limit,
+                        error,
+                    )
+            self._spare -= 1
+        self._queue.put(run)
+
+    def cancel(self, log_id: int, result: Result) -> None:
+        run = self._runs.get(log_id)
+        if run is not None and run.cancelled is None:
+            run.cancelled = result
+            run.context.cancelled.set()
+            tell = functools.partial(self._report, Stuck(log_id))
+            run.stuck = self._timers.after(run.job.kill_grace, tell)
+
+    def close(self) -> None:
+        if self._streams is not None:
+            sys.stdout, sys.stderr = self._streams
+
+    def _grow(self) -> None:
+        threading.Thread(target=self._loop, name=f"slot-{self._threads + 1}", daemon=True).start()
+        self._threads += 1
+        self._spare += 1
+
+    def _loop(self) -> None:
+        share_core()
+        while True:
+            run = self._queue.get()
+            try:
+                result = self._serve(run)
+            except Exception as error:  # a slot's thread must survive whatever a run does
+                log.exception("unexpected error, please report it: %s", run.trigger)
+                result = Result(FAILURE, f"the executor failed: {type(error).__name__}: {error}")
+            self._runs.pop(run.trigger.log_id, None)
+            self._timers.cancel(run.stuck)
+            with self._lock:
+                self._spare += 1
+            self._report(Ended(run.trigger.log_id, result))
+
+    def _serve(self, run: ThreadRun) -> Result:
+        trigger, began = run.trigger, time.monotonic()
+        run.out = self._logs.open(trigger)
+        where = f"pid={os.getpid()} thread={threading.current_thread().name}"
+        line, note = start_note(trigger, run.timeout, where)
+        log.info("%s", line)
+        run.out.begin(note)
+        expired = Result(TIMEOUT, f"timed out after {seconds_text(run.timeout)}")
+        tell = functools.partial(self._report, Expired(trigger.log_id, expired))
+        timer = self._timers.after(run.timeout, tell) if run.timeout else None
+        blank = self._timers.after(0.5, run.out.flush)
+        self._local.sink = run.write
         with any_core():
-            result = Result(SUCCESS, call_entry_point(job.python, context) or out.last_line())
-    except BaseException as error:  # sys.exit() in a job must not end a slot thread
-        if isinstance(error, SystemExit) and error.code in (None, 0):
-            result = Result(SUCCESS, out.last_line())
-        else:
-            sink(
-                "".join(
-                    traceback.format_exception(type(error), error, _own_frames(error.__traceback__))
-                )
-            )
-            result = Result(
-                FAILURE, traceback.format_exception_only(type(error), error)[-1].strip()
-            )
-    finally:
-        local.sink = None
-        control.attach(None)
-        for timer in timers:
-            timer.cancel()
-    return control.result or result
+            result = run.cancelled or run.call()
+        self._local.sink = None
+        self._timers.cancel(timer)
+        self._timers.cancel(blank)
+        result = run.cancelled or result
+        run.out.end(end_note(result, time.monotonic() - began))
+        if run.out.dropped:
+            self._metrics.count("log_dropped_bytes_total", run.out.dropped)
+        return dataclasses.replace(result, message=clip(result.message))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4010,6 +4728,7 @@ class RunLog:
         is written: what is left of the disk is for results."""
         self._fd, self._limit, self._lock, self._full = fd, limit, threading.Lock(), full
         self._left = limit
+        self._pending = b""  # a note that goes out with the first output
         self._echo, self._line = echo, b""
         self._tail = b""
         self.dropped = self._gap = 0  # bytes, in all and since the last that could be written
@@ -4042,6 +4761,7 @@ class RunLog:
             self._echo(lines)
 
     def _append(self, data: bytes) -> None:
+        data, self._pending = self._pending + data, b""
         notice = (
             f"\n----- {self._gap} bytes could not be written here -----\n".encode()
             if self._gap
@@ -4059,22 +4779,26 @@ class RunLog:
         lost = min(len(data), size)
         self._gap, self.dropped = self._gap + lost, self.dropped + lost
 
-    def note(self, text: str) -> None:
+    def _note(self, text: str) -> bytes:
+        now = datetime.datetime.now()
+        return f"----- {now:%Y-%m-%d %H:%M:%S} {text} -----\n".encode("utf-8", "replace")
+
+    def begin(self, text: str) -> None:
+        """The first note; it is written with the first output, or by `flush`."""
         with self._lock:
-            self._append(
-                f"----- {datetime.datetime.now():%Y-%m-%d %H:%M:%S} {text} -----\n".encode(
-                    "utf-8", "replace"
-                )
-            )
+            self._pending = self._note(text)
+
+    def flush(self) -> None:
+        with self._lock:
+            if self._pending and self._fd >= 0:
+                self._append(b"")
 
     def end(self, text: str) -> None:
         """Write the last note, on a line of its own, and close the file."""
         with self._lock:
-            if self._tail and not self._tail.endswith(b"\n") and not self.dropped:
-                self._append(b"\n")
             self._echo_lines(b"", end=True)
-        self.note(text)
-        with self._lock:
+            unfinished = self._tail and not self._tail.endswith(b"\n") and not self.dropped
+            self._append((b"\n" if unfinished else b"") + self._note(text))
             if self._fd >= 0:
                 os.close(self._fd)
             self._fd = -1
@@ -4101,7 +4825,10 @@ class JobLogs:
         self.directory, self._limit, self._retention = directory, limit, retention
         self._echo, self._full = echo, full
         make_directory(directory)
-        self._lock, self._made = threading.Lock(), ""  # the day directory that was made last
+        self._lock = threading.Lock()
+        # the directory of a day that was used last: (path, device, inode), and a descriptor of it
+        self._day: tuple = ("", 0, 0)
+        self._day_fd = -1
         # (logId, inode): [(line, offset), ...], about one for each _CHUNK, the last one where the
         # last page ended
         self._index: collections.OrderedDict[tuple, list] = collections.OrderedDict()
@@ -4116,21 +4843,38 @@ class JobLogs:
 
     def _open(self, log_id: int, log_date_time: int, flags: int) -> int:
         directory, name = self._place(log_id, log_date_time)
-        if flags & os.O_CREAT and (directory != self._made or not os.path.isdir(directory)):
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(directory, 0o750)
-            self._made = directory
-        parent = os.open(directory, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:  # O_NONBLOCK: a FIFO in its place must not hold the thread
-            fd = os.open(
-                name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o640, dir_fd=parent
-            )
-        finally:
-            os.close(parent)
+        with self._lock:
+            day = self._open_day(directory, bool(flags & os.O_CREAT))
+            # O_NONBLOCK: a FIFO in its place must not hold the thread
+            flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            fd = os.open(name, flags, 0o640, dir_fd=day)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
             raise OSError(errno.EINVAL, "it is no regular file", name)
         return fd
+
+    def _open_day(self, directory: str, make: bool) -> int:
+        """A descriptor of the directory of a day, kept for the next log. With the lock held."""
+        try:
+            found = os.lstat(directory)
+        except FileNotFoundError:
+            if not make:
+                raise
+            os.mkdir(directory, 0o750)
+            found = os.lstat(directory)
+        day = (directory, found.st_dev, found.st_ino)
+        if day != self._day:
+            fd = os.open(directory, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            if self._day_fd >= 0:
+                os.close(self._day_fd)
+            self._day, self._day_fd = day, fd
+        return self._day_fd
+
+    def close(self) -> None:
+        with self._lock:
+            if self._day_fd >= 0:
+                os.close(self._day_fd)
+            self._day, self._day_fd = ("", 0, 0), -1
 
     def open(self, trigger: Trigger) -> RunLog:
         """The log to append to; one that drops everything when the file cannot be opened (full
@@ -4320,7 +5064,6 @@ class JobLogs:
                 break
             with contextlib.suppress(OSError):  # not empty
                 os.rmdir(path)
-                self._made = ""
                 forget(day)
         return removed
 
@@ -4343,6 +5086,7 @@ class JobLogs:
 # 9 journal
 # --------------------------------------------------------------------------------------------------
 _SUFFIXES = ("", "-wal", "-shm")  # of the files of an SQLite database in WAL mode
+PRUNE_PATIENCE = 60.0  # seconds for a part of what is old to be removed
 RESERVE = 4 << 20  # bytes; SQLite uses its write-ahead log anew after 1,000 pages of 4 KiB
 _WAL_MAGIC = (
     b"\x37\x7f\x06\x82",
@@ -4420,93 +5164,8 @@ class Reserve:
             return False
 
 
-class _Write:
-    """One thread's part of the next transaction; `gate` opens when it is committed, or when its
-    thread is to commit. `tally` is called with the value of `work` after the commit. With `failed`,
-    called with the error if there is one, nobody waits for it."""
-
-    __slots__ = ("work", "tally", "value", "error", "done", "gate", "failed")
-
-    def __init__(self, work, tally=None, failed=None):
-        self.work, self.tally, self.failed = work, tally, failed
-        self.value, self.error, self.done = None, None, False
-        self.gate = threading.Lock()
-        self.gate.acquire()
-
-
 class FilesMoved(sqlite3.OperationalError):
     """The files of the journal are not those that are open."""
-
-
-class GroupCommit:
-    """Transactions on one connection, shared by all threads: the first that comes commits all that
-    waits as one transaction, and makes the first of those that came meanwhile the next leader
-    before it wakes the others. So nobody queues for a lock only to find his work done. `lock`
-    guards `db`; `stored` is called after writes that nobody waits for. A transaction that fails is
-    tried once more when `mend(error)` has made room on the disk, say.
-    """
-
-    def __init__(self, db: sqlite3.Connection, mend: typing.Callable[[Exception], bool]):
-        self.db, self._mend, self.lock = db, mend, threading.Lock()
-        self.check: typing.Callable[[], None] = lambda: None  # before each transaction
-        self.waiting: collections.deque[_Write] = collections.deque()
-        self._turn, self._leading = threading.Lock(), False  # guards `waiting` and `_leading`
-        self.stored: typing.Callable[[], None] = lambda: None
-
-    def join(self, write: _Write) -> None:
-        """Have `write` committed, by the thread that leads or by this one, and wait for it unless
-        it has `failed`."""
-        with self._turn:
-            self.waiting.append(write)
-            follows, self._leading = self._leading, True
-        if follows:
-            if write.failed is not None:
-                return
-            write.gate.acquire()
-        leading = not write.done
-        while leading:
-            with self.lock:
-                with self._turn:
-                    batch = list(self.waiting)
-                    self.waiting.clear()
-                self._commit(batch)
-            with self._turn:
-                heir = next((other for other in self.waiting if other.failed is None), None)
-                leading = heir is None and bool(
-                    self.waiting
-                )  # only such as nobody waits for: go on
-                self._leading = leading or heir is not None
-            if heir is not None:
-                heir.gate.release()
-            for other in batch:
-                if other.failed is None:
-                    other.gate.release()
-                elif other.error is not None:
-                    other.failed(other.error)
-            if any(other.failed is not None for other in batch):
-                self.stored()
-
-    def _commit(self, batch: list[_Write]) -> None:
-        error = self._try(batch)
-        if error is not None and self._mend(error):
-            error = self._try(batch)
-        for write in batch:
-            if error is None and write.tally is not None:
-                write.tally(write.value)
-            write.error, write.done = error, True
-
-    def _try(self, batch: list[_Write]) -> Exception | None:
-        try:
-            self.check()
-            self.db.execute("BEGIN IMMEDIATE")
-            for write in batch:
-                write.value = write.work(self.db)
-            self.db.execute("COMMIT")
-        except Exception as error:
-            with contextlib.suppress(sqlite3.Error):
-                self.db.execute("ROLLBACK")
-            return error
-        return None
 
 
 class Clock:
@@ -4544,17 +5203,36 @@ def _boot_id() -> str:
         return ""
 
 
-class Journal:
-    """Runs and undelivered results in SQLite; any thread may call any method.
+class Unfinished(typing.NamedTuple):
+    """A run without a result, as an earlier life left it."""
 
-    All methods that write raise JournalError when nothing could be stored, except `finish`, which
-    then keeps the results in memory until `store_held` succeeds. What reads has a connection of its
-    own and never waits for a writer; how many results wait is counted as it changes.
+    trigger: Trigger
+    state: RunState
+    age: float  # seconds since it was accepted
+    starts: int
+    cancelled: Result | None  # why it was being ended
+
+
+class Journal:
+    """Runs and undelivered results in SQLite.
+
+    Only the core writes: begin, then decisions, then commit, which also stores what has happened
+    since; or take_back, which keeps that for the next commit. What reads has a connection of its
+    own and never waits for a writer: any thread. How many results wait is counted as it changes.
     """
 
     def __init__(self, file: str):
         self._file = file
-        self._held: list[tuple[int, Result]] = []
+        # what has happened and is not stored yet: rows of the statements in `commit`
+        self._cancels: list[tuple[int, str, int]] = []
+        self._results: list[tuple[int, str, int]] = []
+        self._settled: list[typing.Any] = []
+        self._notes: dict[str, str | None] = {}
+        self._after: list[typing.Callable[[], typing.Any]] = []  # what follows the last commit
+        self.stored: typing.Callable[[], None] = lambda: None  # called when results were committed
+        self.post: typing.Callable[[typing.Any], None] = lambda message: self.hold_note(message)
+        self._committing = self._tainted = self._told = False
+        self._moved = False  # the files are new, and who learns it is told so
         self._closed, self._trouble = False, ""  # no file is open; what was told of that last
         try:
             if not os.path.exists(file) and os.path.exists(file + ".new"):  # it was made, see _copy
@@ -4584,15 +5262,14 @@ class Journal:
                 aside,
             )
             self._db = self._open()
-        self._group = GroupCommit(self._db, self._mend)
         self._reading = threading.Lock()  # guards `_reader`
         self._reader = self._connect()
         counts = "SELECT state, count(*) FROM runs WHERE state <> 'delivered' GROUP BY state"
         found = dict(self._read(counts))
         self._counts = {state: found.get(state, 0) for state in ("finished", "dead")}
+        self._facts = dict(self._read("SELECT name, value FROM facts"))
         self._start_clock()
         self._places = self._stamps()
-        self._group.check = self._check_files
 
     def _start_clock(self) -> None:
         [newest] = self._read("SELECT max(finished), max(accepted) FROM runs")
@@ -4607,12 +5284,11 @@ class Journal:
 
     def save_clock(self) -> None:
         """From time to time: what is lost of it makes ages that decide younger."""
-        with contextlib.suppress(JournalError):
-            self.learn("clock", str(self.clock.now()))
+        self.learn("clock", str(self.clock.now()))
 
     def known_for(self, name: str) -> float:
         """For how many seconds of the clock something of this name is known; the first call notes
-        it. Raises JournalError."""
+        it."""
         try:
             return self.clock.now() - float(self.fact(f"since {name}"))
         except ValueError:
@@ -4620,9 +5296,8 @@ class Journal:
             return 0.0
 
     def forget(self, name: str) -> None:
-        self._write(
-            lambda db: db.execute("DELETE FROM facts WHERE name = ?", (f"since {name}",)).rowcount
-        )
+        self._facts.pop(f"since {name}", None)
+        self.post(Note(f"since {name}", None))
 
     def _check_wal(self) -> None:
         """SQLite takes a write-ahead log that is none for an empty one, and says nothing of what is
@@ -4658,25 +5333,180 @@ class Journal:
 
         return tuple(map(stamp, _SUFFIXES))
 
-    def _check_files(self) -> None:
-        """With the lock held. Raises FilesMoved: what would be written now could not be found."""
+    # -- the core's thread
+
+    def begin(self) -> None:
+        """Begin a transaction. Raises sqlite3.Error and OSError."""
+        # What would be written now could not be found if the files are others.
         if self._closed or self._stamps() != self._places:
             raise FilesMoved("its files were removed or replaced while it was open: try again")
+        if self._tainted:
+            self._untaint()
+        self._db.execute("BEGIN IMMEDIATE")
 
-    def _mend(self, error: Exception) -> bool:
-        """With the lock held: whether a transaction that failed so may work now."""
+    def commit(self) -> None:
+        """Store what has happened, and commit. Raises sqlite3.Error and OSError."""
+        db, counts = self._db, dict(self._counts)
+        if self._cancels:
+            db.executemany(
+                "UPDATE runs SET code = ?, message = ? WHERE log_id = ? AND state = 'running'",
+                self._cancels,
+            )
+        if self._results:
+            now = self.clock.now()
+            counts["finished"] += db.executemany(
+                "UPDATE runs SET state = 'finished', code = ?, message = ?, finished = ?, trigger ="
+                " NULL WHERE log_id = ? AND state IN ('accepted', 'running')",
+                [(code, message, now, log_id) for code, message, log_id in self._results],
+            ).rowcount
+        for settled in self._settled:
+            rows = [
+                (settled.state.value, self.clock.now(), log_id, settled.before.value)
+                for log_id in settled.log_ids
+            ]
+            query = "UPDATE runs SET state = ?, finished = ? WHERE log_id = ? AND state = ?"
+            count = db.executemany(query, rows).rowcount
+            if settled.before is RunState.FINISHED:
+                counts["finished"] -= count
+                counts["dead"] += count if settled.state is RunState.DEAD else 0
+        for name, value in self._notes.items():
+            if value is None:
+                db.execute("DELETE FROM facts WHERE name = ?", (name,))
+            else:
+                db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
+        self._committing = True
+        db.execute("COMMIT")
+        self._committing = self._tainted = self._moved = False
+        if self._told:
+            log.info("stored %d held results", len(self._results))
+        self._after = [functools.partial(settled.stored, settled) for settled in self._settled]
+        if self._results:
+            self._after.append(self.stored)
+        self._counts, self._told = counts, False
+        self._cancels, self._results, self._settled, self._notes = [], [], [], {}
+
+    def take_back(self) -> None:
+        """Undo the transaction that failed; what has happened is kept for the next."""
+        # What a COMMIT that failed has written may come back after a crash.
+        self._tainted, self._committing = self._tainted or self._committing, False
+        with contextlib.suppress(sqlite3.Error):
+            self._db.execute("ROLLBACK")
+
+    def _untaint(self) -> None:
+        """Remove what a COMMIT that failed has left in the write-ahead log."""
+        with contextlib.suppress(sqlite3.Error), self._reading:
+            busy, _, _ = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            self._tainted = bool(busy)
+
+    def mend(self, error: Exception) -> bool:
+        """Whether a transaction that failed so may work now."""
         if isinstance(error, FilesMoved):
-            self._renew()  # and yet what was asked for now is refused, so that somebody learns it
-            return False
-        if not isinstance(error, sqlite3.OperationalError) or not _NO_SPACE.search(str(error)):
-            return False
-        made = self.reserve.give_up()
-        if made:
-            self._group.stored()  # it is the caller of `store_held` who takes the space back
-        return made
+            self._renew()
+            self._moved = not self._closed
+            return self._moved
+        full = isinstance(error, sqlite3.OperationalError) and _NO_SPACE.search(str(error))
+        return bool(full) and self.reserve.give_up()
+
+    def give_up(self, error: Exception) -> str:
+        """Nothing can be stored now: have nothing of it come back after a crash; the reason."""
+        if self._tainted:
+            self._untaint()
+        if self._results and not self._told:  # an outage is told once
+            self._told = True
+            log.error(
+                "cannot store results, holding them until it works again: %s: %s", self._file, error
+            )
+        self._moved = False
+        return f"{self._file}: {error}"
+
+    def publish(self) -> None:
+        """Tell who waits for what was committed."""
+        after, self._after = self._after, []
+        for tell in after:
+            tell()
+        if self.reserve.lost and not self._results:
+            self.reserve.restore()
+
+    def owes(self) -> bool:
+        """Whether something is to be tried again."""
+        held = self._cancels or self._results or self._settled or self._notes
+        return bool(held) or self._tainted or self._closed or self.reserve.lost
+
+    def holds(self, log_id: int) -> bool:
+        """Whether the run is in the journal, in a transaction."""
+        return bool(self._db.execute("SELECT 1 FROM runs WHERE log_id = ?", (log_id,)).fetchone())
+
+    def accept(self, trigger: Trigger) -> bool:
+        """Store a new run; False when its logId is known. Raises Refused."""
+        reason = ""
+        if self.reserve.lost:
+            reason = "the disk is full"
+        elif self._moved:
+            reason = "its files were removed or replaced while it was open: try again"
+        elif self._tainted:
+            reason = "what it could not store cannot be removed"
+        if reason:
+            told = f"the executor cannot store the trigger: {self._file}: {reason}"
+            raise Refused(told, "journal")
+        row = (
+            trigger.log_id,
+            trigger.log_date_time,
+            RunState.ACCEPTED.value,
+            self.clock.now(),
+            self._stored(trigger),
+        )
+        query = (
+            "INSERT OR IGNORE INTO runs (log_id, log_date_time, state, accepted, trigger)"
+            " VALUES (?, ?, ?, ?, ?)"
+        )
+        return self._db.execute(query, row).rowcount == 1
+
+    def start(self, log_id: int) -> None:
+        """accepted -> running; committed before anything of the run starts, so that it never starts
+        twice."""
+        query = (
+            "UPDATE runs SET state = 'running', starts = starts + 1"
+            " WHERE log_id = ? AND state = 'accepted'"
+        )
+        self._db.execute(query, (log_id,))
+
+    def restart(self, trigger: Trigger) -> None:
+        """running -> accepted, for a run that a crash interrupted and that its job wants again."""
+        query = (
+            "UPDATE runs SET state = 'accepted', accepted = ?, trigger = ?"
+            " WHERE log_id = ? AND state = 'running'"
+        )
+        self._db.execute(query, (self.clock.now(), self._stored(trigger), trigger.log_id))
+
+    @staticmethod
+    def _stored(trigger: Trigger) -> str:
+        """A trigger with the moment of its acceptance."""
+        return json.dumps({**vars(trigger), "accepted": moment()})
+
+    def cancel(self, log_id: int, result: Result) -> None:
+        """What a run that is running will have ended with, should a crash come first."""
+        self._cancels.append((result.code, result.message, log_id))
+
+    def uncancel(self) -> None:
+        """Take the last `cancel` back."""
+        self._cancels.pop()
+
+    def finish(self, log_ids: typing.Sequence[int], result: Result) -> None:
+        """accepted | running -> finished, all with `result`; held while it cannot be stored."""
+        self._results += [(result.code, result.message, log_id) for log_id in log_ids]
+
+    def unfinish(self, count: int) -> None:
+        """Take the last `count` of `finish` back."""
+        del self._results[len(self._results) - count :]
+
+    def hold_state(self, message: Settled) -> None:
+        self._settled.append(message)
+
+    def hold_note(self, message: Note) -> None:
+        self._notes[message.name] = message.value
 
     def _renew(self) -> None:
-        """With the lock held: make the files anew from those that are still open."""
+        """Make the files anew from those that are still open."""
         try:
             if not self._closed:
                 self._copy()
@@ -4698,7 +5528,7 @@ class Journal:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(part)
                 with contextlib.closing(sqlite3.connect(part, isolation_level=None)) as target:
-                    self._group.db.backup(target)
+                    self._db.backup(target)
                 break
             except sqlite3.Error as error:
                 with contextlib.suppress(OSError):
@@ -4710,7 +5540,7 @@ class Journal:
         with self._reading:
             self._closed = True
             self._reader.close()
-            self._group.db.close()
+            self._db.close()
 
     def _take_copy(self) -> None:
         """Put FILE.new into its place, aside whatever lies there, and open it."""
@@ -4726,7 +5556,7 @@ class Journal:
             os.replace(self._file + ".new", self._file)
         db = self._open()
         with self._reading:
-            self._db = self._group.db = db
+            self._db = db
             self._reader = self._connect()
             self._places, self._closed = self._stamps(), False
 
@@ -4774,45 +5604,30 @@ class Journal:
         found = db.execute("SELECT name, sql FROM sqlite_master")
         return {(name, " ".join((sql or "").split())) for name, sql in found}
 
-    def tell(self, stored: typing.Callable[[], None]) -> None:
-        """Have `stored` called, by any thread, whenever results were committed; before other
-        threads use the journal."""
-        self._group.stored = stored
+    # -- any thread
+
+    def _ask(self, work: typing.Callable[[], typing.Any]) -> typing.Any:
+        """The value of `work` in the core's next transaction. Raises JournalError."""
+        box: queue.SimpleQueue = queue.SimpleQueue()
+        self.post(Work(work, box.put))
+        try:
+            value = box.get(timeout=PRUNE_PATIENCE)
+        except queue.Empty:
+            raise JournalError(f"{self._file}: the disk is too slow") from None
+        if isinstance(value, Exception):
+            raise value
+        return value
 
     def close(self) -> None:
+        """Once the core has ended."""
+        self.post = self.hold_note
         self.save_clock()
+        with contextlib.suppress(sqlite3.Error, OSError):
+            self.begin()
+            self.commit()
         with self._reading:
             self._reader.close()
-        with self._group.lock:
-            self._db.close()
-
-    def _write(
-        self,
-        work: typing.Callable[[sqlite3.Connection], typing.Any],
-        tally: typing.Callable[[typing.Any], None] | None = None,
-        again: bool = True,
-    ) -> typing.Any:
-        """Run `work` in the next transaction; returns its value, which must not be a cursor: those
-        belong to the lock. After the commit `tally` gets it, too, with the lock held. `again`: also
-        on files that were just made anew."""
-        write = _Write(work, tally)
-        self._group.join(write)
-        if again and isinstance(write.error, FilesMoved):
-            write = _Write(work, tally)
-            self._group.join(write)
-        if write.error is not None:
-            raise JournalError(f"{self._file}: {write.error}")
-        return write.value
-
-    def _tally(self, state: str, sign: int = 1) -> typing.Callable[[int], None]:
-        def count(rows: int) -> None:
-            self._counts[state] += sign * rows
-
-        return count
-
-    def flush(self) -> None:
-        """Wait until everything that was written before this call is committed."""
-        self._write(lambda db: None)
+        self._db.close()
 
     def _read(self, query: str, *values: typing.Any) -> list:
         with self._reading:
@@ -4820,87 +5635,6 @@ class Journal:
                 return self._reader.execute(query, values).fetchall()
             except sqlite3.Error as error:
                 raise JournalError(f"{self._file}: {error}") from None
-
-    def accept(self, trigger: Trigger) -> bool:
-        """Store a new run; False when its logId is known."""
-        if self.reserve.lost:
-            raise JournalError(f"{self._file}: the disk is full")
-        row = (
-            trigger.log_id,
-            trigger.log_date_time,
-            RunState.ACCEPTED.value,
-            self.clock.now(),
-            self._stored(trigger),
-        )
-        query = (
-            "INSERT OR IGNORE INTO runs (log_id, log_date_time, state, accepted, trigger)"
-            " VALUES (?, ?, ?, ?, ?)"
-        )
-        return self._write(lambda db: db.execute(query, row).rowcount, again=False) == 1
-
-    def start(self, log_id: int) -> None:
-        """accepted -> running; committed before anything of the run starts, so that it never starts
-        twice."""
-        query = (
-            "UPDATE runs SET state = 'running', starts = starts + 1"
-            " WHERE log_id = ? AND state = 'accepted'"
-        )
-        if self._write(lambda db: db.execute(query, (log_id,)).rowcount) != 1:
-            raise JournalError(f"run {log_id} is not waiting to be started")
-
-    @staticmethod
-    def _stored(trigger: Trigger) -> str:
-        """A trigger with the moment of its acceptance."""
-        return json.dumps({**vars(trigger), "accepted": moment()})
-
-    def restart(self, trigger: Trigger) -> None:
-        """running -> accepted, for a run that a crash interrupted and that its job wants again."""
-        row = (self.clock.now(), self._stored(trigger), trigger.log_id)
-        query = (
-            "UPDATE runs SET state = 'accepted', accepted = ?, trigger = ?"
-            " WHERE log_id = ? AND state = 'running'"
-        )
-        self._write(lambda db: db.execute(query, row).rowcount)
-
-    def finish(self, triggers: typing.Sequence[Trigger], result: Result) -> None:
-        """accepted | running -> finished, all with `result`, in the next transaction; `stored`
-        tells when. Need not be waited for: until then a crash makes them failures. What cannot be
-        stored is held."""
-        results = [(trigger.log_id, result) for trigger in triggers]
-
-        def failed(error: Exception) -> None:
-            with self._group.lock:
-                first, self._held = not self._held, self._held + results
-            if first:  # an outage is told once
-                log.error(
-                    "cannot store results, holding them until it works again: %s: %s",
-                    self._file,
-                    error,
-                )
-
-        stored = self._tally("finished")
-        self._group.join(_Write(lambda db: self._store(db, results), stored, failed))
-
-    def _store(self, db: sqlite3.Connection, results: list[tuple[int, Result]]) -> int:
-        now = self.clock.now()
-        return db.executemany(
-            "UPDATE runs SET state = 'finished', code = ?, message = ?, finished = ?, trigger ="
-            " NULL WHERE log_id = ? AND state IN ('accepted', 'running')",
-            [(result.code, result.message, now, log_id) for log_id, result in results],
-        ).rowcount
-
-    def store_held(self) -> bool:
-        """Try again to store what `finish` could not, then to have the reserve again; False when
-        something is still missing. Not by two threads at once."""
-        held = list(self._held)
-        if held:
-            with contextlib.suppress(JournalError):
-                self._write(lambda db: self._store(db, held), self._tally("finished"))
-                with self._group.lock:
-                    self._held = self._held[len(held) :]
-                log.info("stored %d held results", len(held))
-        with self._group.lock:
-            return not self._held and self.reserve.restore()
 
     def undelivered(self, limit: int) -> list[tuple[int, int, int, str, float]]:
         """(logId, log_date_time, code, message, finished) of results that wait for the admin, the
@@ -4911,44 +5645,44 @@ class Journal:
             limit,
         )
 
-    def settle(self, log_ids: typing.Iterable[int], state: RunState) -> None:
-        """finished -> delivered or dead."""
-        rows = [(state.value, log_id) for log_id in log_ids]
-        query = "UPDATE runs SET state = ? WHERE log_id = ? AND state = 'finished'"
+    def acknowledged(self, state: RunState, since: float, until: float, limit: int) -> list[tuple]:
+        """The same of results that came into this state between two times of the clock."""
+        return self._read(
+            "SELECT log_id, log_date_time, code, message, finished FROM runs WHERE state <>"
+            " 'delivered' AND state = ? AND finished >= ? AND finished < ? ORDER BY finished"
+            " LIMIT ?",
+            state.value,
+            since,
+            until,
+            limit,
+        )
 
-        def tally(count: int) -> None:
-            self._counts["finished"] -= count
-            self._counts["dead"] += count if state is RunState.DEAD else 0
-
-        self._write(lambda db: db.executemany(query, rows).rowcount, tally)
-
-    def knows(self, log_id: int) -> bool:
-        return bool(self._read("SELECT 1 FROM runs WHERE log_id = ?", log_id))
-
-    def unfinished(self) -> list[tuple[Trigger, RunState, float, int]]:
-        """(trigger, state, how many seconds ago accepted, how often started) of every run without a
-        result; read once, at start."""
+    def unfinished(self) -> list[Unfinished]:
+        """Every run without a result, in the order of acceptance; read once, at start."""
         rows = self._read(
-            "SELECT log_id, log_date_time, trigger, state, accepted, starts FROM runs "
-            "WHERE state <> 'delivered' AND state IN ('accepted', 'running') ORDER BY accepted"
+            "SELECT log_id, log_date_time, trigger, state, accepted, starts, code, message FROM"
+            " runs WHERE state <> 'delivered' AND state IN ('accepted', 'running')"
+            " ORDER BY accepted"
         )
         found = []
-        for log_id, date, stored, state, accepted, starts in rows:
+        for log_id, date, stored, state, accepted, starts, code, message in rows:
             try:
                 fields = json.loads(stored)
                 age = seconds_since(fields.pop("accepted", ["", 0.0, accepted]))
                 trigger = Trigger(**fields)
             except (ValueError, TypeError, AttributeError):  # a page may be damaged unnoticed
-                age, trigger = (
-                    0.0,
-                    Trigger(0, log_id, "(unknown)", log_date_time=date, glue_type=""),
-                )
-            found.append((trigger, RunState(state), age, starts))
+                age = 0.0
+                trigger = Trigger(0, log_id, "(unknown)", log_date_time=date, glue_type="")
+            cancelled = None if code is None else Result(code, message or "")
+            found.append(Unfinished(trigger, RunState(state), age, starts, cancelled))
         return found
+
+    def knows(self, log_id: int) -> bool:
+        return bool(self._read("SELECT 1 FROM runs WHERE log_id = ?", log_id))
 
     def counts(self) -> dict[str, int]:
         """How many results are undelivered, held because they could not be stored, and dead."""
-        held = len(self._held)
+        held = len(self._results)
         return {
             "undelivered": self._counts["finished"] + held,
             "held": held,
@@ -4962,38 +5696,42 @@ class Journal:
 
     def fact(self, name: str) -> str:
         """What was learned about the admin, "" when nothing was."""
-        rows = self._read("SELECT value FROM facts WHERE name = ?", name)
-        return rows[0][0] if rows else ""
+        return self._facts.get(name) or ""
 
     def learn(self, name: str, value: str) -> None:
-        query = "INSERT OR REPLACE INTO facts VALUES (?, ?)"
-        self._write(lambda db: db.execute(query, (name, value)).rowcount)
+        """Remember it; nobody waits until it is stored."""
+        self._facts[name] = value
+        self.post(Note(name, value))
 
     def prune(self, stop: typing.Callable[[], bool] = lambda: False) -> int:
         """Forget delivered runs after REPEAT_WINDOW, dead ones after four times DEAD_AFTER; returns
-        how many."""
-        return self._remove("state = 'delivered'", REPEAT_WINDOW, stop, None) + (
-            self._remove(
-                "state <> 'delivered' AND state = 'dead'",
-                4 * DEAD_AFTER,
-                stop,
-                self._tally("dead", -1),
-            )
-        )
+        how many. Raises JournalError."""
+        removed = self._remove("state = 'delivered'", REPEAT_WINDOW, stop)
+        for state in (RunState.ACKNOWLEDGED, RunState.RESENT):
+            condition = f"state <> 'delivered' AND state = '{state.value}'"
+            removed += self._remove(condition, REPEAT_WINDOW, stop)
+        dead = self._remove("state <> 'delivered' AND state = 'dead'", 4 * DEAD_AFTER, stop)
+        if dead:
+            self._ask(self._count_dead)
+        return removed + dead
 
-    def _remove(self, state: str, age: float, stop: typing.Callable[[], bool], tally) -> int:
-        """In parts: triggers wait for the lock meanwhile."""
+    def _remove(self, state: str, age: float, stop: typing.Callable[[], bool]) -> int:
+        """In parts: triggers wait meanwhile."""
         query = (
             "DELETE FROM runs WHERE log_id IN"
             f" (SELECT log_id FROM runs WHERE {state} AND finished < ? LIMIT 1000)"
         )
         before, removed = (self.clock.now() - age,), 0
         while not stop():
-            count = self._write(lambda db: db.execute(query, before).rowcount, tally)
+            count = self._ask(lambda: self._db.execute(query, before).rowcount)
             if not count:
                 break
             removed += count
         return removed
+
+    def _count_dead(self) -> None:
+        query = "SELECT count(*) FROM runs WHERE state <> 'delivered' AND state = 'dead'"
+        self._counts["dead"] = self._db.execute(query).fetchone()[0]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5002,6 +5740,8 @@ class Journal:
 BATCH = 100  # results in one request
 PACE = 0.05  # seconds between two requests: what ends meanwhile goes into the next one
 REFUSED_PACE = 0.25  # seconds between two results that are tried alone while none is taken
+RESEND_AFTER = (120.0, 1200.0)  # seconds since its acknowledgement until a result is sent again
+SUSPECT = 90.0  # seconds: what an admin acknowledged so long before it was missed may be lost
 
 
 def backoff(failures: int) -> float:
@@ -5012,7 +5752,7 @@ def backoff(failures: int) -> float:
 
 class Callbacks:
     """One thread delivers finished results from the journal in batches and tries again until each
-    is acknowledged.
+    is acknowledged; and then twice more, for an admin stores later than it acknowledges.
 
     wake, retry: any thread. A batch that the admin refuses is split until the bad results are
     alone; each of them is tried again with a backoff of its own, behind those that were never
@@ -5026,6 +5766,10 @@ class Callbacks:
         self._refused: dict[
             int, tuple[int, float]
         ] = {}  # logId: (refusals, monotonic time of the next attempt)
+        self._settling: set[int] = set()  # logIds whose new state is on its way into the journal
+        # times of the journal's clock between which an admin acknowledged that then went away
+        self._suspects: tuple[float, float] | None = None
+        self._missed_at = 0.0  # monotonic; the last such absence that was looked at
         self._failures = 0
         self._refusals = 0  # since a result was taken
         self._pardoned = threading.Event()  # the admin takes again what it refused
@@ -5097,43 +5841,103 @@ class Callbacks:
         """Send what is due; returns the seconds until something else is, None when nothing
         waits."""
         while True:
-            stored = self._journal.store_held()
             now = time.monotonic()
             if self._pardoned.is_set():
                 self._pardoned.clear()
                 self._refused.clear()
                 self._refusals = 0
             if now < self._retry_at:
-                return self._retry_at - now if stored else 1.0
-            rows = self._journal.undelivered(BATCH + len(self._refused))
+                return self._retry_at - now
+            most = BATCH + len(self._refused) + len(self._settling)
+            rows = [row for row in self._journal.undelivered(most) if row[0] not in self._settling]
             alive = self._bury(rows)
             if len(alive) < len(rows):  # others may stand behind those
                 continue
             fresh = [row for row in alive if row[0] not in self._refused]
             again = [row for row in alive if self._refused.get(row[0], (0, now + 1))[1] <= now]
             due = (fresh or again)[:BATCH]
-            if not due:
-                waits = [at - now for _, at in self._refused.values()] + ([] if stored else [1.0])
-                return max(0.05, min(waits)) if waits else None
+            if len(due) == BATCH:
+                self._attempt(self._send, due)
+                continue
+            # What ends meanwhile goes into the next request.
             self._next_at = now + PACE
-            try:
-                self._send(due)
-                self._failures = 0
-                if not self._refused:
-                    self.last_error = ""
-            except (AdminUnreachable, AdminRefused) as error:
-                self._failures += 1
-                self._metrics.count("callback_failures_total")
-                wait = backoff(self._failures)
-                self._retry_at = time.monotonic() + wait
-                if str(error) != self.last_error:  # an outage is told once, not once a minute
-                    log.warning(
-                        "cannot deliver %s, next attempt in %.0f s: %s",
-                        counted(len(due), "result"),
-                        wait,
-                        error,
-                    )
-                self.last_error = str(error)
+            if due and not self._attempt(self._send, due):
+                continue
+            rows, before, after, wait = self._acknowledged()
+            if rows:
+                self._attempt(self._send_again, rows, before, after)
+            if due or rows:
+                self._closing.wait(PACE)
+                continue
+            waits = [wait] + [at - now for _, at in self._refused.values()]
+            soonest = min(waits)
+            return None if soonest == float("inf") else max(0.05, soonest)
+
+    def _attempt(self, send: typing.Callable[..., None], rows: list, *arguments) -> bool:
+        """Whether the admin took `rows`; else it is left alone for a while."""
+        try:
+            send(rows, *arguments)
+        except (AdminUnreachable, AdminRefused) as error:
+            self._failures += 1
+            self._metrics.count("callback_failures_total")
+            wait = backoff(self._failures)
+            self._retry_at = time.monotonic() + wait
+            if str(error) != self.last_error:  # an outage is told once, not once a minute
+                log.warning(
+                    "cannot deliver %s, next attempt in %.0f s: %s",
+                    counted(len(rows), "result"),
+                    wait,
+                    error,
+                )
+            self.last_error = str(error)
+            return False
+        self._failures = 0
+        if not self._refused:
+            self.last_error = ""
+        return True
+
+    def _acknowledged(self) -> tuple[list, RunState, RunState, float]:
+        """Results to send once more, the state in which they are and will be, and the seconds until
+        there are some, if there are none."""
+        now, wait = self._journal.clock.now(), float("inf")
+        if not self._admin.addresses or self._closing.is_set():
+            return [], RunState.ACKNOWLEDGED, RunState.RESENT, wait
+        if self._admin.missed_at > self._missed_at:
+            self._missed_at = self._admin.missed_at
+            noticed = now - (time.monotonic() - self._missed_at)
+            self._suspects = (noticed - SUSPECT, noticed)
+        most = BATCH + len(self._settling)
+        steps = (
+            (RunState.ACKNOWLEDGED, RunState.RESENT, RESEND_AFTER[0]),
+            (RunState.RESENT, RunState.DELIVERED, RESEND_AFTER[1]),
+        )
+        for before, after, age in steps:
+            rows = self._journal.acknowledged(before, *(self._suspects or (0.0, 0.0)), most)
+            oldest = [] if rows else self._journal.acknowledged(before, 0.0, now, 1)
+            if oldest and oldest[0][4] <= now - age:  # and what soon would be, for a full batch
+                rows = self._journal.acknowledged(before, 0.0, now - age / 2, most)
+            elif oldest:
+                wait = min(wait, oldest[0][4] + age - now)
+            rows = [row for row in rows if row[0] not in self._settling][:BATCH]
+            if rows:
+                return rows, before, after, wait
+        self._suspects = None
+        return [], RunState.ACKNOWLEDGED, RunState.RESENT, wait
+
+    def _send_again(self, rows: list, before: RunState, after: RunState) -> None:
+        self._step_at = time.monotonic()
+        self._admin.callback(rows)
+        self._metrics.count("results_resent_total", len(rows))
+        self._settle(rows, before, after)
+
+    def _settle(self, rows: list, before: RunState, after: RunState) -> None:
+        """Have the journal remember their new state; they are left alone until it does."""
+        log_ids = [row[0] for row in rows]
+        self._settling.update(log_ids)
+        self._journal.post(Settled(log_ids, before, after, self._settled))
+
+    def _settled(self, message: Settled) -> None:
+        self._settling.difference_update(message.log_ids)
 
     def _bury(self, rows: list) -> list:
         oldest = self._journal.clock.now() - DEAD_AFTER
@@ -5145,7 +5949,8 @@ class Callbacks:
                 DEAD_AFTER // 86_400,
                 ",".join(map(str, dead)),
             )
-            self._journal.settle(dead, RunState.DEAD)
+            gone = [row for row in rows if row[4] < oldest]
+            self._settle(gone, RunState.FINISHED, RunState.DEAD)
             for log_id in dead:
                 self._refused.pop(log_id, None)
         return [row for row in rows if row[4] >= oldest]
@@ -5173,14 +5978,12 @@ class Callbacks:
             if self._refusals > 3 and self._closing.wait(REFUSED_PACE):
                 raise
             return
-        if not self._admin.addresses:
-            self._journal.settle(
-                [row[0] for row in rows], RunState.DELIVERED
-            )  # nobody waits for them
+        if not self._admin.addresses:  # nobody waits for them
+            self._settle(rows, RunState.FINISHED, RunState.DELIVERED)
             return
         failpoint("sent")
         self._refusals = 0
-        self._journal.settle([row[0] for row in rows], RunState.DELIVERED)
+        self._settle(rows, RunState.FINISHED, RunState.ACKNOWLEDGED)
         for row in rows:
             self._refused.pop(row[0], None)
         log.info("delivered %s", " ".join(f"logId={row[0]}" for row in rows))
@@ -5396,6 +6199,7 @@ class AdminClient:
             threading.Event(),
         )  # the lock guards `tried_at`
         self._links: list[_Link] = []
+        self.missed_at = 0.0  # monotonic; when one that had answered did not any more
         self.use_token(config.admin.access_token)
 
     def use_token(self, token: str | None) -> None:
@@ -5456,8 +6260,7 @@ class AdminClient:
                 "the admin speaks the dialect of version %s",
                 "3.5" if dialect == "wrapper" else "3.4 or older",
             )
-            with contextlib.suppress(JournalError):
-                self._learn("dialect", dialect)
+            self._learn("dialect", dialect)
 
     def _call(self, path: str, body: typing.Any, eager: bool = False) -> None:
         now = time.monotonic()
@@ -5474,6 +6277,8 @@ class AdminClient:
             try:
                 status, reply = link.post(path, self._headers, data)
             except AdminUnreachable as error:
+                if address.well:
+                    self.missed_at = time.monotonic()
                 address.failures, address.well = address.failures + 1, False
                 address.last_error = str(error)
                 with self._turn:
@@ -5780,6 +6585,7 @@ MAX_STARTS = 3
 WATCH_INTERVAL = (
     1.0  # seconds between two looks at the files with executor.watch_config, and of status --watch
 )
+STALLED = 30.0  # seconds of one turn after which systemd may restart the service
 HOUSEKEEPING = 3600.0  # seconds between two prunings of logs and journal
 
 
@@ -5856,7 +6662,7 @@ def end_leftovers(journal: Journal, identity: str) -> None:
     stays."""
     markers = [f"{identity}-"] + [
         f"{identity}+{trigger.log_id:020d}"
-        for trigger, state, _, _ in journal.unfinished()
+        for trigger, state, *_ in journal.unfinished()
         if state is RunState.RUNNING
     ]
     for marker in markers:
@@ -5871,33 +6677,31 @@ def end_leftovers(journal: Journal, identity: str) -> None:
 def recover(
     journal: Journal,
     logs: JobLogs,
-    scheduler: Scheduler,
+    core: Core,
     scripts: Scripts,
     jobs: dict[str, JobConfig],
 ) -> list[int]:
     """Runs that the last executor did not finish: start again, or report. Returns the logIds of
     those that start again."""
     resumed = []
-    for trigger, state, age, starts in journal.unfinished():
+    for trigger, state, age, starts, cancelled in journal.unfinished():
         job = jobs.get(trigger.handler) if trigger.glue_type == "BEAN" else None
         if trigger.glue_type in GLUE:
             with contextlib.suppress(Refused):  # not enabled any more
                 job = scripts.job(trigger)
-        message = ""
+        message, again = "", False
+        if cancelled is not None:
+            log.warning("failed %s: %s", trigger, cancelled.message)
+            logs.open(trigger).end(f"failed: {cancelled.message}; the executor restarted meanwhile")
+            core.put(Lost(trigger, cancelled))
+            continue
         if state is RunState.RUNNING:
             again = job is not None and job.on_crash == "rerun" and starts < MAX_STARTS
             message = "executor restarted while the job ran" + (
                 "; it is run again" if again else ", its outcome is unknown"
             )
             logs.open(trigger).end(message if again else f"failed: {message}")
-            if again:
-                try:
-                    journal.restart(trigger)
-                    message = ""
-                except JournalError as error:
-                    message = (
-                        f"executor restarted while the job ran, it cannot be run again: {error}"
-                    )
+            message = "" if again else message
         elif age > RESUME_WINDOW:
             message = (
                 f"accepted {seconds_text(age)} before the executor restarted, too long ago to"
@@ -5911,10 +6715,10 @@ def recover(
             )
         if message or job is None:
             log.warning("failed %s: %s", trigger, message)
-            journal.finish([trigger], Result(FAILURE, message))
+            core.put(Lost(trigger, Result(FAILURE, message)))
         else:
             log.info("resumed %s", trigger)
-            scheduler.resume(trigger, job)
+            core.put(Resume(trigger, job, again))
             resumed.append(trigger.log_id)
     return resumed
 
@@ -6026,6 +6830,7 @@ class Daemon:
         self._inherited: tuple | None = (
             None  # the address of a socket that the service manager handed over
         )
+        self._core: Core
 
     def start(self) -> None:
         """Raises ExecutorError; nothing runs then."""
@@ -6052,10 +6857,15 @@ class Daemon:
                 lambda: self._journal.reserve.lost,
             )
             self.metrics = Metrics()
-            self._runner = Runner(
-                self._logs, self._data.identity, os.path.join(self._data.path, "run"), self.metrics
+            undo.callback(self._logs.close)
+            self._processes = Supervisor(
+                self._logs,
+                self._data.identity,
+                os.path.join(self._data.path, "run"),
+                self.metrics,
+                lambda message: self._core.put(message),
             )
-            undo.callback(self._runner.close)
+            undo.callback(self._processes.close, 0.0)
             self._scripts = Scripts(
                 os.path.join(self._data.path, "gluesource"),
                 config.glue,
@@ -6065,19 +6875,29 @@ class Daemon:
             end_leftovers(self._journal, self._data.identity)
             self._admin = AdminClient(config, self._journal.fact("dialect"), self._journal.learn)
             self._callbacks = Callbacks(self._journal, self._admin, self.metrics)
-            self._journal.tell(self._callbacks.wake)
-            self._scheduler = Scheduler(
-                self._journal,
-                self._runner,
+            self._journal.stored = self._callbacks.wake
+            most = config.executor.max_running
+            self._slots = Slots(
+                most,
+                self._logs,
                 self.metrics,
-                config.executor.max_running,
+                self._processes.timers,
+                lambda message: self._core.put(message),
+            )
+            self._core = Core(
+                self._journal,
+                self._processes,
+                self._slots,
+                self.metrics,
+                most,
                 config.executor.max_queued,
             )
-            self._scheduler.register()
+            self._core.register()
+            self._journal.post = self._core.put
             self.port = listener.getsockname()[1]
             hooks = RegistrationHooks(
-                busy=self._scheduler.active,
-                resumed=lambda: any(map(self._scheduler.knows, self._resumed)),
+                busy=self._core.active,
+                resumed=lambda: any(map(self._core.knows, self._resumed)),
                 answered=self._callbacks.retry,
                 recall=self._journal.fact,
                 learn=self._journal.learn,
@@ -6085,7 +6905,7 @@ class Daemon:
             self._registration = Registration(config, self._admin, self.metrics, self.port, hooks)
             self._api = Api(
                 config,
-                self._scheduler,
+                self._core,
                 self._logs,
                 self._scripts,
                 self.metrics,
@@ -6099,11 +6919,11 @@ class Daemon:
             self.metrics.gauge("dead_results", lambda: self._journal.counts()["dead"])
             self.metrics.gauge("start_time_seconds", lambda: self._started)
             undo.pop_all()
-        self._runner.prepare(config.jobs.values())
-        self._resumed = recover(
-            self._journal, self._logs, self._scheduler, self._scripts, config.jobs
-        )
-        self._scheduler.start()
+        self._processes.start_thread()
+        self._prepare(config)
+        self._resumed = recover(self._journal, self._logs, self._core, self._scripts, config.jobs)
+        self._core.start()
+        self._core.flush(STORE_LIMIT)
         self._http.start()
         host = config.executor.bind[0]
         host = "127.0.0.1" if host == "0.0.0.0" else "::1" if host == "::" else host
@@ -6123,8 +6943,18 @@ class Daemon:
             config.admin.timeout + config.admin.connect_timeout
         )
         self._manager = ServiceManager(
-            self._summary, lambda: self._http.alive() and self._callbacks.alive(patience)
+            self._summary,
+            lambda: (
+                self._http.alive()
+                and self._core.alive(STALLED)
+                and self._processes.alive(STALLED)
+                and self._callbacks.alive(patience)
+            ),
         )
+
+    def _prepare(self, config: Config) -> None:
+        self._processes.prepare(config.jobs.values())
+        self._slots.prepare(config.jobs.values())
 
     def _bound(self, config: Config) -> Config:
         """`config` with the address that is listened on: that of an inherited socket takes the
@@ -6133,7 +6963,7 @@ class Daemon:
         return dataclasses.replace(config, executor=dataclasses.replace(config.executor, bind=bind))
 
     def _summary(self) -> str:
-        found, counts = self._scheduler.snapshot(), self._journal.counts()
+        found, counts = self._core.snapshot(), self._journal.counts()
         return (
             f"{len(found['running'])} running, {sum(found['queued'].values())} queued,"
             f" {counts['undelivered']} undelivered"
@@ -6163,7 +6993,7 @@ class Daemon:
             "draining": self._api.draining,
             "registered": self._registration.registered.is_set(),
             "jobs": sorted(self.config.jobs),
-            **self._scheduler.snapshot(),
+            **self._core.snapshot(),
             "undelivered": counts["undelivered"],
             "dead": counts["dead"],
             "connections": self._http.connections,
@@ -6218,8 +7048,8 @@ class Daemon:
             signals.unmute(signal.SIGCHLD)
             reap_orphans()
         elif signal.SIGCHLD in got:
-            # Each job that ends raises one, and the slots reap theirs themselves: once a second is
-            # enough for orphans.
+            # Each job that ends raises one, and the supervisor reaps those itself: once a second
+            # is enough for orphans.
             signals.mute(signal.SIGCHLD)
             self._reap_at = now + 1.0
         if now >= self._housekeeping_at:
@@ -6295,7 +7125,7 @@ class Daemon:
                 if old.jobs[name] != new.jobs[name]
             )
             self.config = self._api.config = dataclasses.replace(old, admin=admin, jobs=new.jobs)
-            self._runner.prepare(new.jobs.values())
+            self._prepare(new)
             log.info(
                 "reloaded %s: %s, added %s, changed %s, removed %s",
                 old.file,
@@ -6336,22 +7166,23 @@ class Daemon:
             idle.set()
             signals.wake()
 
-        self._scheduler.drain(idle_hook)
+        self._core.put(Drain(idle_hook))
         deadline = time.monotonic() + self.config.executor.drain_timeout
         while not idle.is_set() and time.monotonic() < deadline and not self._next(deadline):
             pass
         if not idle.is_set():
-            deadline = time.monotonic() + self._scheduler.cancel_all("killed: the executor stopped")
+            deadline = time.monotonic() + self._core.grace()
+            self._core.put(CancelAll(Result(FAILURE, "killed: the executor stopped")))
             while (
                 not idle.is_set() and time.monotonic() < deadline
             ):  # bounded, and needed: nothing may be left behind
                 self._next(deadline)
-        with contextlib.suppress(JournalError):
-            self._journal.flush()
+        self._core.flush(STORE_LIMIT)
         self._callbacks.close()
         self._registration.close(self.config.admin.timeout)
         if self._pruning is not None:
             self._pruning.join(FLUSH_LIMIT)
+        self._core.close(STORE_LIMIT)
         counts = self._journal.counts()
         left = "every result is delivered"
         if counts["held"]:
@@ -6364,10 +7195,12 @@ class Daemon:
         if self._inherited:
             patience.cancel()
         self._http.close()
-        self._runner.close()
+        self._slots.close()
+        self._processes.close(FLUSH_LIMIT)
         kill_family(f"{self._data.identity}-")
         self._admin.close()
         self._journal.close()
+        self._logs.close()
         self._data.close()
         if self._stdout is not None:
             self._stdout.flush(FLUSH_LIMIT)
@@ -6823,8 +7656,9 @@ class _Terminal:
     """The place of JobLogs for `exec`: output goes to stdout, notes to stderr."""
 
     class Log(RunLog):
-        def note(self, text: str) -> None:
+        def _note(self, text: str) -> bytes:
             print(f"----- {text} -----", file=sys.stderr, flush=True)
+            return b""
 
     def open(self, trigger: Trigger) -> RunLog:
         return self.Log(os.dup(1), sys.maxsize)
@@ -6851,39 +7685,32 @@ def cmd_exec(arguments: argparse.Namespace) -> int:
         shard_total=total,
     )
     if arguments.timeout is not None:
-        job = dataclasses.replace(
-            job, timeout=min(filter(None, (job.timeout, arguments.timeout)), default=0)
-        )
+        job = dataclasses.replace(job, timeout=shortest(job.timeout, arguments.timeout))
     box: list[Result] = []
+    signals = Signals(signal.SIGINT, signal.SIGTERM)
+
+    def report(message: typing.Any) -> None:
+        if isinstance(message, Expired):
+            place.cancel(message.log_id, message.result)
+            return
+        ended = message.result if isinstance(message, Ended) else Result(FAILURE, "stuck")
+        box.append(ended)
+        signals.wake()
+
     with tempfile.TemporaryDirectory(prefix="xxl-exec-") as scratch:
-        runner = Runner(_Terminal(), secrets.token_hex(8), scratch, Metrics())
-        runner.prepare([job])
-        control, signals = Control(), Signals(signal.SIGINT, signal.SIGTERM)
-
-        def stuck() -> None:
-            box.append(control.result or Result(FAILURE, "stuck"))
-            signals.wake()
-
-        control.stuck_hook = stuck
-
-        def work() -> None:
-            try:
-                box.append(runner.run(trigger, job, control))
-            finally:
-                signals.wake()
-
-        # Not in the main thread: its children are the orphans of the job, and it has signals to
-        # handle.
-        threading.Thread(target=work, daemon=True).start()
-        while True:
-            got = signals.wait()
-            if 0 in got:
-                break
-            control.cancel(FAILURE, "interrupted")
+        metrics = Metrics()
+        processes = Supervisor(_Terminal(), secrets.token_hex(8), scratch, metrics, report)
+        slots = Slots(1, _Terminal(), metrics, processes.timers, report)
+        place: typing.Any = slots if job.isolation == "thread" else processes
+        processes.start_thread()
+        slots.prepare([job])
+        place.start(trigger, job)
+        while not box:
+            if signals.wait() - {0}:
+                place.cancel(trigger.log_id, Result(FAILURE, "interrupted"))
         signals.close()
-        runner.close()
-    if not box:
-        return 1
+        slots.close()
+        processes.close(FLUSH_LIMIT)
     status = box[0].exit_status
     return status if status is not None else {SUCCESS: 0, TIMEOUT: 124}.get(box[0].code, 1)
 
@@ -7097,6 +7924,15 @@ exit status: 0 fine, 1 failed, 2 bad usage or configuration""",
     return top
 
 
+def printable(text: str) -> str:
+    """`text` with its control characters shown escaped."""
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
+
+
 def set_up_logging(output: Output) -> None:
     """One line an event to `output`; under systemd with a priority and without the time, which the
     journal has."""
@@ -7126,13 +7962,11 @@ def set_up_logging(output: Output) -> None:
 
         def formatMessage(self, record):
             """Without control characters: a name from the network must not forge lines."""
-            text = super().formatMessage(record)
-            if text.isprintable():
-                return text
-            return "".join(
-                char if char.isprintable() else char.encode("unicode_escape").decode()
-                for char in text
-            )
+            if isinstance(record.msg, Lines):
+                record.message = ""
+                before = super().formatMessage(record)
+                return "\n".join(before + printable(line) for line in record.msg)
+            return printable(super().formatMessage(record))
 
     class Journald(OneLine):
         def format(self, record):
