@@ -135,22 +135,22 @@ class Answers:
         return True
 
     def route(self, request):
-        return xxl_executor.Route.WORK
+        return xxl_executor.Route.POOL
 
-    def answer(self, request):
+    def answer(self, request, ticket):
         return xxl_executor.Reply(200, "application/json", self._answer(request.path))
 
 
 @pytest.fixture
 def serve():
-    """A factory of servers in this process: serve(answer, max_connections=100, threads=8) returns
+    """A factory of servers in this process: serve(answer, max_connections=100) returns
     (server, port); `answer(target)` returns the answer's bytes."""
     with contextlib.ExitStack() as stack:
 
-        def make(answer, max_connections=100, threads=8):
+        def make(answer, max_connections=100):
             listener = xxl_executor.listen(("127.0.0.1", 0))
             port = listener.getsockname()[1]
-            server = xxl_executor.HttpServer(listener, Answers(answer), max_connections, threads)
+            server = xxl_executor.HttpServer(listener, Answers(answer), max_connections)
             server.start()
             closing = []  # a test may close it itself
 
@@ -684,7 +684,7 @@ def test_close_answers_what_was_sent(serve):
             go.wait(20)
         return beat_only(target)
 
-    server, port = serve(answer, threads=2)
+    server, port = serve(answer)
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(Client(port)) for _ in range(20)]
         for client in clients:

@@ -122,45 +122,15 @@ def api(answer):
     routes = {"/metrics": xxl_executor.Route.POOL}
     return SimpleNamespace(
         trusts=lambda request: True,
-        route=lambda request: routes.get(request.path, xxl_executor.Route.WORK),
+        route=lambda request: routes.get(request.path, xxl_executor.Route.POOL),
         answer=answer,
     )
-
-
-def test_http_threads_that_are_stuck_are_noticed():
-    """All threads hang in a request while another waits: the watchdog is not fed any more; it is
-    when they go on."""
-    go = threading.Event()
-
-    def answer(request):
-        if request.path != "/metrics":
-            go.wait(30)
-        return xxl_executor.Reply(200, "text/plain", b"")
-
-    listener = xxl_executor.listen(("127.0.0.1", 0))
-    server = xxl_executor.HttpServer(listener, api(answer), 100, threads=2)
-    server.start()
-    with contextlib.ExitStack() as stack:
-        stack.callback(server.close)
-        stack.callback(go.set)
-        assert server.alive() and server.alive()
-        for _ in range(3):
-            client = stack.enter_context(socket.create_connection(listener.getsockname()[:2]))
-            client.sendall(b"POST /beat HTTP/1.1\r\nHost: x\r\n\r\n")
-        wait_until(lambda: not server.alive())
-        scraper = stack.enter_context(socket.create_connection(listener.getsockname()[:2]))
-        for _ in range(3):  # whom the admin does not wait for feeds no watchdog
-            scraper.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
-            assert scraper.recv(4096)
-            assert not server.alive()
-        go.set()
-        wait_until(server.alive)
 
 
 def test_a_selector_that_is_stuck_is_noticed(monkeypatch):
     monkeypatch.setattr(xxl_executor, "ALIVE", 0.5)
     listener = xxl_executor.listen(("127.0.0.1", 0))
-    server = xxl_executor.HttpServer(listener, api(lambda request: None), 100, threads=1)
+    server = xxl_executor.HttpServer(listener, api(lambda request, ticket: None), 100)
     go = threading.Event()
     monkeypatch.setattr(server, "_accept", lambda: go.wait(30))
     server.start()
