@@ -521,7 +521,8 @@ def test_the_second_admin_takes_over(executor, loopback, failure):
     url = daemon.url + "/"
     assert daemon.stop() == 0
     assert [body["registryValue"] for _, body in calls(two, "registryRemove")] == [url]
-    assert first not in two.results and second not in one.results
+    # One that died may have lost what it had acknowledged.
+    assert (first in two.results) == callable(failure) and second not in one.results
 
 
 def test_a_clear_refusal_is_not_asked_again_elsewhere(executor, loopback):

@@ -6,6 +6,7 @@ import glob
 import json
 import os
 import re
+import resource
 import sqlite3
 import threading
 import time
@@ -13,13 +14,81 @@ import time
 import pytest
 from conftest import alive, result_of, run_job, wait_until
 
-from xxl_executor import Journal, JournalError, Result, RunState, Trigger
+from xxl_executor import (
+    ExecutorError,
+    Journal,
+    JournalError,
+    Note,
+    Refused,
+    Result,
+    RunState,
+    Settled,
+    Trigger,
+)
 
 NOW = 1_790_000_000_000  # ms
+DAY = 86_400
 
 
 def trigger(log_id, **fields):
     return Trigger(job_id=7, log_id=log_id, handler="hello", log_date_time=NOW, **fields)
+
+
+def turn(journal, decide=lambda: None):
+    """The value of `decide()`, committed in one transaction, as the core does it."""
+    for last in (False, True):
+        try:
+            journal.begin()
+            value = decide()
+            journal.commit()
+        except (sqlite3.Error, OSError) as error:
+            journal.take_back()
+            if last or not journal.mend(error):
+                raise JournalError(journal.give_up(error)) from None
+        else:
+            journal.publish()
+            return value
+
+
+def tolerant(journal):
+    """A turn that is not told of, as one that only stores what has happened; whether it did."""
+    with contextlib.suppress(JournalError):
+        turn(journal)
+        return True
+    return False
+
+
+def accept(journal, *wanted):
+    """Whether each of these is new, a single one for a single trigger. Raises Refused."""
+
+    def decide():
+        try:
+            return [journal.accept(one) for one in wanted]
+        except Refused as error:  # it refuses a trigger, the others of the batch are stored
+            return error
+
+    found = turn(journal, decide)
+    if isinstance(found, Refused):
+        raise found
+    return found if len(wanted) > 1 else found[0]
+
+
+def start(journal, log_id):
+    turn(journal, lambda: journal.start(log_id))
+
+
+def restart(journal, log_id):
+    turn(journal, lambda: journal.restart(trigger(log_id)))
+
+
+def finish(journal, log_id, code=200, message="fine"):
+    journal.finish([log_id], Result(code, message))
+    turn(journal)
+
+
+def settle(journal, log_ids, state, before=RunState.FINISHED, stored=lambda message: None):
+    journal.hold_state(Settled(log_ids, before, state, stored))
+    turn(journal)
 
 
 @pytest.fixture
@@ -33,13 +102,35 @@ def journal(file):
         yield journal
 
 
-def finish(journal, log_id, code=200, message="fine"):
-    journal.finish([trigger(log_id)], Result(code, message))
+@pytest.fixture
+def posted(journal):
+    """Does at once what is posted to the core, which there is none of; the messages so far."""
+    messages = []
+
+    def post(message):
+        messages.append(message)
+        if isinstance(message, Note):
+            journal.hold_note(message)
+            return
+        try:
+            value = turn(journal, message.work)
+        except JournalError as error:
+            value = error
+        message.done(value)
+
+    journal.post = post
+    return messages
 
 
 def waiting(journal):
     """The logIds of undelivered results, in their order."""
     return [row[0] for row in journal.undelivered(1000)]
+
+
+def outside(file, statement, *values):
+    """Run a statement in the file of a journal, from outside."""
+    with contextlib.closing(sqlite3.connect(file)) as db, db:
+        return db.execute(statement, values).fetchall()
 
 
 # -- what it stores
@@ -50,26 +141,28 @@ def test_a_run_from_its_acceptance_to_its_delivery(journal):
         5, param='a "b" 你好', timeout=9, shard_index=1, shard_total=3, block_strategy="COVER_EARLY"
     )
     assert not journal.knows(5)
-    began = time.time()
-    assert journal.accept(wanted) is True
-    assert journal.accept(trigger(5, param="again")) is False
-    ((found, state, age, starts),) = journal.unfinished()
-    assert (found, state, starts) == (wanted, RunState.ACCEPTED, 0) and 0 <= age < 10
-    journal.start(5)
-    assert [row[1:2] + row[3:] for row in journal.unfinished()] == [(RunState.RUNNING, 1)]
+    began = journal.clock.now()
+    assert abs(began - time.time()) < 60, "a new journal begins with the time of the wall clock"
+    assert accept(journal, wanted) is True
+    assert accept(journal, trigger(5, param="again")) is False
+    ((found, state, age, starts, cancelled),) = journal.unfinished()
+    assert (found, state, starts, cancelled) == (wanted, RunState.ACCEPTED, 0, None)
+    assert 0 <= age < 60
+    start(journal, 5)
+    assert [(row.state, row.starts) for row in journal.unfinished()] == [(RunState.RUNNING, 1)]
     assert journal.undelivered(10) == [] and journal.oldest() == 0.0
     assert journal.counts() == {"undelivered": 0, "held": 0, "dead": 0}
     finish(journal, 5, 502, "timed out 你好")
     assert journal.unfinished() == []
     ((*row, finished),) = journal.undelivered(10)
-    assert row == [5, NOW, 502, "timed out 你好"] and began <= finished <= time.time()
+    assert row == [5, NOW, 502, "timed out 你好"] and began <= finished <= journal.clock.now()
     assert journal.counts() == {"undelivered": 1, "held": 0, "dead": 0}
-    assert 0 < journal.oldest() < time.time() - began + 1
-    journal.settle([5], RunState.DELIVERED)
+    assert 0 < journal.oldest() <= journal.clock.now() - began
+    settle(journal, [5], RunState.DELIVERED)
     assert journal.undelivered(10) == [] and journal.oldest() == 0.0
     assert journal.counts() == {"undelivered": 0, "held": 0, "dead": 0}
     # Still known, so that its repeated trigger starts nothing.
-    assert journal.knows(5) and journal.accept(wanted) is False
+    assert journal.knows(5) and accept(journal, wanted) is False
 
 
 def test_every_value_that_a_trigger_can_have_comes_back(journal):
@@ -78,37 +171,64 @@ def test_every_value_that_a_trigger_can_have_comes_back(journal):
         trigger(-(2**63)),
         trigger(0, param="\0\ud800\U0001f600" * 3, timeout=2**62),
     ):
-        assert journal.accept(wanted)
-        assert wanted in [row[0] for row in journal.unfinished()]
-        journal.start(wanted.log_id)
+        assert accept(journal, wanted)
+        assert wanted in [row.trigger for row in journal.unfinished()]
+        start(journal, wanted.log_id)
 
 
 def test_a_run_that_was_dropped_goes_from_accepted_to_finished(journal):
-    journal.accept(trigger(1))
+    accept(journal, trigger(1))
     finish(journal, 1, 500, "covered by run 2")
     assert [row[:4] for row in journal.undelivered(10)] == [(1, NOW, 500, "covered by run 2")]
 
 
 def test_undelivered_results_come_the_oldest_first(journal):
     order = [30, 10, 20, 50, 40]
-    for log_id in order:
-        journal.accept(trigger(log_id))
+    accept(journal, *map(trigger, order))
     for log_id in order:
         finish(journal, log_id)
     assert waiting(journal) == order
     assert [row[0] for row in journal.undelivered(2)] == order[:2]
-    journal.settle([30, 20], RunState.DELIVERED)
-    journal.settle([40], RunState.DEAD)
+    settle(journal, [30, 20], RunState.DELIVERED)
+    settle(journal, [40], RunState.DEAD)
     assert waiting(journal) == [10, 50]
     found = journal.counts()
     assert (found["undelivered"], found["dead"]) == (2, 1)
 
 
+def test_what_the_admin_acknowledged_can_be_sent_again(journal):
+    """By the state that it is in and the time at which it came into it."""
+    accept(journal, trigger(1), trigger(2), trigger(3))
+    journal.finish([1, 2, 3], Result(200, "fine"))
+    turn(journal)
+    began = journal.clock.now()
+    settle(journal, [1, 2], RunState.ACKNOWLEDGED)
+    between = journal.clock.now()
+    settle(journal, [3], RunState.ACKNOWLEDGED)
+    ended = journal.clock.now() + 1
+
+    def found(state, since=0.0, until=ended, limit=10):
+        return [row[0] for row in journal.acknowledged(state, since, until, limit)]
+
+    assert waiting(journal) == [] and journal.counts()["undelivered"] == 0
+    assert found(RunState.ACKNOWLEDGED) == [1, 2, 3]
+    assert found(RunState.ACKNOWLEDGED, until=between) == [1, 2]
+    assert found(RunState.ACKNOWLEDGED, since=between) == [3]
+    assert found(RunState.ACKNOWLEDGED, until=began) == []
+    assert len(found(RunState.ACKNOWLEDGED, limit=2)) == 2
+    ((*row, at),) = journal.acknowledged(RunState.ACKNOWLEDGED, between, ended, 10)
+    assert row == [3, NOW, 200, "fine"] and between <= at < ended
+    settle(journal, [1, 2, 3], RunState.RESENT, RunState.ACKNOWLEDGED)
+    assert (found(RunState.ACKNOWLEDGED), found(RunState.RESENT)) == ([], [1, 2, 3])
+    settle(journal, [2], RunState.DELIVERED, RunState.RESENT)
+    assert found(RunState.RESENT) == [1, 3] and journal.knows(2)
+
+
 def test_unfinished_runs_come_in_the_order_of_their_acceptance(journal):
     for log_id in (3, 1, 2):
-        journal.accept(trigger(log_id))
-    journal.start(2)
-    assert [(row[0].log_id, row[1]) for row in journal.unfinished()] == [
+        accept(journal, trigger(log_id))
+    start(journal, 2)
+    assert [(row.trigger.log_id, row.state) for row in journal.unfinished()] == [
         (3, RunState.ACCEPTED),
         (1, RunState.ACCEPTED),
         (2, RunState.RUNNING),
@@ -123,61 +243,101 @@ def test_facts(journal):
     assert (journal.fact("dialect"), journal.fact("other")) == ("wrapper", "x")
 
 
+def test_for_how_long_something_is_known(journal, file):
+    journal.learn("since outage", str(journal.clock.now() - 100))
+    assert 100 <= journal.known_for("outage") < 160
+    journal.forget("outage")
+    assert journal.known_for("outage") == 0.0, "it is noted anew"
+    assert journal.known_for("outage") < 60
+    journal.forget("outage")
+    turn(journal)
+    assert outside(file, "SELECT name FROM facts WHERE name LIKE 'since %'") == []
+
+
 def test_it_survives_reopening(file):
     with contextlib.closing(Journal(file)) as journal:
-        for log_id in (1, 2, 3, 4):
-            journal.accept(trigger(log_id))
-        journal.start(1)
+        for log_id in (1, 2, 3, 4, 5):
+            accept(journal, trigger(log_id))
+        start(journal, 1)
         finish(journal, 1)
-        journal.start(2)
+        start(journal, 2)
         journal.learn("dialect", "wrapper")
         finish(journal, 4)
-        journal.settle([4], RunState.DELIVERED)
+        settle(journal, [4], RunState.DELIVERED)
+        finish(journal, 5)
+        settle(journal, [5], RunState.DEAD)
     with contextlib.closing(Journal(file)) as journal:
         assert waiting(journal) == [1]
-        assert [(row[0].log_id, row[1], row[3]) for row in journal.unfinished()] == [
+        assert [(row.trigger.log_id, row.state, row.starts) for row in journal.unfinished()] == [
             (2, RunState.RUNNING, 1),
             (3, RunState.ACCEPTED, 0),
         ]
         assert journal.fact("dialect") == "wrapper" and journal.knows(4)
+        assert journal.counts() == {"undelivered": 1, "held": 0, "dead": 1}
 
 
-def test_every_commit_reaches_the_disk(journal):
-    assert journal._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-    assert journal._db.execute("PRAGMA synchronous").fetchone() == (2,), "FULL"
+@pytest.fixture
+def connections(monkeypatch):
+    """The connections that are made meanwhile."""
+    made, connect = [], sqlite3.connect
+
+    def keep(*arguments, **options):
+        made.append(connect(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(sqlite3, "connect", keep)
+    return made
+
+
+def of_file(connections, file):
+    """Those to this file; others are closed again, with what they were good for."""
+    found = []
+    for db in connections:
+        with contextlib.suppress(sqlite3.ProgrammingError):
+            if db.execute("PRAGMA database_list").fetchone()[2] == os.path.realpath(file):
+                found.append(db)
+    return found
+
+
+def test_every_commit_reaches_the_disk(connections, file):
+    with contextlib.closing(Journal(file)):
+        used = of_file(connections, file)
+        assert len(used) == 2, "one that writes and one that reads"
+        for db in used:
+            assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+            assert db.execute("PRAGMA synchronous").fetchone() == (2,), "FULL"
 
 
 # -- transitions
 
 
 def test_a_run_starts_once(journal):
-    journal.accept(trigger(1))
-    journal.start(1)
-    with pytest.raises(JournalError) as caught:
-        journal.start(1)
-    assert str(caught.value) == "run 1 is not waiting to be started"
-    assert [row[3] for row in journal.unfinished()] == [1]
+    accept(journal, trigger(1))
+    start(journal, 1)
+    start(journal, 1)
+    assert [(row.state, row.starts) for row in journal.unfinished()] == [(RunState.RUNNING, 1)]
 
 
 @pytest.mark.parametrize("state", ["unknown", "finished", "delivered", "dead"])
 def test_only_an_accepted_run_starts(journal, state):
     if state != "unknown":
-        journal.accept(trigger(1))
+        accept(journal, trigger(1))
         finish(journal, 1)
     if state in ("delivered", "dead"):
-        journal.settle([1], RunState(state))
-    with pytest.raises(JournalError) as caught:
-        journal.start(1)
-    assert str(caught.value) == "run 1 is not waiting to be started"
+        settle(journal, [1], RunState(state))
+    before = waiting(journal), journal.counts(), journal.knows(1)
+    start(journal, 1)
     assert journal.unfinished() == []
+    assert (waiting(journal), journal.counts(), journal.knows(1)) == before
 
 
 def test_the_first_result_stays(journal):
-    journal.accept(trigger(1))
+    accept(journal, trigger(1))
     finish(journal, 1, 500, "first")
     finish(journal, 1, 200, "second")
     assert [row[:4] for row in journal.undelivered(10)] == [(1, NOW, 500, "first")]
-    journal.settle([1], RunState.DELIVERED)
+    assert journal.counts()["undelivered"] == 1
+    settle(journal, [1], RunState.DELIVERED)
     finish(journal, 1, 200, "third")
     finish(journal, 99, 200, "of nobody")
     assert (
@@ -188,231 +348,444 @@ def test_the_first_result_stays(journal):
 
 
 def test_only_a_finished_run_is_settled(journal):
-    for log_id in (1, 2):
-        journal.accept(trigger(log_id))
-    journal.start(2)
-    journal.settle([1, 2, 3], RunState.DELIVERED)
-    assert [row[0].log_id for row in journal.unfinished()] == [1, 2]
+    accept(journal, trigger(1), trigger(2))
+    start(journal, 2)
+    settle(journal, [1, 2, 3], RunState.DELIVERED)
+    assert [row.trigger.log_id for row in journal.unfinished()] == [1, 2]
     finish(journal, 1)
-    journal.settle([1], RunState.DEAD)
-    journal.settle([1], RunState.DELIVERED)
-    assert journal.counts()["dead"] == 1
+    settle(journal, [1], RunState.DEAD)
+    settle(journal, [1], RunState.DELIVERED)
+    assert journal.counts() == {"undelivered": 0, "held": 0, "dead": 1}
 
 
 def test_only_a_running_run_is_put_back(journal):
     for log_id in (1, 2, 3):
-        journal.accept(trigger(log_id))
-    journal.start(1)
+        accept(journal, trigger(log_id))
+    start(journal, 1)
     finish(journal, 2)
     for log_id in (1, 2, 3, 4):
-        journal.restart(trigger(log_id))
-    assert [(row[0].log_id, row[1], row[3]) for row in journal.unfinished()] == [
+        restart(journal, log_id)
+    assert [(row.trigger.log_id, row.state, row.starts) for row in journal.unfinished()] == [
         (3, RunState.ACCEPTED, 0),
         (1, RunState.ACCEPTED, 1),
     ]
-    journal.start(1)
-    assert [row[3] for row in journal.unfinished() if row[0].log_id == 1] == [2]
+    start(journal, 1)
+    assert [row.starts for row in journal.unfinished() if row.trigger.log_id == 1] == [2]
+
+
+def test_why_a_run_was_ended_is_known_after_a_crash(journal):
+    """Of one that runs: what waits is dropped, not ended."""
+    accept(journal, trigger(1), trigger(2))
+    start(journal, 1)
+    for log_id in (1, 2, 3):
+        journal.cancel(log_id, Result(502, f"timed out {log_id}"))
+    turn(journal)
+    assert [(row.trigger.log_id, row.state, row.cancelled) for row in journal.unfinished()] == [
+        (1, RunState.RUNNING, Result(502, "timed out 1")),
+        (2, RunState.ACCEPTED, None),
+    ]
+    finish(journal, 1, 500, "it ended otherwise")
+    assert [row[:4] for row in journal.undelivered(10)] == [(1, NOW, 500, "it ended otherwise")]
+
+
+def test_what_is_taken_back_before_the_commit_is_not_stored(journal):
+    """As the core does with what it decided in a turn that failed."""
+    accept(journal, trigger(1), trigger(2), trigger(3))
+    start(journal, 1)
+    journal.cancel(1, Result(500, "killed"))
+    journal.uncancel()
+    journal.finish([2], Result(200, "it happened"))
+    journal.finish([1, 3], Result(500, "dropped"))
+    journal.unfinish(2)
+    turn(journal)
+    assert {row.trigger.log_id: row.cancelled for row in journal.unfinished()} == {1: None, 3: None}
+    assert [row[:4] for row in journal.undelivered(10)] == [(2, NOW, 200, "it happened")]
 
 
 # -- pruning
 
 
-def test_prune_forgets_what_is_old_and_settled(journal):
+def test_prune_forgets_what_is_old_and_settled(journal, posted, file):
     ages = {
         1: ("delivered", 2),
         2: ("delivered", 0.5),
         3: ("dead", 29),
         4: ("dead", 27),
         5: ("finished", 100),
+        6: ("acknowledged", 2),
+        7: ("acknowledged", 0.5),
+        8: ("resent", 2),
+        9: ("resent", 0.5),
     }  # days
     for log_id, (state, age) in ages.items():
-        journal.accept(trigger(log_id))
+        accept(journal, trigger(log_id))
         finish(journal, log_id)
         if state != "finished":
-            journal.settle([log_id], RunState(state))
-        journal._db.execute(
-            "UPDATE runs SET finished = ? WHERE log_id = ?", (time.time() - age * 86_400, log_id)
-        )
-    journal.accept(trigger(6))
-    journal._db.execute("UPDATE runs SET accepted = 0 WHERE log_id = 6")
-    assert journal.prune() == 2
-    assert [log_id for log_id in range(1, 7) if journal.knows(log_id)] == [2, 4, 5, 6]
+            settle(journal, [log_id], RunState(state))
+        at = journal.clock.now() - age * DAY
+        outside(file, "UPDATE runs SET finished = ? WHERE log_id = ?", at, log_id)
+    accept(journal, trigger(10))
+    outside(file, "UPDATE runs SET accepted = 0 WHERE log_id = 10")
+    assert journal.counts()["dead"] == 2
+    assert journal.prune() == 4
+    assert [log_id for log_id in range(1, 11) if journal.knows(log_id)] == [2, 4, 5, 7, 9, 10]
+    assert journal.counts()["dead"] == 1
     assert journal.prune() == 0
 
 
-def test_prune_works_in_parts(journal):
-    rows = [(i, NOW, "delivered", 0.0, 0.0) for i in range(2500)]
-    journal._db.executemany(
-        "INSERT INTO runs (log_id, log_date_time, state, accepted, finished) VALUES (?, ?, ?,"
-        " ?, ?)",
-        rows,
-    )
-    with commits(journal) as count:
-        assert journal.prune() == 2500
-    assert count[0] >= 3, "triggers could not come in between"
+def many_delivered(file, count):
+    with contextlib.closing(sqlite3.connect(file)) as db, db:
+        db.executemany(
+            "INSERT INTO runs (log_id, log_date_time, state, accepted, finished) VALUES (?, ?,"
+            " 'delivered', 0, 0)",
+            ((i, NOW) for i in range(count)),
+        )
+
+
+def test_prune_works_in_parts(journal, posted, file):
+    many_delivered(file, 2500)
+    assert journal.prune() == 2500
+    assert len(posted) >= 3, "triggers could not come in between"
     assert not journal.knows(1)
 
 
-# -- group commit
+def test_prune_ends_when_it_is_told(journal, posted, file):
+    many_delivered(file, 2500)
+    assert journal.prune(lambda: len(posted) == 1) == 1000
+    assert outside(file, "SELECT count(*) FROM runs") == [(1500,)]
 
 
-@contextlib.contextmanager
-def commits(journal):
-    """Counts the transactions that are committed meanwhile."""
-    count = [0]
-
-    def trace(statement):
-        count[0] += statement.strip().upper().startswith("COMMIT")
-
-    journal._db.set_trace_callback(trace)
-    try:
-        yield count
-    finally:
-        journal._db.set_trace_callback(None)
+def test_prune_tells_why_it_cannot(journal, posted, file):
+    many_delivered(file, 10)
+    with failing(file, "DELETE"):
+        with pytest.raises(JournalError) as caught:
+            journal.prune()
+        assert str(caught.value) == f"{file}: the disk is full"
+    assert journal.prune() == 10
 
 
-def together(work, arguments):
-    """Call `work` with each of `arguments` in a thread of its own, all at once; returns what each
-    gave or raised."""
-    found, barrier = {}, threading.Barrier(len(arguments))
-
-    def call(argument):
-        barrier.wait()
-        try:
-            found[argument] = work(argument)
-        except Exception as error:
-            found[argument] = error
-
-    threads = [threading.Thread(target=call, args=(argument,)) for argument in arguments]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
+# -- a batch is one transaction
 
 
-def test_many_threads_share_a_transaction(journal):
-    """Whoever gets the lock commits all that wait for it."""
-    with commits(journal) as count:
-        with journal._group.lock:  # as a slow disk would hold it
-            threads = [
-                threading.Thread(target=journal.accept, args=(trigger(i),)) for i in range(32)
-            ]
-            for thread in threads:
-                thread.start()
-            wait_until(lambda: len(journal._group.waiting) == 32)
-        for thread in threads:
-            thread.join()
-    assert count == [1]
-    assert sorted(row[0].log_id for row in journal.unfinished()) == list(range(32))
-
-
-def test_many_threads_lose_and_double_nothing(journal):
-    with commits(journal) as count:
-        found = together(
-            lambda i: [journal.accept(trigger(i * 100 + j)) for j in range(20)], range(32)
-        )
-    assert found == {i: [True] * 20 for i in range(32)}
-    assert sorted(row[0].log_id for row in journal.unfinished()) == sorted(
-        i * 100 + j for i in range(32) for j in range(20)
-    )
-    assert 0 < count[0] < 640
+def test_nothing_of_a_batch_is_stored_before_all_of_it(journal, file):
+    accept(journal, trigger(1), trigger(2), trigger(3))
+    start(journal, 1)
+    finish(journal, 3)
+    # a copy of the files at any moment is what a crash would leave
+    query = "SELECT log_id, state FROM runs ORDER BY log_id"
+    before = [(1, "running"), (2, "accepted"), (3, "finished")]
+    told = []
+    journal.stored = lambda: told.append("results")
+    journal.begin()
+    assert [journal.accept(trigger(i)) for i in (4, 5, 4, 1)] == [True, True, False, False]
+    journal.start(2)
+    journal.finish([1], Result(200, "fine"))
+    journal.hold_state(Settled([3], RunState.FINISHED, RunState.DEAD, told.append))
+    journal.learn("dialect", "wrapper")
+    assert journal.holds(4) and not journal.knows(4) and waiting(journal) == [3]
+    assert journal.fact("dialect") == "wrapper"
+    assert outside(file, query) == before
+    assert outside(file, "SELECT * FROM facts WHERE name = 'dialect'") == []
+    journal.commit()
+    assert told == [], "who waits is told by `publish`, after all that goes first"
+    assert outside(file, query) == [
+        (1, "finished"),
+        (2, "running"),
+        (3, "dead"),
+        (4, "accepted"),
+        (5, "accepted"),
+    ]
+    assert outside(file, "SELECT * FROM facts WHERE name = 'dialect'") == [("dialect", "wrapper")]
+    assert journal.knows(4) and waiting(journal) == [1]
+    journal.publish()
+    assert told == [Settled([3], RunState.FINISHED, RunState.DEAD, told.append), "results"]
+    journal.publish()
+    assert len(told) == 2
 
 
 def test_of_equal_triggers_one_is_new(journal):
-    found = together(lambda i: journal.accept(trigger(1, param=str(i))), range(32))
-    winner = [i for i, fresh in found.items() if fresh is True]
-    assert len(winner) == 1 and sorted(map(repr, found.values())) == ["False"] * 31 + ["True"]
-    assert [row[0].param for row in journal.unfinished()] == [str(winner[0])]
+    found = accept(journal, *(trigger(1, param=str(i)) for i in range(32)))
+    assert found == [True] + [False] * 31
+    assert [row.trigger.param for row in journal.unfinished()] == ["0"]
 
 
-def test_of_many_starts_one_succeeds(journal):
-    journal.accept(trigger(1))
-    found = together(lambda i: journal.start(1), range(16))
-    assert sum(value is None for value in found.values()) == 1
-    assert {str(value) for value in found.values() if value is not None} == {
-        "run 1 is not waiting to be started"
-    }
+def test_a_batch_that_is_taken_back_leaves_nothing_but_what_has_happened(journal, file):
+    accept(journal, trigger(1), trigger(2), trigger(3), trigger(4))
+    start(journal, 2)
+    finish(journal, 3)
+    told = []
+    journal.begin()
+    assert journal.accept(trigger(5))
+    journal.start(1)
+    journal.restart(trigger(2))
+    journal.finish([4], Result(200, "fine"))
+    journal.hold_state(Settled([3], RunState.FINISHED, RunState.ACKNOWLEDGED, told.append))
+    journal.hold_note(Note("dialect", "wrapper"))
+    journal.take_back()
+    journal.publish()
+    assert not journal.knows(5) and told == []
+    assert [(row.trigger.log_id, row.state, row.starts) for row in journal.unfinished()] == [
+        (1, RunState.ACCEPTED, 0),
+        (2, RunState.RUNNING, 1),
+        (4, RunState.ACCEPTED, 0),
+    ]
+    assert waiting(journal) == [3]
+    assert journal.counts() == {"undelivered": 2, "held": 1, "dead": 0} and journal.owes()
+    assert accept(journal, trigger(5)) is True
+    assert waiting(journal) == [4] and [message.log_ids for message in told] == [[3]]
+    assert journal.counts() == {"undelivered": 1, "held": 0, "dead": 0} and not journal.owes()
+    assert outside(file, "SELECT state FROM runs WHERE log_id = 3") == [("acknowledged",)]
+    assert outside(file, "SELECT value FROM facts WHERE name = 'dialect'") == [("wrapper",)]
+
+
+def test_who_reads_does_not_wait_for_who_writes(journal):
+    accept(journal, trigger(1))
+    finish(journal, 1)
+    found = []
+
+    def read():
+        found.append((waiting(journal), journal.knows(1), journal.counts()["undelivered"]))
+        found.append((journal.fact("dialect"), journal.oldest() > 0, journal.unfinished()))
+
+    journal.begin()
+    journal.accept(trigger(2))
+    reader = threading.Thread(target=read)
+    reader.start()
+    reader.join(30)  # the transaction goes on as long
+    assert found == [([1], True, 1), ("", True, [])]
+    journal.commit()
 
 
 # -- failures
 
 
 @contextlib.contextmanager
-def failing(journal, what="INSERT"):
-    """Let every INSERT or UPDATE of a run fail, as a full disk does."""
-    journal._db.execute(
-        f"CREATE TEMP TRIGGER full BEFORE {what} ON main.runs BEGIN SELECT RAISE(ABORT, 'the disk"
-        " is full'); END"
-    )
+def failing(file, *kinds):
+    """Let every INSERT, UPDATE or DELETE of a run fail, as a full disk does."""
+    for kind in kinds:
+        outside(
+            file,
+            f"CREATE TRIGGER full_{kind} BEFORE {kind} ON runs BEGIN SELECT RAISE(ABORT, 'the disk"
+            " is full'); END",
+        )
     yield
-    journal._db.execute("DROP TRIGGER full")
+    for kind in kinds:
+        outside(file, f"DROP TRIGGER full_{kind}")
+
+
+@contextlib.contextmanager
+def no_file_above(size):
+    """What SQLite gets of a disk that takes no more: an error as it commits, for that is when it
+    writes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_accept_that_cannot_be_stored_raises(journal, file):
-    journal.accept(trigger(1))
-    with failing(journal):
+    accept(journal, trigger(1))
+    with failing(file, "INSERT"):
+        for wanted in ([trigger(2)], [trigger(i) for i in range(10, 20)], [trigger(2)]):
+            with pytest.raises(JournalError) as caught:
+                accept(journal, *wanted)
+            assert str(caught.value) == f"{file}: the disk is full"
+    assert [row.trigger.log_id for row in journal.unfinished()] == [1]
+    assert accept(journal, trigger(2)) is True
+
+
+def test_a_full_disk_refuses_triggers_and_holds_results(journal, file, tmp_path, caplog):
+    """The real thing: the files may not grow, nor the reserve be made again."""
+    accept(journal, trigger(1))
+    wal = file + "-wal"
+    with no_file_above(64 << 10):
         with pytest.raises(JournalError) as caught:
-            journal.accept(trigger(2))
-        assert str(caught.value) == f"{file}: the disk is full"
-        found = together(lambda i: journal.accept(trigger(i)), range(10, 20))
-        assert {str(error) for error in found.values()} == {f"{file}: the disk is full"}
-    assert [row[0].log_id for row in journal.unfinished()] == [1]
-    assert journal.accept(trigger(2)) is True
-
-
-def test_a_full_disk_refuses_triggers_and_holds_results(journal, file):
-    """The real thing: SQLite may not take another page."""
-    journal.accept(trigger(1))
-    pages = journal._db.execute("PRAGMA page_count").fetchone()[0]
-    journal._db.execute(f"PRAGMA max_page_count = {pages}")
-    with pytest.raises(JournalError) as caught:
-        journal.accept(trigger(2, param="x" * 100_000))
-    assert str(caught.value) == f"{file}: database or disk is full"
-    finish(journal, 1, 200, "y" * 100_000)
-    assert (
-        journal.store_held() is False
-        and waiting(journal) == []
-        and journal.counts()["undelivered"] == 1
-    )
-    journal._db.execute("PRAGMA max_page_count = 1000000")
-    assert journal.store_held() is True
+            accept(journal, trigger(2, param="x" * 100_000))
+        assert str(caught.value) == f"{file}: disk I/O error"
+        assert journal.reserve.lost and not (tmp_path / "reserve").exists() and journal.owes()
+        assert os.path.getsize(wal) == 0, "a COMMIT that failed may come back after a crash"
+        with pytest.raises(Refused) as refused:  # what the reserve freed is for results
+            accept(journal, trigger(3))
+        assert str(refused.value) == (
+            f"the executor cannot store the trigger: {file}: the disk is full"
+        )
+        assert refused.value.reason == "journal"
+        journal.finish([1], Result(200, "y" * 100_000))
+        assert not tolerant(journal) and not tolerant(journal)
+        assert waiting(journal) == []
+        assert journal.counts() == {"undelivered": 1, "held": 1, "dead": 0}
+        assert os.path.getsize(wal) == 0
+    assert tolerant(journal) and not journal.reserve.lost and not journal.owes()
+    assert (tmp_path / "reserve").exists()
     assert [row[:4] for row in journal.undelivered(10)] == [(1, NOW, 200, "y" * 100_000)]
-    assert journal.accept(trigger(2, param="x" * 100_000)) is True
+    assert not journal.knows(2) and not journal.knows(3)
+    assert accept(journal, trigger(2, param="x" * 100_000)) is True
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the disk is full: the reserve {tmp_path}/reserve of 4 MiB is given up for results;"
+        " triggers are refused and output of jobs is dropped until there is space",
+        f"cannot store results, holding them until it works again: {file}: disk I/O error",
+    ]
+
+
+def test_the_reserve_is_what_lets_results_be_stored(journal, file, tmp_path):
+    """A file in its place holds the space; once it is given up the same commit is tried again."""
+    accept(journal, trigger(1), trigger(2))
+    tried = []
+
+    def decide():
+        tried.append(journal.reserve.lost)
+        if not journal.reserve.lost:
+            raise sqlite3.OperationalError("database or disk is full")
+
+    journal.finish([1], Result(200, "fine"))
+    turn(journal, decide)
+    assert tried == [False, True] and waiting(journal) == [1]
+
+
+def test_what_was_not_stored_is_not_there_after_a_crash(journal, file, tmp_path):
+    """The files as they are once the reason was told, taken by another executor."""
+    accept(journal, trigger(1))
+    with no_file_above(64 << 10), pytest.raises(JournalError):
+        accept(journal, trigger(2, param="x" * 100_000))
+    (tmp_path / "later").mkdir()
+    for suffix in ("", "-wal"):
+        with open(file + suffix, "rb") as stream:
+            (tmp_path / "later" / f"journal.db{suffix}").write_bytes(stream.read())
+    with contextlib.closing(Journal(str(tmp_path / "later" / "journal.db"))) as other:
+        assert [row.trigger.log_id for row in other.unfinished()] == [1]
+
+
+def test_nothing_is_accepted_while_a_failed_commit_cannot_be_removed(journal, file, tmp_path):
+    """Somebody reads the write-ahead log, so that it cannot be truncated."""
+    accept(journal, trigger(1))
+    os.unlink(tmp_path / "reserve")  # else triggers would be refused for want of it
+    with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        assert reader.execute("SELECT log_id FROM runs").fetchall() == [(1,)]
+        with no_file_above(64 << 10), pytest.raises(JournalError) as caught:
+            accept(journal, trigger(2, param="x" * 100_000))
+        assert str(caught.value) == f"{file}: disk I/O error"
+        assert not journal.reserve.lost and journal.owes()
+        journal.begin()
+        with pytest.raises(Refused) as refused:
+            journal.accept(trigger(3))
+        assert str(refused.value) == (
+            f"the executor cannot store the trigger: {file}: what it could not store cannot be"
+            " removed"
+        )
+        journal.take_back()
+        reader.execute("ROLLBACK")
+    assert accept(journal, trigger(3)) is True and not journal.owes()
+    assert [row.trigger.log_id for row in journal.unfinished()] == [1, 3]
+
+
+def test_a_commit_that_was_stored_ends_what_a_failed_one_left(journal, file, tmp_path):
+    """It lies where the other lay."""
+    accept(journal, trigger(1))
+    os.unlink(tmp_path / "reserve")
+    with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        assert reader.execute("SELECT log_id FROM runs").fetchall() == [(1,)]
+        with no_file_above(64 << 10), pytest.raises(JournalError):
+            accept(journal, trigger(2, param="x" * 100_000))
+        finish(journal, 1)
+        assert waiting(journal) == [1] and not journal.owes()
+        assert accept(journal, trigger(3)) is True
+
+
+def test_a_trigger_is_refused_where_the_files_were_removed(journal, file, caplog):
+    """They are made anew with all that was in them; the admin sends the trigger again or
+    elsewhere."""
+    accept(journal, trigger(1))
+    finish(journal, 1)
+    accept(journal, trigger(2))
+    for suffix in ("", "-wal", "-shm"):
+        os.unlink(file + suffix)
+    journal.finish([2], Result(200, "held meanwhile"))
+    with pytest.raises(Refused) as caught:
+        accept(journal, trigger(3))
+    assert str(caught.value) == (
+        f"the executor cannot store the trigger: {file}: its files were removed or replaced while"
+        " it was open: try again"
+    )
+    assert caught.value.reason == "journal"
+    assert [row[::3][:2] for row in journal.undelivered(10)] == [
+        (1, "fine"),
+        (2, "held meanwhile"),
+    ]
+    assert accept(journal, trigger(3)) is True and not journal.knows(4)
+    assert outside(file, "SELECT log_id FROM runs ORDER BY log_id") == [(1,), (2,), (3,)]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the files of the journal {file} were removed: made anew, all is there"
+    ]
 
 
 def test_results_that_cannot_be_stored_are_held(journal, file, caplog):
-    for log_id in (1, 2, 3, 4):
-        journal.accept(trigger(log_id))
+    accept(journal, *map(trigger, (1, 2, 3, 4)))
     finish(journal, 1)
-    with failing(journal, "UPDATE"):
-        finish(journal, 2, 200, "two")
-        journal.finish([trigger(3), trigger(4)], Result(500, "three and four"))
-        assert waiting(journal) == [1] and journal.counts()["undelivered"] == 4
-        assert journal.store_held() is False
-        assert journal.store_held() is False
+    told = []
+    with failing(file, "UPDATE"):
+        journal.finish([2], Result(200, "two"))
+        assert not tolerant(journal)
+        journal.finish([3, 4], Result(500, "three and four"))
+        assert not tolerant(journal)
+        assert waiting(journal) == [1]
+        assert journal.counts() == {"undelivered": 4, "held": 3, "dead": 0}
+        assert not tolerant(journal)
         with pytest.raises(JournalError) as caught:
-            journal.settle([1], RunState.DELIVERED)
+            settle(journal, [1], RunState.ACKNOWLEDGED, stored=told.append)
         assert str(caught.value) == f"{file}: the disk is full"
-    assert waiting(journal) == [1]
-    assert journal.store_held() is True
+        assert told == []
+    assert waiting(journal) == [1] and journal.owes()
+    journal.stored = lambda: told.append("results")
+    assert tolerant(journal)
     assert [row[0::3][:2] for row in journal.undelivered(10)] == [
-        (1, "fine"),
         (2, "two"),
         (3, "three and four"),
         (4, "three and four"),
     ]
-    assert journal.counts()["undelivered"] == 4
+    assert journal.counts() == {"undelivered": 3, "held": 0, "dead": 0}
+    assert [getattr(entry, "log_ids", entry) for entry in told] == [[1], "results"]
     assert [record.getMessage() for record in caplog.records] == [
         f"cannot store results, holding them until it works again: {file}: the disk is full"
     ]
-    assert journal.store_held() is True  # nothing is held any more
-    assert waiting(journal) == [1, 2, 3, 4]
+    assert tolerant(journal)  # nothing is held any more
+    assert waiting(journal) == [2, 3, 4] and len(told) == 2
+
+
+def test_an_outage_is_told_once_and_the_next_one_again(journal, file, caplog):
+    caplog.set_level("INFO")
+    accept(journal, *map(trigger, range(1, 5)))
+    for first in (1, 3):
+        with failing(file, "UPDATE"):
+            for log_id in (first, first + 1):
+                journal.finish([log_id], Result(200, "fine"))
+                assert not tolerant(journal)
+        assert tolerant(journal)
+    told = f"cannot store results, holding them until it works again: {file}: the disk is full"
+    assert [record.getMessage() for record in caplog.records] == [
+        told,
+        "stored 2 held results",
+    ] * 2
+
+
+def test_what_is_held_is_stored_at_the_end(file):
+    """Without a core, as it has ended before."""
+    with contextlib.closing(Journal(file)) as journal:
+        accept(journal, trigger(1), trigger(2))
+        finish(journal, 1)
+        journal.finish([2], Result(500, "two"))
+        journal.hold_state(
+            Settled([1], RunState.FINISHED, RunState.ACKNOWLEDGED, lambda message: None)
+        )
+        journal.learn("dialect", "wrapper")
+    with contextlib.closing(Journal(file)) as journal:
+        assert waiting(journal) == [2] and journal.fact("dialect") == "wrapper"
 
 
 def test_a_file_that_cannot_be_opened_is_not_taken_for_broken(tmp_path):
-    from xxl_executor import ExecutorError
-
     file = tmp_path / "none" / "journal.db"
     with pytest.raises(ExecutorError) as caught:
         Journal(str(file))
@@ -421,15 +794,13 @@ def test_a_file_that_cannot_be_opened_is_not_taken_for_broken(tmp_path):
 
 def many_rows(file):
     with contextlib.closing(Journal(file)) as journal:
-        for log_id in range(50):
-            journal.accept(trigger(log_id))
-        journal._db.execute("BEGIN")
-        journal._db.executemany(
-            "INSERT INTO runs (log_id, log_date_time, state, accepted, trigger) VALUES (?, ?,"
-            " 'accepted', 1, ?)",
-            ((i, NOW, "x" * 300) for i in range(1000, 5000)),
-        )
-        journal._db.execute("COMMIT")
+        accept(journal, *map(trigger, range(50)))
+        with contextlib.closing(sqlite3.connect(file)) as db, db:
+            db.executemany(
+                "INSERT INTO runs (log_id, log_date_time, state, accepted, trigger) VALUES (?, ?,"
+                " 'accepted', 1, ?)",
+                ((i, NOW, "x" * 300) for i in range(1000, 5000)),
+            )
 
 
 def garbage(file):
@@ -472,7 +843,7 @@ def test_a_broken_file_is_set_aside(file, tmp_path, damage, caplog):
     with open(file, "rb") as stream:
         before = stream.read()
     with contextlib.closing(Journal(file)) as journal:
-        assert journal.unfinished() == [] and journal.accept(trigger(1)) is True
+        assert journal.unfinished() == [] and accept(journal, trigger(1)) is True
         finish(journal, 1)
         assert waiting(journal) == [1]
     (aside,) = [
@@ -506,7 +877,7 @@ def test_an_older_broken_file_is_not_replaced(file, tmp_path):
 def test_an_empty_file_is_a_new_journal(file, caplog):
     open(file, "wb").close()
     with contextlib.closing(Journal(file)) as journal:
-        assert journal.accept(trigger(1)) is True
+        assert accept(journal, trigger(1)) is True
     assert not caplog.records
 
 
@@ -547,9 +918,7 @@ def starts_of(daemon, count=1):
 
 
 def edit(daemon, statement, *values):
-    """Run a statement in the journal of a daemon, from outside."""
-    with contextlib.closing(sqlite3.connect(daemon.data / "journal.db")) as db, db:
-        return db.execute(statement, values).fetchall()
+    return outside(str(daemon.data / "journal.db"), statement, *values)
 
 
 def test_a_result_that_was_not_delivered_survives_a_crash(executor, loopback, tmp_path):
@@ -784,26 +1153,29 @@ def test_the_journal_is_compatible_with_its_own_triggers(executor, admin):
 # -- what the review of the queries showed
 
 
-def test_no_query_of_the_daily_work_reads_delivered_runs(journal):
+def test_no_query_of_the_daily_work_reads_delivered_runs(connections, file):
     """They stay for a day, and there may be millions of them."""
     asked = []
-    for db in (journal._db, journal._reader):
-        db.set_trace_callback(asked.append)
-    journal.undelivered(10), journal.oldest(), journal.unfinished(), journal.prune()
-    for db in (journal._db, journal._reader):
-        db.set_trace_callback(None)
-    asked = [query for query in asked if "FROM runs" in query]
-    assert len(asked) == 5
-    for query in asked:
-        plan = " ".join(row[3] for row in journal._db.execute("EXPLAIN QUERY PLAN " + query))
-        assert "SCAN runs" not in plan or "USING INDEX" in plan or "USING COVERING INDEX" in plan, (
-            query,
-            plan,
-        )
+    with contextlib.closing(Journal(file)) as journal:
+        journal.post = lambda message: message.done(turn(journal, message.work))
+        for db in of_file(connections, file):
+            db.set_trace_callback(asked.append)
+        journal.undelivered(10), journal.oldest(), journal.unfinished(), journal.prune()
+        journal.acknowledged(RunState.ACKNOWLEDGED, 0.0, 1.0, 10)
+        for db in of_file(connections, file):
+            db.set_trace_callback(None)
+        asked = [query for query in asked if "FROM runs" in query]
+        assert len(asked) == 8
+        for query in asked:
+            plan = " ".join(row[3] for row in outside(file, "EXPLAIN QUERY PLAN " + query))
+            assert "SCAN runs" not in plan or re.search("USING (COVERING )?INDEX", plan), (
+                query,
+                plan,
+            )
 
 
 def test_the_file_is_not_for_everybody(journal, file):
-    journal.accept(trigger(1))
+    accept(journal, trigger(1))
     assert {os.stat(place).st_mode & 0o777 for place in glob.glob(f"{file}*")} == {0o640}
 
 

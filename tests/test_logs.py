@@ -1,6 +1,7 @@
 """Job logs: what a file holds, how the admin reads it by page, caps, pruning, and that nothing else
 can be read."""
 
+import contextlib
 import json
 import os
 import random
@@ -27,7 +28,8 @@ def trigger(log_id=1, date=NOW, **fields):
 
 @pytest.fixture
 def logs(tmp_path):
-    return JobLogs(str(tmp_path / "logs"), 64 << 20, 86_400.0)
+    with contextlib.closing(JobLogs(str(tmp_path / "logs"), 64 << 20, 86_400.0)) as logs:
+        yield logs
 
 
 def day_of(milliseconds):
@@ -520,8 +522,8 @@ def test_output_beyond_the_limit_is_dropped_and_the_run_goes_on(executor, admin)
 
 @pytest.mark.parametrize("pieces", [1, 7, 10, 20])
 def test_limit_counts_bytes_whatever_the_pieces(tmp_path, pieces):
-    logs = JobLogs(str(tmp_path / "logs"), 10, 60)
-    out = logs.open(trigger())
+    with contextlib.closing(JobLogs(str(tmp_path / "logs"), 10, 60)) as logs:
+        out = logs.open(trigger())
     data = b"0123456789abcdefghij"
     for at in range(0, 20, pieces):
         out.write(data[at : at + pieces])
