@@ -153,16 +153,17 @@ def test_a_callback_that_never_ends_is_noticed(tmp_path):
         go.wait(30)
 
     journal = xxl_executor.Journal(str(tmp_path / "journal.db"))
-    callbacks = xxl_executor.Callbacks(
-        journal, SimpleNamespace(addresses=[], callback=callback), xxl_executor.Metrics()
-    )
+    journal.post = journal.hold_state  # all that is posted is what was delivered
+    admin = SimpleNamespace(addresses=[], callback=callback, missed_at=0.0)
+    callbacks = xxl_executor.Callbacks(journal, admin, xxl_executor.Metrics())
     assert not callbacks.alive(1000), "it was not started"
     callbacks.start()
     try:
         wait_until(lambda: callbacks.alive(0) and callbacks._step_at == 0, what="that it waits")
-        trigger = xxl_executor.Trigger(1, 1, "job")
-        journal.accept(trigger)
-        journal.finish([trigger], xxl_executor.Result(200, ""))
+        journal.begin()
+        journal.accept(xxl_executor.Trigger(1, 1, "job"))
+        journal.finish([1], xxl_executor.Result(200, ""))
+        journal.commit()
         callbacks.wake()
         assert called.wait(10)
         assert callbacks.alive(1000)
