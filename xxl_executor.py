@@ -1710,7 +1710,7 @@ class HttpServer:
             os.close(self._wake_write)
 
     def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # it is full: the selector will wake
+        with contextlib.suppress(OSError):  # it is full: the selector will wake; or it is closed
             os.write(self._wake_write, b"x")
 
     def _serve(self) -> None:
@@ -2344,9 +2344,9 @@ class Api:
 
     def _script(self, trigger: Trigger, fields: dict, request: Request) -> JobConfig:
         """What runs the script of `trigger`, once that is stored. Raises Refused."""
-        if b"GLUE" not in request.body:  # see route()
-            raise Refused("glueType: expected plain text, without escapes", "glue")
         job = self._scripts.job(trigger)
+        if b"GLUE" not in request.body:  # it would be stored by the selector, see route()
+            raise Refused("glueType: expected plain text, without escapes", "glue")
         if not self._core.accepted(trigger.log_id):  # else its script is there already
             self._scripts.store(trigger, text(fields, "glueSource"), request.peer)
         return job
@@ -2488,8 +2488,8 @@ class Core:
             Ended: self._ended,
             Lost: self._lost,
             Stuck: self._give_up,
-            Settled: journal.hold_state,
-            Note: journal.hold_note,
+            Settled: journal.hold,
+            Note: journal.hold,
         }
 
     # -- any thread
@@ -2609,7 +2609,7 @@ class Core:
             if happened is None:
                 decisions.append(message)
             else:
-                happened(message)
+                self._guarded(happened, message)
         error = self._try(decisions)
         if error is not None and self._journal.mend(error):
             error = self._try(decisions)
@@ -2617,6 +2617,14 @@ class Core:
             self._refuse(decisions, self._journal.give_up(error))
         self._batch.lines[:0] = facts.lines
         self._let_out(self._batch)
+
+    @staticmethod
+    def _guarded(handle: typing.Callable[[typing.Any], None], message: typing.Any) -> None:
+        """No failure over one message may cost another."""
+        try:
+            handle(message)
+        except Exception:
+            log.exception("unexpected error over %.200s, please report it", message)
 
     def _try(self, decisions: list) -> Exception | None:
         """Decide and commit; the error, with everything as it was before, when that fails."""
@@ -2653,7 +2661,7 @@ class Core:
                 told = f"executor restarted while the job ran, it cannot be run again: {reason}"
                 self._lost(Lost(message.trigger, Result(FAILURE, told)))
             else:
-                self._decide[type(message)](message)
+                self._guarded(self._decide[type(message)], message)
         for run in starting:
             lane = self._lanes[run.trigger.job_id]
             lane.waiting.remove(run)
@@ -2715,6 +2723,10 @@ class Core:
             self._drop_waiting(lane, 1, why)
             return
         failpoint("starting")
+        if not self._journal.start(run.trigger.log_id):
+            told = f"not started: run {run.trigger.log_id} is not waiting in the journal"
+            self._drop_waiting(lane, 1, Result(FAILURE, told))
+            return
         self._batch.started.append(run)
         lane.running = lane.waiting.popleft()
         self._queued -= 1
@@ -2728,7 +2740,6 @@ class Core:
             self._offer(lane)
 
         self._batch.undo.append(undo)
-        self._journal.start(run.trigger.log_id)
 
     def _submit(self, message: Submit) -> None:
         """Accept a trigger, or refuse it. A logId that is known already is accepted again and
@@ -4571,13 +4582,15 @@ class ProcessRun:
         self.phase = RunPhase.ENDED
         for timer in (self._timer, self._blank):
             self._supervisor.timers.cancel(timer)
-        self._give_back_child()
-        self._close_output()
-        if self._result_file:
-            self._supervisor.results.remove(self._result_file)
-        self.out.end(end_note(result, time.monotonic() - self._began))
-        result = dataclasses.replace(result, message=clip(result.message))
-        self._supervisor.ended(self, result)
+        try:
+            self._give_back_child()
+            self._close_output()
+            if self._result_file:
+                self._supervisor.results.remove(self._result_file)
+            self.out.end(end_note(result, time.monotonic() - self._began))
+        finally:
+            result = dataclasses.replace(result, message=clip(result.message))
+            self._supervisor.ended(self, result)
 
 
 def _shell_status(status: int | None) -> int:
@@ -5265,7 +5278,7 @@ class Journal:
         self._notes: dict[str, str | None] = {}
         self._after: list[typing.Callable[[], typing.Any]] = []  # what follows the last commit
         self.stored: typing.Callable[[], None] = lambda: None  # called when results were committed
-        self.post: typing.Callable[[typing.Any], None] = lambda message: self.hold_note(message)
+        self.post: typing.Callable[[typing.Any], None] = self.hold
         self._committing = self._tainted = self._told = False
         self._moved = False  # the files are new, and who learns it is told so
         self._closed, self._trouble = False, ""  # no file is open; what was told of that last
@@ -5303,8 +5316,9 @@ class Journal:
         found = dict(self._read(counts))
         self._counts = {state: found.get(state, 0) for state in ("finished", "dead")}
         self._facts = dict(self._read("SELECT name, value FROM facts"))
-        self._start_clock()
         self._places = self._stamps()
+        self._start_clock()
+        self._store_now()
 
     def _start_clock(self) -> None:
         [newest] = self._read("SELECT max(finished), max(accepted) FROM runs")
@@ -5496,14 +5510,14 @@ class Journal:
         )
         return self._db.execute(query, row).rowcount == 1
 
-    def start(self, log_id: int) -> None:
+    def start(self, log_id: int) -> bool:
         """accepted -> running; committed before anything of the run starts, so that it never starts
-        twice."""
+        twice. Whether it was accepted."""
         query = (
             "UPDATE runs SET state = 'running', starts = starts + 1"
             " WHERE log_id = ? AND state = 'accepted'"
         )
-        self._db.execute(query, (log_id,))
+        return self._db.execute(query, (log_id,)).rowcount == 1
 
     def restart(self, trigger: Trigger) -> None:
         """running -> accepted, for a run that a crash interrupted and that its job wants again."""
@@ -5534,11 +5548,12 @@ class Journal:
         """Take the last `count` of `finish` back."""
         del self._results[len(self._results) - count :]
 
-    def hold_state(self, message: Settled) -> None:
-        self._settled.append(message)
-
-    def hold_note(self, message: Note) -> None:
-        self._notes[message.name] = message.value
+    def hold(self, message: Settled | Note) -> None:
+        """To be stored by the next commit."""
+        if isinstance(message, Settled):
+            self._settled.append(message)
+        else:
+            self._notes[message.name] = message.value
 
     def _renew(self) -> None:
         """Make the files anew from those that are still open."""
@@ -5655,14 +5670,21 @@ class Journal:
 
     def close(self) -> None:
         """Once the core has ended."""
-        self.post = self.hold_note
+        self.post = self.hold
         self.save_clock()
-        with contextlib.suppress(sqlite3.Error, OSError):
-            self.begin()
-            self.commit()
+        self._store_now()
         with self._reading:
             self._reader.close()
         self._db.close()
+
+    def _store_now(self) -> None:
+        """What is held, while there is no core: if it cannot be stored, the next commit tries."""
+        try:
+            self.begin()
+            self.commit()
+        except (sqlite3.Error, OSError) as error:
+            self.take_back()
+            self.give_up(error)
 
     def _read(self, query: str, *values: typing.Any) -> list:
         with self._reading:
@@ -5883,8 +5905,9 @@ class Callbacks:
                 self._refusals = 0
             if now < self._retry_at:
                 return self._retry_at - now
-            most = BATCH + len(self._refused) + len(self._settling)
-            rows = [row for row in self._journal.undelivered(most) if row[0] not in self._settling]
+            settling = set(self._settling)  # before what is read becomes old
+            most = BATCH + len(self._refused) + len(settling)
+            rows = [row for row in self._journal.undelivered(most) if row[0] not in settling]
             alive = self._bury(rows)
             if len(alive) < len(rows):  # others may stand behind those
                 continue
@@ -5941,7 +5964,8 @@ class Callbacks:
             self._missed_at = self._admin.missed_at
             noticed = now - (time.monotonic() - self._missed_at)
             self._suspects = (noticed - SUSPECT, noticed)
-        most = BATCH + len(self._settling)
+        settling = set(self._settling)  # before what is read becomes old
+        most = BATCH + len(settling)
         steps = (
             (RunState.ACKNOWLEDGED, RunState.RESENT, RESEND_AFTER[0]),
             (RunState.RESENT, RunState.DELIVERED, RESEND_AFTER[1]),
@@ -5953,7 +5977,7 @@ class Callbacks:
                 rows = self._journal.acknowledged(before, 0.0, now - age / 2, most)
             elif oldest:
                 wait = min(wait, oldest[0][4] + age - now)
-            rows = [row for row in rows if row[0] not in self._settling][:BATCH]
+            rows = [row for row in rows if row[0] not in settling][:BATCH]
             if rows:
                 return rows, before, after, wait
         self._suspects = None
@@ -7216,6 +7240,9 @@ class Daemon:
         self._registration.close(self.config.admin.timeout)
         if self._pruning is not None:
             self._pruning.join(FLUSH_LIMIT)
+        if self._inherited:
+            patience.cancel()
+        self._http.close()
         self._core.close(STORE_LIMIT)
         counts = self._journal.counts()
         left = "every result is delivered"
@@ -7226,9 +7253,6 @@ class Daemon:
             )
         elif counts["undelivered"]:
             left = f"{counted(counts['undelivered'], 'result')} kept for the next start"
-        if self._inherited:
-            patience.cancel()
-        self._http.close()
         self._slots.close()
         self._processes.close(FLUSH_LIMIT)
         kill_family(f"{self._data.identity}-")

@@ -89,7 +89,7 @@ def finish(journal, log_id, code=200, message="fine"):
 
 
 def settle(journal, log_ids, state, before=RunState.FINISHED, stored=lambda message: None):
-    journal.hold_state(Settled(log_ids, before, state, stored))
+    journal.hold(Settled(log_ids, before, state, stored))
     turn(journal)
 
 
@@ -112,7 +112,7 @@ def posted(journal):
     def post(message):
         messages.append(message)
         if isinstance(message, Note):
-            journal.hold_note(message)
+            journal.hold(message)
             return
         try:
             value = turn(journal, message.work)
@@ -422,21 +422,17 @@ def test_a_result_whose_delivery_is_committed_as_it_is_looked_for_is_not_sent_ag
     admin = SimpleNamespace(addresses=["one"], missed_at=0.0)
     admin.callback = lambda rows: sent.append([row[0] for row in rows])
     with contextlib.closing(Journal(str(tmp_path / "journal.db"))) as journal:
-        journal.post = lambda message: (
-            journal.hold_state(message)
-            if isinstance(message, Settled)
-            else journal.hold_note(message)
-        )
+        journal.post = journal.hold
         accept(journal, trigger(1), trigger(2))
         finish(journal, 1)
         callbacks = xxl_executor.Callbacks(journal, admin, xxl_executor.Metrics())
         callbacks.start()
         try:
             callbacks.retry(False)
-            wait_until(lambda: not waiting(journal), 10, "the delivery of the first")
+            wait_until(lambda: journal.counts()["undelivered"] == 0, 10, "the delivery of one")
             finish(journal, 2)  # so that it has looked again
             callbacks.wake()
-            wait_until(lambda: not waiting(journal), 10, "the delivery of the second")
+            wait_until(lambda: journal.counts()["undelivered"] == 0, 10, "of the other")
         finally:
             callbacks.close()
     assert sent == [[1], [2]]
@@ -520,7 +516,7 @@ def test_nothing_of_a_batch_is_stored_before_all_of_it(journal, file):
     assert [journal.accept(trigger(i)) for i in (4, 5, 4, 1)] == [True, True, False, False]
     journal.start(2)
     journal.finish([1], Result(200, "fine"))
-    journal.hold_state(Settled([3], RunState.FINISHED, RunState.DEAD, told.append))
+    journal.hold(Settled([3], RunState.FINISHED, RunState.DEAD, told.append))
     journal.learn("dialect", "wrapper")
     assert journal.holds(4) and not journal.knows(4) and waiting(journal) == [3]
     assert journal.fact("dialect") == "wrapper"
@@ -559,8 +555,8 @@ def test_a_batch_that_is_taken_back_leaves_nothing_but_what_has_happened(journal
     journal.start(1)
     journal.restart(trigger(2))
     journal.finish([4], Result(200, "fine"))
-    journal.hold_state(Settled([3], RunState.FINISHED, RunState.ACKNOWLEDGED, told.append))
-    journal.hold_note(Note("dialect", "wrapper"))
+    journal.hold(Settled([3], RunState.FINISHED, RunState.ACKNOWLEDGED, told.append))
+    journal.hold(Note("dialect", "wrapper"))
     journal.take_back()
     journal.publish()
     assert not journal.knows(5) and told == []
@@ -684,7 +680,7 @@ def test_a_commit_that_failed_leaves_nothing_to_come_back(journal, file, tmp_pat
     assert [row.trigger.log_id for row in journal.unfinished()] == [1, 3]
 
 
-def test_the_reserve_is_what_lets_results_be_stored(journal, file, tmp_path):
+def test_the_reserve_is_what_lets_results_be_stored(journal):
     """A file in its place holds the space; once it is given up the same commit is tried again."""
     accept(journal, trigger(1), trigger(2))
     tried = []
@@ -819,9 +815,7 @@ def test_what_is_held_is_stored_at_the_end(file):
         accept(journal, trigger(1), trigger(2))
         finish(journal, 1)
         journal.finish([2], Result(500, "two"))
-        journal.hold_state(
-            Settled([1], RunState.FINISHED, RunState.ACKNOWLEDGED, lambda message: None)
-        )
+        journal.hold(Settled([1], RunState.FINISHED, RunState.ACKNOWLEDGED, lambda message: None))
         journal.learn("dialect", "wrapper")
     with contextlib.closing(Journal(file)) as journal:
         assert waiting(journal) == [2] and journal.fact("dialect") == "wrapper"

@@ -153,7 +153,7 @@ def test_a_callback_that_never_ends_is_noticed(tmp_path):
         go.wait(30)
 
     journal = xxl_executor.Journal(str(tmp_path / "journal.db"))
-    journal.post = journal.hold_state  # all that is posted is what was delivered
+    journal.post = journal.hold  # all that is posted is what was delivered
     admin = SimpleNamespace(addresses=[], callback=callback, missed_at=0.0)
     callbacks = xxl_executor.Callbacks(journal, admin, xxl_executor.Metrics())
     assert not callbacks.alive(1000), "it was not started"

@@ -957,7 +957,7 @@ def test_log_requests_open_nothing_but_logs(executor, admin, tmp_path, watch):
             re.escape(str(logs)) + r"/\d{4}-\d\d-\d\d/-?\d{1,19}\.log", path
         )
         (days if day else names if name else [] if inside else others).append((path, how))
-    assert len(names) >= 20 and len(days) >= len(names), opened
+    assert len(names) >= 20 and len(days) > 1, opened  # that of the last day is kept open
     assert not others, others
     if watch == "audit":
         for _, flags in days:
@@ -1158,15 +1158,19 @@ def test_tokens_are_compared_in_constant_time(executor, admin, tmp_path, monkeyp
         config, admin=dataclasses.replace(config.admin, access_token=TOKEN)
     )
 
-    class Scheduler:
+    class Core:
         def busy(self, job_id):
             return False
 
-        def submit(self, trigger, job):
-            raise AssertionError("submitted")
+        def put(self, message):
+            message.ticket.give(None)  # as the core does with what it takes
+
+    class Ticket:
+        def give(self, reply):
+            self.reply = reply
 
     api = xxl_executor.Api(
-        config, Scheduler(), None, None, xxl_executor.Metrics(), dict, lambda path: None
+        config, Core(), None, None, xxl_executor.Metrics(), dict, lambda path: None
     )
     compared, real = [], hmac.compare_digest
 
@@ -1181,7 +1185,8 @@ def test_tokens_are_compared_in_constant_time(executor, admin, tmp_path, monkeyp
             compared.clear()
             request = xxl_executor.Request(method, path, headers_of(*headers), "")
             request.body, request.trusted = b'{"jobId":1}', api.trusts(request)
-            body = json.loads(api.answer(request).body)
+            ticket = Ticket()
+            body = json.loads((api.answer(request, ticket) or ticket.reply).body)
             assert (body.get("msg") == WRONG_TOKEN) == (what != "right"), (what, body)
             seen = [value if isinstance(value, bytes) else value.encode() for value in given]
             seen = [value.strip(b" \t") for value in seen]

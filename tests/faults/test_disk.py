@@ -307,6 +307,7 @@ def test_a_disk_that_becomes_read_only(disk, executor, admin, tmp_path, gates):
     )
     gate.open(3)
     wait_until(lambda: daemon.status()["undelivered"] == 3, 10, "the end of the runs")
+    wait_until(lambda: "holding them until it works again" in daemon.log, 5, "the complaint")
     assert daemon.log.count("holding them until it works again") == 1
     assert daemon.post("/beat")["code"] == 200 and not run_processes(daemon)
     daemon.signal(signal.SIGTERM)
