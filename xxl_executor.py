@@ -1569,10 +1569,15 @@ class Ticket:
 
     def __init__(self, connection: Connection, deliver: typing.Callable):
         self._connection, self._deliver = connection, deliver
-        self._claims = itertools.count()
+        self._claims, self._claimed = itertools.count(), False
 
     def claim(self) -> bool:
+        """Whether nobody else has claimed it."""
+        self._claimed = True
         return next(self._claims) == 0
+
+    def claimed(self) -> bool:
+        return self._claimed
 
     def give(self, reply: Reply) -> None:
         """After a claim."""
@@ -2167,6 +2172,9 @@ class Answer:
         """Whether nobody else has answered."""
         return self._ticket.claim()
 
+    def claimed(self) -> bool:
+        return self._ticket.claimed()
+
     def give(self, outcome: Refused | str | None) -> None:
         """After a claim: yes, yes with a text, or no."""
         if isinstance(outcome, Refused):
@@ -2678,12 +2686,8 @@ class Core:
         for ticket, outcome, run in batch.answers:
             if ticket.claim():
                 ticket.give(outcome)
-            elif run is not None:  # refused meanwhile, see HttpServer
-                lane = self._lanes[run.trigger.job_id]
-                lane.waiting.remove(run)
-                self._queued -= 1
-                self._finish(run, Result(FAILURE, "refused: it could not be stored in time"))
-                self._release(lane)
+            elif run is not None and run.trigger.log_id in self._runs:
+                self._disown(run)
         for run, result in batch.dropped:
             self._account(run, result)
         if batch.lines:
@@ -2700,6 +2704,15 @@ class Core:
         self._journal.publish()
         if self._idle_hook is not None and not self.active():
             self._idle_hook()
+
+    def _disown(self, run: Run) -> None:
+        """It was refused by the selector while it was being accepted: it does not run."""
+        lane = self._lanes[run.trigger.job_id]
+        lane.waiting.remove(run)
+        self._queued -= 1
+        self._finish(run, Result(FAILURE, "refused: it could not be stored in time"))
+        self._release(lane)
+        self.put(Work(lambda: None, lambda value: None))  # store that at once
 
     def _place(self, run: Run) -> typing.Any:
         return self._slots if run.job.isolation == "thread" else self._processes
@@ -2723,11 +2736,12 @@ class Core:
             self._drop_waiting(lane, 1, why)
             return
         failpoint("starting")
+        self._batch.started.append(run)
         if not self._journal.start(run.trigger.log_id):
+            self._batch.started.pop()
             told = f"not started: run {run.trigger.log_id} is not waiting in the journal"
             self._drop_waiting(lane, 1, Result(FAILURE, told))
             return
-        self._batch.started.append(run)
         lane.running = lane.waiting.popleft()
         self._queued -= 1
         self._occupied += 1
@@ -2745,6 +2759,8 @@ class Core:
         """Accept a trigger, or refuse it. A logId that is known already is accepted again and
         starts nothing, whatever has changed since."""
         trigger, answers = message.trigger, self._batch.answers
+        if message.ticket.claimed():  # it was refused while it waited
+            return
         if trigger.log_id in self._runs:
             answers.append((message.ticket, None, None))
             return
@@ -2811,6 +2827,8 @@ class Core:
         self._queue(trigger, message.job, self._lanes.get(trigger.job_id) or Lane(trigger.job_id))
 
     def _kill(self, message: Kill) -> None:
+        if message.ticket.claimed():  # it was refused while it waited
+            return
         lane = self._lanes.get(message.job_id)
         told = "nothing was running"
         if lane is not None:
@@ -5442,10 +5460,14 @@ class Journal:
             self._db.execute("ROLLBACK")
 
     def _untaint(self) -> None:
-        """Remove what a COMMIT that failed has left in the write-ahead log."""
-        with contextlib.suppress(sqlite3.Error), self._reading:
-            busy, _, _ = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-            self._tainted = bool(busy)
+        """Overwrite what a COMMIT that failed has left in the write-ahead log, so that it does not
+        come back after a crash; without a sync, for that is what fails."""
+        with contextlib.suppress(sqlite3.Error):
+            self._db.execute("PRAGMA synchronous = OFF")
+            row = ("tainted", secrets.token_hex(8))
+            self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", row)
+            self._tainted = False
+        self._db.execute("PRAGMA synchronous = FULL")
 
     def mend(self, error: Exception) -> bool:
         """Whether a transaction that failed so may work now."""
@@ -5985,7 +6007,13 @@ class Callbacks:
 
     def _send_again(self, rows: list, before: RunState, after: RunState) -> None:
         self._step_at = time.monotonic()
-        self._admin.callback(rows)
+        try:
+            self._admin.callback(rows)
+        except AdminRefused:  # of one that it had taken: such as a log that was deleted there
+            if len(rows) > 1:
+                self._send_again(rows[len(rows) // 2 :], before, after)
+                self._send_again(rows[: len(rows) // 2], before, after)
+                return
         self._metrics.count("results_resent_total", len(rows))
         self._settle(rows, before, after)
 
@@ -5997,6 +6025,7 @@ class Callbacks:
 
     def _settled(self, message: Settled) -> None:
         self._settling.difference_update(message.log_ids)
+        self._wake.set()
 
     def _bury(self, rows: list) -> list:
         oldest = self._journal.clock.now() - DEAD_AFTER
@@ -6335,8 +6364,7 @@ class AdminClient:
             try:
                 status, reply = link.post(path, self._headers, data)
             except AdminUnreachable as error:
-                if address.well:
-                    self.missed_at = time.monotonic()
+                self._miss(address)
                 address.failures, address.well = address.failures + 1, False
                 address.last_error = str(error)
                 with self._turn:
@@ -6349,11 +6377,17 @@ class AdminClient:
             if code == SUCCESS:
                 address.last_error, address.last_success = "", time.time()
                 return
+            if code is None:
+                self._miss(address)
             failure = AdminRefused(f"{address.url}{path}: {message}")
             address.last_error = str(failure)
             if code is not None:  # one cluster: the others would say the same
                 break
         raise failure
+
+    def _miss(self, address: Address) -> None:
+        if not address.last_error:  # until now it was there
+            self.missed_at = time.monotonic()
 
     def _next(self, waiting: list[Address]) -> tuple[Address, _Link]:
         """Take the first address from `waiting` that may be tried; wait until one may.

@@ -393,22 +393,6 @@ def test_a_slow_disk(executor, admin, tmp_path, end):
     assert ledger.started() == [before, after]
 
 
-def test_a_crash_right_after_a_late_refusal(executor, admin, tmp_path):
-    """The executor is killed while the disk still works at what was refused meanwhile: it does not
-    run after the restart."""
-    ledger = Ledger(admin, tmp_path)
-    daemon = executor({"job": ledger.job()}, admin=admin)
-    quiet(daemon)
-    with tampered(daemon, SLOW):
-        log_id = ledger.trigger(daemon)
-        assert ledger.refused[log_id] == TOO_SLOW
-        daemon.kill()
-    daemon.start()
-    after = ledger.trigger(daemon)
-    ledger.settle(daemon)
-    assert ledger.started() == [after]
-
-
 @contextlib.contextmanager
 def held_core(daemon, log_id):
     """The core commits a trigger of job 9, for as long as the disk takes; what is sent inside waits
@@ -672,7 +656,7 @@ def test_repetitions_that_are_refused_hold_up_nobody(executor, admin, tmp_path):
         return None
 
     admin.behave = behave
-    wait_until(lambda: len(refused) >= 8, 60, "the refusals")
+    wait_until(lambda: len(refused) >= 2, 60, "the refusals")
     fresh = ledger.trigger(daemon)
     began = time.monotonic()
     assert outcome(admin, fresh) == (200, "")
