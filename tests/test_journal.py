@@ -6,8 +6,8 @@ import glob
 import json
 import os
 import re
-import shutil
 import resource
+import shutil
 import sqlite3
 import threading
 import time
