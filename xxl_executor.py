@@ -515,21 +515,6 @@ def share_core() -> None:
         os.sched_setaffinity(0, _CORE)
 
 
-@contextlib.contextmanager
-def any_core() -> typing.Iterator[None]:
-    """Inside, the calling thread is free again: for a job's own code, and for processes, which
-    inherit where they may run."""
-    shared = os.sched_getaffinity(0) == _CORE != _CORES
-    if shared:
-        with contextlib.suppress(OSError):
-            os.sched_setaffinity(0, _CORES)
-    try:
-        yield
-    finally:
-        if shared:
-            share_core()
-
-
 # --------------------------------------------------------------------------------------------------
 # 2 config
 # --------------------------------------------------------------------------------------------------
@@ -3472,7 +3457,7 @@ class PythonServer:
         """Raises OSError when the interpreter cannot be started."""
         self._children, self._retired = 0, False
         self._socket, theirs = socket.socketpair()
-        with theirs, any_core():
+        with theirs:
             try:
                 self._popen = subprocess.Popen(
                     run_as_module(interpreter, "--serve-python", str(theirs.fileno())),
@@ -3676,8 +3661,7 @@ def urgent() -> typing.Iterator[None]:
     with contextlib.suppress(PermissionError):
         os.setpriority(os.PRIO_PROCESS, 0, -20)
     try:
-        with any_core():
-            yield
+        yield
     finally:
         with contextlib.suppress(PermissionError):
             os.setpriority(os.PRIO_PROCESS, 0, before)
@@ -3933,6 +3917,7 @@ class Supervisor:
         self.lines = Lines()  # for the log, and what to report, at the end of a turn
         self._reports: list = []
         self._epoll = select.epoll()
+        self.null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)  # stdin of the jobs
         self._wake_read, self._wake_write = os.pipe()
         for end in (self._wake_read, self._wake_write):
             os.set_blocking(end, False)
@@ -3972,8 +3957,8 @@ class Supervisor:
             self._thread.join(seconds)
         if not self._thread.is_alive():
             self._epoll.close()
-            os.close(self._wake_read)
-            os.close(self._wake_write)
+            for fd in (self._wake_read, self._wake_write, self.null):
+                os.close(fd)
         for server in self._servers.values():
             server.close()
         self.results.close()
@@ -3993,7 +3978,6 @@ class Supervisor:
     # -- the supervisor's thread
 
     def _loop(self) -> None:
-        share_core()
         while not self._closing:
             self._asleep = True
             left = min(self.timers.soonest() - time.monotonic(), 3600.0)
@@ -4298,19 +4282,18 @@ class ProcessRun:
         if self._user is not None:
             user, groups = self._user
             as_user = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": groups}
-        with any_core():
-            return Child(
-                subprocess.Popen(
-                    command,
-                    cwd=job.cwd,
-                    env=self._environment(),
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    start_new_session=True,
-                    **as_user,
-                )
+        return Child(
+            subprocess.Popen(
+                command,
+                cwd=job.cwd,
+                env=self._environment(),
+                stdin=self._supervisor.null,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                **as_user,
             )
+        )
 
     def _request(self) -> dict:
         """What the forked child is to run."""
@@ -4713,7 +4696,6 @@ class Slots:
         self._spare += 1
 
     def _loop(self) -> None:
-        share_core()
         while True:
             run = self._queue.get()
             try:
@@ -4739,11 +4721,10 @@ class Slots:
         timer = self._timers.after(run.timeout, tell) if run.timeout else None
         blank = self._timers.after(0.5, run.out.flush)
         self._local.sink = run.write
-        with any_core():
-            result = run.cancelled or run.call()
+        result = run.cancelled or run.call()
         self._local.sink = None
-        self._timers.cancel(timer)
-        self._timers.cancel(blank)
+        for entry in (timer, blank):
+            self._timers.cancel(entry)
         result = run.cancelled or result
         run.out.end(end_note(result, time.monotonic() - began))
         if run.out.dropped:
@@ -4777,6 +4758,12 @@ def fitting(data: bytes, limit: int, step: int = 1) -> int:
             break
         count = count * most // size
     return count
+
+
+@functools.lru_cache(2)
+def stamp(second: int) -> str:
+    """Seconds since the epoch in local time; most notes of a second are written in a row."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
 
 
 class RunLog:
@@ -4846,8 +4833,7 @@ class RunLog:
         self._gap, self.dropped = self._gap + lost, self.dropped + lost
 
     def _note(self, text: str) -> bytes:
-        now = datetime.datetime.now()
-        return f"----- {now:%Y-%m-%d %H:%M:%S} {text} -----\n".encode("utf-8", "replace")
+        return f"----- {stamp(int(time.time()))} {text} -----\n".encode("utf-8", "replace")
 
     def begin(self, text: str) -> None:
         """The first note; it is written with the first output, or by `flush`."""
@@ -5461,13 +5447,17 @@ class Journal:
 
     def _untaint(self) -> None:
         """Overwrite what a COMMIT that failed has left in the write-ahead log, so that it does not
-        come back after a crash; without a sync, for that is what fails."""
+        come back after a crash: without a sync, which may be what fails, or with no log at all."""
+        row = ("tainted", secrets.token_hex(8))
         with contextlib.suppress(sqlite3.Error):
             self._db.execute("PRAGMA synchronous = OFF")
-            row = ("tainted", secrets.token_hex(8))
             self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", row)
             self._tainted = False
         self._db.execute("PRAGMA synchronous = FULL")
+        if self._tainted:
+            with contextlib.suppress(sqlite3.Error), self._reading:
+                busy, _, _ = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+                self._tainted = bool(busy)
 
     def mend(self, error: Exception) -> bool:
         """Whether a transaction that failed so may work now."""

@@ -669,18 +669,17 @@ def test_a_commit_that_failed_leaves_nothing_to_come_back(journal, file, tmp_pat
     """What it wrote may be whole nevertheless, and would count after a crash."""
     accept(journal, trigger(1))
     os.unlink(tmp_path / "reserve")  # with it the commit would be tried again
-    with no_file_above(64 << 10):
-        for number in range(2):
-            with pytest.raises(JournalError) as caught:
-                accept(journal, trigger(2, param="x" * 100_000))
-            assert str(caught.value) == f"{file}: disk I/O error"
-            assert not journal.owes() and not journal.knows(2)
-            crashed = tmp_path / f"crashed{number}"
-            crashed.mkdir()
-            for suffix in ("", "-wal"):
-                shutil.copy(file + suffix, crashed)
-            with contextlib.closing(Journal(str(crashed / "journal.db"))) as found:
-                assert found.knows(1) and not found.knows(2)
+    for number in range(2):
+        with no_file_above(64 << 10), pytest.raises(JournalError) as caught:
+            accept(journal, trigger(2, param="x" * 100_000))
+        assert str(caught.value) == f"{file}: disk I/O error"
+        assert not journal.owes() and not journal.knows(2)
+        crashed = tmp_path / f"crashed{number}"
+        crashed.mkdir()
+        for suffix in ("", "-wal"):
+            shutil.copy(file + suffix, crashed)
+        with contextlib.closing(Journal(str(crashed / "journal.db"))) as found:
+            assert found.knows(1) and not found.knows(2)
     assert accept(journal, trigger(3)) is True
     assert [row.trigger.log_id for row in journal.unfinished()] == [1, 3]
 
