@@ -507,9 +507,9 @@ _CORE = {random.choice(sorted(_CORES))}
 def share_core() -> None:
     """Keep the calling thread on the core that the threads of this daemon share.
 
-    They exclude each other by the GIL anyway, and handing it from core to core took half of the
-    daemon's time under load (tests/bench.py, thread: 1.4 times the runs with half of the CPU time;
-    shell: 1.2 times).
+    They exclude each other by the GIL anyway, and handing it from core to core costs more
+    (tests/bench.py: thread 1.3 to 1.7 times the runs, shell the same). Not the supervisor and the
+    slots: what they start inherits where it may run.
     """
     with contextlib.suppress(OSError):  # a sandbox that forbids it
         os.sched_setaffinity(0, _CORE)

@@ -187,6 +187,12 @@ def output_of(code):
     ).stdout
 
 
+def children_of(pid):
+    """Of any of its threads."""
+    found = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for file in found for child in file.read_text().split()]
+
+
 def cpu_seconds(pid):
     """What a process has used, its children not counted."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
@@ -513,9 +519,8 @@ class Bench:
             output_of("import requests, yaml")
             imports.append(time.monotonic() - began)
             with self.admin("3.5") as admin, self.executor(admin, jobs) as (process, url, delay):
-                children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-                wait_until(lambda: children.read_text(), 5, "the Python server")
-                server = int(children.read_text().split()[0])
+                wait_until(lambda: children_of(process.pid), 5, "the Python server")
+                server = children_of(process.pid)[0]
                 # Nothing tells when the start is over for good, so a moment for both.
                 threading.Event().wait(0.5)
                 sizes.append(rss(process.pid))
