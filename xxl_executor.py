@@ -25,13 +25,13 @@ core           Core.start           lanes, limits, the journal's writer:  close(
                                     a queue of messages
 supervisor     Daemon               job processes: epoll over output,     close(), nothing runs
                                     ends and a wake-up; timers
-(aside)        ProcessRun, on need  a tree to be ended, a user's name     that is done
+(aside)        Supervisor, on need  a tree to be ended, a user's name     that is done
 slot-N         Slots, on need       a job with isolation: thread          the process ends
 callback       Callbacks.start      a result, the next attempt            close(), after at most 5 s
 registration   Registration.start   30 s, or a retry                      close(), registryRemove
 (pruning)      Daemon, each hour    the disk                              all is removed, or a stop
 (output)       Output, on need      who reads stdout or stderr            nothing waits any more
-(timers)       11 and 14            a deadline of an exchange, of a stop  that ends first
+(Timer)        11 and 14            a deadline of an exchange, of a stop  that ends first
 (resolver)     11                   the name of an admin                  the resolver gives up
 
 sections: 1 vocabulary, 2 config, 3 metrics, 4 HTTP server, 5 executor API, 6 core,
@@ -330,6 +330,19 @@ class Work(typing.NamedTuple):
     done: typing.Callable[[typing.Any], None]
 
 
+class Watched:
+    """A thread that works in turns, for the watchdog; `_busy_since` is when its turn began
+    (monotonic), 0 while it waits for something to do."""
+
+    _thread: threading.Thread
+    _busy_since = 0.0
+
+    def alive(self, patience: float) -> bool:
+        """Whether it runs, and is not busy with one turn for more than `patience` seconds."""
+        since = self._busy_since  # once: the thread may set it to 0 between two looks
+        return self._thread.is_alive() and not (since and time.monotonic() > since + patience)
+
+
 class Lines(list):
     """Lines for the log, as one record: to format and to write each by itself takes 15 us."""
 
@@ -340,9 +353,9 @@ class Lines(list):
 class Route(enum.Enum):
     """Who answers a request."""
 
-    DIRECT = "the selector: it needs no decision, no file and no lock"
+    DIRECT = "the selector: it needs no decision and no file"
     CORE = "the core, which gets a message from the selector"
-    POOL = "a thread for what may read a file or the journal"
+    POOL = "a thread for what may read a file or the journal, or has a long body"
     PAGE = "the same, once a log page has its part of the budget"
 
 
@@ -2152,13 +2165,7 @@ class Answer:
 
     def __init__(self, ticket, refused: typing.Callable[[Refused], None] = lambda error: None):
         self._ticket, self._refused = ticket, refused
-
-    def claim(self) -> bool:
-        """Whether nobody else has answered."""
-        return self._ticket.claim()
-
-    def claimed(self) -> bool:
-        return self._ticket.claimed()
+        self.claim, self.claimed = ticket.claim, ticket.claimed
 
     def give(self, outcome: Refused | str | None) -> None:
         """After a claim: yes, yes with a text, or no."""
@@ -2251,13 +2258,7 @@ class Api:
         """Always HTTP 200: the admin shows nothing of another status."""
         try:
             self._authorize(request)
-            if path in ("/run", "/trigger"):
-                self._run(request, Answer(ticket, self._tell_refused))
-                return None
-            if path == "/kill":
-                self._kill(request, Answer(ticket))
-                return None
-            return self._post[path](request)
+            return self._post[path](request, ticket)
         except Refused as error:
             if path in ("/run", "/trigger"):
                 self._tell_refused(error)
@@ -2296,20 +2297,18 @@ class Api:
                     "app_name",
                 )
 
-    def _beat(self, request: Request) -> Reply:
+    def _beat(self, request: Request, ticket) -> Reply:
         if self.draining:
             raise Refused("the executor is stopping")
         return _YES
 
-    def _idle_beat(self, request: Request) -> Reply:
-        if self.draining:
-            raise Refused("the executor is stopping")
+    def _idle_beat(self, request: Request, ticket) -> Reply:
         if self._core.busy(number(decode(request.body), "jobId")):
             # the Java executor's words
             raise Refused("job thread is running or has trigger queue.")
-        return _YES
+        return self._beat(request, ticket)
 
-    def _run(self, request: Request, answer: Answer) -> None:
+    def _run(self, request: Request, ticket) -> None:
         fields = decode(request.body)
         trigger = decode_trigger(fields)
         self._learned(self._path(request))
@@ -2322,7 +2321,7 @@ class Api:
                 job = self._script(trigger, fields, request)
         except Refused as error:  # unless the core knows the trigger already
             job = error
-        self._core.put(Submit(trigger, job, answer))
+        self._core.put(Submit(trigger, job, Answer(ticket, self._tell_refused)))
 
     def _job(self, handler: str) -> JobConfig:
         """Raises Refused."""
@@ -2344,10 +2343,10 @@ class Api:
             self._scripts.store(trigger, text(fields, "glueSource"), request.peer)
         return job
 
-    def _kill(self, request: Request, answer: Answer) -> None:
-        self._core.put(Kill(number(decode(request.body), "jobId"), answer))
+    def _kill(self, request: Request, ticket) -> None:
+        self._core.put(Kill(number(decode(request.body), "jobId"), Answer(ticket)))
 
-    def _log(self, request: Request) -> Reply:
+    def _log(self, request: Request, ticket) -> Reply:
         fields = decode(request.body)
         log_id = number(fields, "logId")
         page = self._logs.page(
@@ -2441,7 +2440,7 @@ class Batch:
         self.lines = Lines()
 
 
-class Core:
+class Core(Watched):
     """One thread that decides everything: it takes all messages that wait as one batch, decides
     each in memory, commits all decisions as one transaction, and only then lets the effects out.
 
@@ -2465,7 +2464,7 @@ class Core:
         self._queued = self._occupied = 0  # runs that wait; runs that take one of max_running
         self._batch = Batch()
         self._idle_hook: typing.Callable[[], None] | None = None  # set while draining
-        self._busy_since, self._closing = 0.0, False  # monotonic; 0: it waits for a message
+        self._closing = False
         self.recent: dict[str, collections.deque[int]] = {}  # the last result codes of each handler
         self._thread = threading.Thread(target=self._loop, name="core", daemon=True)
         self._decide: dict[type, typing.Callable[[typing.Any], None]] = {
@@ -2484,6 +2483,9 @@ class Core:
             Settled: journal.hold,
             Note: journal.hold,
         }
+        metrics.gauge("running", lambda: self._occupied)
+        metrics.gauge("queued", lambda: self._queued)
+        metrics.gauge("stuck_threads", lambda: len(self._stuck))
 
     # -- any thread
 
@@ -2515,11 +2517,6 @@ class Core:
         self.put(Work(lambda: None, lambda value: done.set()))
         done.wait(seconds)
 
-    def alive(self, patience: float) -> bool:
-        """Whether the thread is not busy with one batch for more than `patience` seconds."""
-        since = self._busy_since
-        return self._thread.is_alive() and not (since and time.monotonic() > since + patience)
-
     def snapshot(self) -> dict:
         """What runs and waits, for `status`."""
         now = time.monotonic()
@@ -2541,12 +2538,6 @@ class Core:
             "queued": dict(waiting),
             "recent": {name: list(codes) for name, codes in list(self.recent.items())},
         }
-
-    def register(self) -> None:
-        """Publish the gauges of this section."""
-        self._metrics.gauge("running", lambda: len(self.snapshot()["running"]))
-        self._metrics.gauge("queued", lambda: self._queued)
-        self._metrics.gauge("stuck_threads", lambda: len(self._stuck))
 
     def grace(self) -> float:
         """How many seconds it may take until all that runs has ended, once it is cancelled."""
@@ -2595,6 +2586,9 @@ class Core:
         return messages
 
     def _turn(self, messages: list) -> None:
+        """Facts change what is known here first, and for good; decisions are tried against that,
+        taken back whole when they cannot be stored, tried once more if that can be mended, and
+        then refused."""
         decisions = []
         self._batch = facts = Batch()
         for message in messages:
@@ -2638,15 +2632,14 @@ class Core:
         return None
 
     def _refuse(self, decisions: list, reason: str) -> None:
-        """Nothing of this turn could be stored: say so, and carry out what must be nevertheless."""
+        """Nothing of this turn could be stored: say so, and carry out what must be nevertheless;
+        that writes nothing at once, what it notes is held for the next commit."""
         starting = self._batch.started
         self._batch = batch = Batch()
         for message in decisions:
-            if isinstance(message, Submit):
-                refused = Refused(f"the executor cannot store the trigger: {reason}", "journal")
-                batch.answers.append((message.ticket, refused, None))
-            elif isinstance(message, Kill):
-                refused = Refused(f"the executor cannot store the kill: {reason}", "journal")
+            if isinstance(message, (Submit, Kill)):
+                what = "trigger" if isinstance(message, Submit) else "kill"
+                refused = Refused(f"the executor cannot store the {what}: {reason}", "journal")
                 batch.answers.append((message.ticket, refused, None))
             elif isinstance(message, Work):
                 batch.works.append((message, JournalError(reason)))
@@ -2656,12 +2649,7 @@ class Core:
             else:
                 self._guarded(self._decide[type(message)], message)
         for run in starting:
-            lane = self._lanes[run.trigger.job_id]
-            lane.waiting.remove(run)
-            self._queued -= 1
-            told = f"not started, the executor cannot store the start: {reason}"
-            self._finish(run, Result(FAILURE, told))
-            self._release(lane)
+            self._withdraw(run, f"not started, the executor cannot store the start: {reason}")
 
     def _let_out(self, batch: Batch) -> None:
         """The effects of what is committed: answers first, for the admin waits at most 3 s."""
@@ -2671,8 +2659,10 @@ class Core:
         for ticket, outcome, run in batch.answers:
             if ticket.claim():
                 ticket.give(outcome)
+            # The selector may have refused it meanwhile, see HttpServer: then it must not run.
             elif run is not None and run.trigger.log_id in self._runs:
-                self._disown(run)
+                self._withdraw(run, "refused: it could not be stored in time")
+                self.put(Work(lambda: None, lambda value: None))  # store that at once
         for run, result in batch.dropped:
             self._account(run, result)
         if batch.lines:
@@ -2690,14 +2680,13 @@ class Core:
         if self._idle_hook is not None and not self.active():
             self._idle_hook()
 
-    def _disown(self, run: Run) -> None:
-        """It was refused by the selector while it was being accepted: it does not run."""
+    def _withdraw(self, run: Run, why: str) -> None:
+        """A run that waits has failed, whether that can be stored now or not."""
         lane = self._lanes[run.trigger.job_id]
         lane.waiting.remove(run)
         self._queued -= 1
-        self._finish(run, Result(FAILURE, "refused: it could not be stored in time"))
+        self._finish(run, Result(FAILURE, why))
         self._release(lane)
-        self.put(Work(lambda: None, lambda value: None))  # store that at once
 
     def _place(self, run: Run) -> typing.Any:
         return self._slots if run.job.isolation == "thread" else self._processes
@@ -2743,32 +2732,19 @@ class Core:
     def _submit(self, message: Submit) -> None:
         """Accept a trigger, or refuse it. A logId that is known already is accepted again and
         starts nothing, whatever has changed since."""
-        trigger, answers = message.trigger, self._batch.answers
         if message.ticket.claimed():  # it was refused while it waited
             return
-        if trigger.log_id in self._runs:
-            answers.append((message.ticket, None, None))
-            return
+        run = outcome = None
         try:
-            lane = self._admit(trigger, message.job)
-            fresh = self._journal.accept(trigger)
+            run = self._accept(message.trigger, message.job)
         except Refused as error:
-            known = self._journal.holds(trigger.log_id)
-            answers.append((message.ticket, None if known else error, None))
-            return
-        if not fresh:
-            answers.append((message.ticket, None, None))
-            return
-        if trigger.block_strategy == "COVER_EARLY":
-            reason = Result(FAILURE, f"covered by run {trigger.log_id}")
-            self._drop_waiting(lane, len(lane.waiting), reason)
-            if lane.running is not None:
-                self._cancel(lane.running, reason)
-        answers.append((message.ticket, None, self._queue(trigger, message.job, lane)))
-        self._batch.lines.append(f"accepted {trigger}")
+            outcome = None if self._journal.holds(message.trigger.log_id) else error
+        self._batch.answers.append((message.ticket, outcome, run))
 
-    def _admit(self, trigger: Trigger, job: typing.Any) -> Lane:
-        """The lane of a trigger that may be accepted now. Raises Refused."""
+    def _accept(self, trigger: Trigger, job: typing.Any) -> Run | None:
+        """None for a logId that is known already. Raises Refused."""
+        if trigger.log_id in self._runs:
+            return None
         if isinstance(job, Refused):
             raise job
         delay = time.time() - trigger.log_date_time / 1000
@@ -2787,7 +2763,15 @@ class Core:
                 f"{self._queued} triggers wait already: executor.max_queued is {self._max_queued}",
                 "max_queued",
             )
-        return lane
+        if not self._journal.accept(trigger):
+            return None
+        if trigger.block_strategy == "COVER_EARLY":
+            reason = Result(FAILURE, f"covered by run {trigger.log_id}")
+            self._drop_waiting(lane, len(lane.waiting), reason)
+            if lane.running is not None:
+                self._cancel(lane.running, reason)
+        self._batch.lines.append(f"accepted {trigger}")
+        return self._queue(trigger, job, lane)
 
     def _queue(self, trigger: Trigger, job: JobConfig, lane: Lane) -> Run:
         run = self._runs[trigger.log_id] = Run(trigger, job)
@@ -2848,12 +2832,7 @@ class Core:
             run.cancelled = result
             self._batch.cancelled.append(run)
             self._journal.cancel(run.trigger.log_id, result)
-
-            def undo() -> None:
-                run.cancelled = None
-                self._journal.uncancel()
-
-            self._batch.undo.append(undo)
+            self._batch.undo.append(functools.partial(setattr, run, "cancelled", None))
 
     def _drop_waiting(self, lane: Lane, count: int, result: Result) -> None:
         """The first `count` that wait have ended with `result`."""
@@ -2870,8 +2849,7 @@ class Core:
             lane.waiting.extendleft(reversed(dropped))
             self._queued += count
             self._runs.update((run.trigger.log_id, run) for run in dropped)
-            self._journal.unfinish(count)
-            self._offer(lane)
+            self._release(lane)
 
         self._batch.undo.append(undo)
 
@@ -2911,17 +2889,15 @@ class Core:
         if run is None or run.cancelled is None:
             return
         log.error(
-            "thread of %s does not return; its slot is lost until it does or the executor restarts",
+            "thread of %s does not return; it is lost until it does or the executor restarts",
             run.trigger,
         )
         why = run.cancelled
         run.stuck, self._stuck[message.log_id] = True, run
         self._finish(run, Result(why.code, f"{why.message}; its thread did not return"))
         lane = self._lanes[run.trigger.job_id]
-        waiting, lane.waiting = lane.waiting, collections.deque()
-        self._queued -= len(waiting)
-        for other in waiting:
-            self._finish(other, Result(FAILURE, lane.stuck()))
+        for other in list(lane.waiting):
+            self._withdraw(other, lane.stuck())
 
     def _finish(self, run: Run, result: Result) -> None:
         """It has this result, whether that can be stored now or not."""
@@ -3847,12 +3823,16 @@ class Timers:
     def __init__(self, wake: typing.Callable[[], None]):
         self._wake, self._lock = wake, threading.Lock()
         self._heap: list[list] = []  # [when (monotonic), a number, what or None]
-        self._numbers, self._cancelled = itertools.count(), 0
+        self._numbers, self._most = itertools.count(), 1000  # entries until the cancelled ones go
 
     def after(self, seconds: float, call: typing.Callable[[], typing.Any]) -> list:
         """Call `call` in the supervisor's thread; returns what `cancel` takes."""
         entry = [time.monotonic() + seconds, next(self._numbers), call]
         with self._lock:
+            if len(self._heap) >= self._most:
+                self._heap = [live for live in self._heap if live[2] is not None]
+                heapq.heapify(self._heap)
+                self._most = max(1000, 2 * len(self._heap))
             heapq.heappush(self._heap, entry)
             first = self._heap[0] is entry
         if first:
@@ -3860,15 +3840,8 @@ class Timers:
         return entry
 
     def cancel(self, entry: list | None) -> None:
-        if entry is None or entry[2] is None:
-            return
-        with self._lock:
+        if entry is not None:
             entry[2] = None
-            self._cancelled += 1
-            if self._cancelled > 1000 and 2 * self._cancelled > len(self._heap):
-                self._heap = [live for live in self._heap if live[2] is not None]
-                heapq.heapify(self._heap)
-                self._cancelled = 0
 
     def soonest(self) -> float:
         """Monotonic; infinity when nothing waits."""
@@ -3880,16 +3853,13 @@ class Timers:
         now, calls = time.monotonic(), []
         with self._lock:
             while self._heap and self._heap[0][0] <= now:
-                entry = heapq.heappop(self._heap)
-                if entry[2] is None:
-                    self._cancelled -= 1
-                else:
-                    calls.append(entry[2])
-                    entry[2] = None
+                call = heapq.heappop(self._heap)[2]
+                if call is not None:
+                    calls.append(call)
         return calls
 
 
-class Supervisor:
+class Supervisor(Watched):
     """One thread over output pipes, ends and deadlines of all runs in processes.
 
     start, cancel, prepare and `timers`: any thread. It waits for no disk sync, no lock, no other
@@ -3898,9 +3868,8 @@ class Supervisor:
     what is out of time and answers that with `cancel`.
     """
 
-    def __init__(self, logs, identity: str, scratch: str, metrics: Metrics, report):
-        self.logs, self._identity, self._metrics = logs, identity, metrics
-        self._report = report
+    def __init__(self, logs, identity: str, scratch: str, report):
+        self.logs, self._identity, self._report = logs, identity, report
         self.environment = {
             name: value for name, value in os.environ.items() if not SECRETS.fullmatch(name)
         }
@@ -3914,15 +3883,14 @@ class Supervisor:
         self._runs: dict[int, ProcessRun] = {}  # by logId
         self._inbox: collections.deque[typing.Callable[[], None]] = collections.deque()
         self._handlers: dict[int, typing.Callable[[], None]] = {}  # by descriptor
-        self.lines = Lines()  # for the log, and what to report, at the end of a turn
-        self._reports: list = []
+        self.lines = Lines()  # for the log, at the end of a turn
+        self._reports: list = []  # for the core, after that
         self._epoll = select.epoll()
         self.null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)  # stdin of the jobs
         self._wake_read, self._wake_write = os.pipe()
         for end in (self._wake_read, self._wake_write):
             os.set_blocking(end, False)
-        self._asleep, self._busy_since = False, 0.0  # monotonic; 0: it waits
-        self._closing = False
+        self._asleep = self._closing = False
         self.timers = Timers(self._nudge)
         self._thread = threading.Thread(target=self._loop, name="supervisor", daemon=True)
 
@@ -3944,15 +3912,9 @@ class Supervisor:
         wanted = [job for job in jobs if job.python and job.isolation == "process"]
         self._post(functools.partial(self._prepare, wanted))
 
-    def alive(self, patience: float) -> bool:
-        """Whether the thread is not busy with one turn for more than `patience` seconds."""
-        since = self._busy_since
-        return self._thread.is_alive() and not (since and time.monotonic() > since + patience)
-
     def close(self, seconds: float) -> None:
         """After `seconds` at the latest; what still runs is left to the caller."""
-        self._closing = True
-        self._wake()
+        self._post(functools.partial(setattr, self, "_closing", True))
         if self._thread.is_alive():
             self._thread.join(seconds)
         if not self._thread.is_alive():
@@ -3969,11 +3931,8 @@ class Supervisor:
 
     def _nudge(self) -> None:
         if self._asleep:
-            self._wake()
-
-    def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # it is full: the supervisor will wake
-            os.write(self._wake_write, b"x")
+            with contextlib.suppress(BlockingIOError):  # it is full: the supervisor will wake
+                os.write(self._wake_write, b"x")
 
     # -- the supervisor's thread
 
@@ -3984,11 +3943,11 @@ class Supervisor:
             # By handler at once: what this turn closes may give its descriptor to another.
             events = self._epoll.poll(0.0 if self._inbox else max(0.0, left) + 0.001)
             self._asleep, self._busy_since = False, time.monotonic()
-            for handler in [self._handlers.get(fd) for fd, _ in events]:
-                if handler is None:  # the wake-up, or it is closed already
+            for fd, handler in [(fd, self._handlers.get(fd)) for fd, _ in events]:
+                if handler is None:  # the wake-up
                     with contextlib.suppress(BlockingIOError):
                         os.read(self._wake_read, 4096)
-                else:
+                elif self._handlers.get(fd) == handler:  # else closed in this turn
                     self._guarded(handler)
             for _ in range(len(self._inbox)):
                 self._guarded(self._inbox.popleft())
@@ -4082,8 +4041,6 @@ class Supervisor:
 
     def ended(self, run: ProcessRun, result: Result) -> None:
         self._runs.pop(run.trigger.log_id, None)
-        if run.out.dropped:
-            self._metrics.count("log_dropped_bytes_total", run.out.dropped)
         self.report(Ended(run.trigger.log_id, result))
 
 
@@ -4142,7 +4099,8 @@ class ProcessRun:
         self._cancelled: Result | None = None
         self._kill_at: float | None = None  # monotonic; set when the run is being ended
         self._awaited = False  # it had ended when it was looked at, its status will come
-        # its processes then: one may clear its environment and lose its parent
+        # {pid: start time} of its tree as found so far: one of them may clear its environment and
+        # lose its parent
         self._seen: dict[int, int] = {}
         self._aside = False  # its own thread is at work
         self._timer: list | None = None
@@ -4412,8 +4370,6 @@ class ProcessRun:
             self._supervisor.timers.cancel(self._timer)
 
     def _on_output(self) -> None:
-        if self._read < 0:  # closed in this turn
-            return
         with contextlib.suppress(BlockingIOError):
             data = os.read(self._read, _CHUNK)
             if data:
@@ -4422,8 +4378,6 @@ class ProcessRun:
                 self._supervisor.unwatch(self._read)
 
     def _on_child(self) -> None:
-        if self._child is None:  # closed in this turn
-            return
         self.guarded(self._on_started if self.phase is RunPhase.STARTING else self._look)
 
     def _look(self) -> bool:
@@ -4642,20 +4596,19 @@ class Slots:
     cannot hold the exit back. `report` gets Ended, Expired and Stuck, see Supervisor.
     """
 
-    def __init__(self, limit: int, logs, metrics: Metrics, timers: Timers, report):
-        self._limit, self._logs, self._metrics = limit, logs, metrics
-        self._timers, self._report = timers, report
+    def __init__(self, limit: int, logs, timers: Timers, report):
+        self._limit, self._logs, self._timers, self._report = limit, logs, timers, report
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
-        self._lock = threading.Lock()  # guards the two below
+        self._lock = threading.Lock()  # guards `_threads` and `_spare`
         self._threads = 0
-        self._spare = 0  # idle threads, or less than 0: runs that wait for one
+        self._spare = 0  # idle threads; below 0: so many runs wait for one
         self._runs: dict[int, ThreadRun] = {}  # by logId
         self._local = threading.local()  # `sink` is where the output of a job in this thread goes
         self._streams: tuple | None = None
 
     def prepare(self, jobs: typing.Iterable[JobConfig]) -> None:
         """Before the first of `jobs` runs; main thread. Starts a thread even for nothing, so that a
-        shortage of threads later cannot leave none. Raises RuntimeError."""
+        shortage of threads later cannot leave none."""
         if self._streams is None and any(job.isolation == "thread" for job in jobs):
             self._streams = sys.stdout, sys.stderr
             sys.stdout, sys.stderr = (ThreadOutput(stream, self._local) for stream in self._streams)
@@ -4666,15 +4619,7 @@ class Slots:
         run = self._runs[trigger.log_id] = ThreadRun(trigger, job)
         with self._lock:
             if self._spare <= 0 and self._threads < self._limit:
-                try:
-                    self._grow()
-                except RuntimeError as error:  # it waits for a thread that gets free
-                    log.error(
-                        "cannot start another thread, %d slots instead of %d: %s",
-                        self._threads,
-                        self._limit,
-                        error,
-                    )
+                self._grow()
             self._spare -= 1
         self._queue.put(run)
 
@@ -4691,7 +4636,18 @@ class Slots:
             sys.stdout, sys.stderr = self._streams
 
     def _grow(self) -> None:
-        threading.Thread(target=self._loop, name=f"slot-{self._threads + 1}", daemon=True).start()
+        """With the lock held."""
+        name = f"slot-{self._threads + 1}"
+        try:
+            threading.Thread(target=self._loop, name=name, daemon=True).start()
+        except RuntimeError as error:  # a run waits for a thread that gets free
+            log.error(
+                "cannot start another thread, %d slots instead of %d: %s",
+                self._threads,
+                self._limit,
+                error,
+            )
+            return
         self._threads += 1
         self._spare += 1
 
@@ -4727,8 +4683,6 @@ class Slots:
             self._timers.cancel(entry)
         result = run.cancelled or result
         run.out.end(end_note(result, time.monotonic() - began))
-        if run.out.dropped:
-            self._metrics.count("log_dropped_bytes_total", run.out.dropped)
         return dataclasses.replace(result, message=clip(result.message))
 
 
@@ -4767,8 +4721,8 @@ def stamp(second: int) -> str:
 
 
 class RunLog:
-    """The log of one run; written by its slot thread, and by the threads of a Python job in a
-    thread."""
+    """The log of one run; written by the supervisor, or by the threads of a job in a thread, whose
+    first note the supervisor may flush."""
 
     def __init__(
         self,
@@ -4776,11 +4730,13 @@ class RunLog:
         limit: int,
         echo: typing.Callable[[list[bytes]], None] | None = None,
         full: typing.Callable[[], bool] = lambda: False,
+        lost: typing.Callable[[int], None] = lambda size: None,
     ):
         """`echo(lines)`: where the output goes too (executor.log_to_stdout). While `full()` nothing
-        is written: what is left of the disk is for results."""
+        is written: what is left of the disk is for results. `lost(bytes)` is told at the end how
+        much was dropped."""
         self._fd, self._limit, self._lock, self._full = fd, limit, threading.Lock(), full
-        self._left = limit
+        self._left, self._lost = limit, lost
         self._pending = b""  # a note that goes out with the first output
         self._echo, self._line = echo, b""
         self._tail = b""
@@ -4854,6 +4810,7 @@ class RunLog:
             if self._fd >= 0:
                 os.close(self._fd)
             self._fd = -1
+        self._lost(self.dropped)
 
     def last_line(self) -> str:
         """The last line of output that is not empty."""
@@ -4872,10 +4829,11 @@ class JobLogs:
         retention: float,
         echo: typing.Callable[[bytes], None] | None = None,
         full: typing.Callable[[], bool] = lambda: False,
+        lost: typing.Callable[[int], None] = lambda size: None,
     ):
-        """`echo(data)`: where the output of all runs goes too; `full`: see RunLog."""
+        """`echo(data)`: where the output of all runs goes too; `full`, `lost`: see RunLog."""
         self.directory, self._limit, self._retention = directory, limit, retention
-        self._echo, self._full = echo, full
+        self._echo, self._full, self._lost = echo, full, lost
         make_directory(directory)
         self._lock = threading.Lock()
         # the directory of a day that was used last: (path, device, inode), and a descriptor of it
@@ -4946,7 +4904,7 @@ class JobLogs:
             if self._echo is not None:
                 self._echo(b"".join(prefix + line + b"\n" for line in lines))
 
-        out = RunLog(fd, self._limit, None if self._echo is None else echo, self._full)
+        out = RunLog(fd, self._limit, None if self._echo is None else echo, self._full, self._lost)
         size = os.fstat(fd).st_size if fd >= 0 else 0
         if size and os.pread(fd, 1, size - 1) != b"\n":  # where a crash cut it
             out.write(b"\n")
@@ -4959,11 +4917,10 @@ class JobLogs:
         first: int,
         *,
         ended: bool,
-        most: int = 0,
         limit: int = PAGE_LIMIT,
     ) -> dict:
-        """Lines from `first` (1 is the first) of a run, at most `most` (0: no bound) and `limit`
-        bytes, as the admin reads them.
+        """Lines from `first` (1 is the first) of a run, at most `limit` bytes, as the admin reads
+        them.
 
         `ended` must have been looked up before the call: what is read then is the end. Raises
         Refused.
@@ -4986,10 +4943,11 @@ class JobLogs:
             line, start = self._seek(fd, key, first, size)
             if line < first:
                 return self._page(first, first - 1, "", ended)
-            data = self._read(fd, start, min(limit, size - start), most)
+            # at once: pieces would stay with the allocator, for each thread that reads
+            data = os.pread(fd, min(limit, size - start), start)
             fits = fitting(data, limit)
             cut, data = fits < len(data) or start + limit < size, data[:fits]
-            if ended and first == 1 and cut and not most:
+            if ended and first == 1 and cut:
                 where = os.path.join(*self._place(log_id, log_date_time))
                 return self._long(fd, key, size, limit, where)
             at_end = start + len(data) >= size
@@ -5020,25 +4978,6 @@ class JobLogs:
     @staticmethod
     def _decode(data: bytes) -> str:
         return data.decode("utf-8", "replace").replace("\0", "\ufffd")
-
-    @staticmethod
-    def _read(fd: int, start: int, limit: int, most: int) -> bytes:
-        if not most:
-            return os.pread(
-                fd, limit, start
-            )  # at once: pieces would stay with the allocator, for each thread that reads
-        parts, got, lines = [], 0, 0
-        while got < limit and lines < most:
-            part = os.pread(fd, min(_CHUNK, limit - got), start + got)
-            if not part:
-                break
-            parts.append(part)
-            got += len(part)
-            lines += part.count(b"\n")
-        data = b"".join(parts)
-        if lines > most:
-            data = data[: len(data) - len(data.split(b"\n", most)[-1])]
-        return data
 
     def _long(self, fd: int, key: tuple, size: int, limit: int, where: str) -> dict:
         """A finished log beyond the limit: the admin asks for it once, so it gets the head, a
@@ -5283,8 +5222,9 @@ class Journal:
         self._after: list[typing.Callable[[], typing.Any]] = []  # what follows the last commit
         self.stored: typing.Callable[[], None] = lambda: None  # called when results were committed
         self.post: typing.Callable[[typing.Any], None] = self.hold
-        self._committing = self._tainted = self._told = False
-        self._moved = False  # the files are new, and who learns it is told so
+        self._committing = self._told = False  # that results are held
+        self._tainted = False  # a failed COMMIT may come back until something is written over it
+        self._moved = False  # the files were made anew in this turn: its triggers are refused
         self._closed, self._trouble = False, ""  # no file is open; what was told of that last
         try:
             if not os.path.exists(file) and os.path.exists(file + ".new"):  # it was made, see _copy
@@ -5390,6 +5330,7 @@ class Journal:
 
     def begin(self) -> None:
         """Begin a transaction. Raises sqlite3.Error and OSError."""
+        self._facts_end = len(self._cancels), len(self._results)
         # What would be written now could not be found if the files are others.
         if self._closed or self._stamps() != self._places:
             raise FilesMoved("its files were removed or replaced while it was open: try again")
@@ -5439,7 +5380,9 @@ class Journal:
         self._cancels, self._results, self._settled, self._notes = [], [], [], {}
 
     def take_back(self) -> None:
-        """Undo the transaction that failed; what has happened is kept for the next."""
+        """Undo the transaction that failed; what had happened before it is kept for the next."""
+        cancels, results = self._facts_end
+        del self._cancels[cancels:], self._results[results:]
         # What a COMMIT that failed has written may come back after a crash.
         self._tainted, self._committing = self._tainted or self._committing, False
         with contextlib.suppress(sqlite3.Error):
@@ -5470,7 +5413,7 @@ class Journal:
 
     def give_up(self, error: Exception) -> str:
         """Nothing can be stored now: have nothing of it come back after a crash; the reason."""
-        if self._tainted:
+        if self._tainted and not self._closed:
             self._untaint()
         if self._results and not self._told:  # an outage is told once
             self._told = True
@@ -5499,16 +5442,14 @@ class Journal:
 
     def accept(self, trigger: Trigger) -> bool:
         """Store a new run; False when its logId is known. Raises Refused."""
-        reason = ""
-        if self.reserve.lost:
-            reason = "the disk is full"
-        elif self._moved:
-            reason = "its files were removed or replaced while it was open: try again"
-        elif self._tainted:
-            reason = "what it could not store cannot be removed"
-        if reason:
-            told = f"the executor cannot store the trigger: {self._file}: {reason}"
-            raise Refused(told, "journal")
+        for reason, present in (
+            ("the disk is full", self.reserve.lost),
+            ("its files were removed or replaced while it was open: try again", self._moved),
+            ("what it could not store cannot be removed", self._tainted),
+        ):
+            if present:
+                told = f"the executor cannot store the trigger: {self._file}: {reason}"
+                raise Refused(told, "journal")
         row = (
             trigger.log_id,
             trigger.log_date_time,
@@ -5548,17 +5489,9 @@ class Journal:
         """What a run that is running will have ended with, should a crash come first."""
         self._cancels.append((result.code, result.message, log_id))
 
-    def uncancel(self) -> None:
-        """Take the last `cancel` back."""
-        self._cancels.pop()
-
     def finish(self, log_ids: typing.Sequence[int], result: Result) -> None:
         """accepted | running -> finished, all with `result`; held while it cannot be stored."""
         self._results += [(result.code, result.message, log_id) for log_id in log_ids]
-
-    def unfinish(self, count: int) -> None:
-        """Take the last `count` of `finish` back."""
-        del self._results[len(self._results) - count :]
 
     def hold(self, message: Settled | Note) -> None:
         """To be stored by the next commit."""
@@ -5764,7 +5697,7 @@ class Journal:
         return max(0.0, self.clock.now() - rows[0][4]) if rows else 0.0
 
     def fact(self, name: str) -> str:
-        """What was learned about the admin, "" when nothing was."""
+        """What was remembered under this name, "" when nothing was."""
         return self._facts.get(name) or ""
 
     def learn(self, name: str, value: str) -> None:
@@ -5819,7 +5752,7 @@ def backoff(failures: int) -> float:
     return max(1.0, min(60.0, 2.0 ** min(failures - 1, 6)) * random.uniform(0.5, 1.0))
 
 
-class Callbacks:
+class Callbacks(Watched):
     """One thread delivers finished results from the journal in batches and tries again until each
     is acknowledged; and then twice more, for an admin stores later than it acknowledges.
 
@@ -5835,7 +5768,8 @@ class Callbacks:
         self._refused: dict[
             int, tuple[int, float]
         ] = {}  # logId: (refusals, monotonic time of the next attempt)
-        self._settling: set[int] = set()  # logIds whose new state is on its way into the journal
+        # logIds whose new state is on its way into the journal: a reader would show them as before
+        self._settling: set[int] = set()
         # times of the journal's clock between which an admin acknowledged that then went away
         self._suspects: tuple[float, float] | None = None
         self._missed_at = 0.0  # monotonic; the last such absence that was looked at
@@ -5844,9 +5778,6 @@ class Callbacks:
         self._pardoned = threading.Event()  # the admin takes again what it refused
         self._retry_at = 0.0
         self.last_error = ""
-        self._step_at = (
-            0.0  # monotonic; when the last attempt began, 0 while there is nothing to do
-        )
         self._thread = threading.Thread(target=self._loop, name="callback", daemon=True)
 
     def start(self) -> None:
@@ -5866,13 +5797,6 @@ class Callbacks:
             self._pardoned.set()
         self._wake.set()
 
-    def alive(self, attempt: float) -> bool:
-        """Whether the thread makes progress, be it from one failed attempt to the next; `attempt`:
-        seconds that one may take."""
-        return self._thread.is_alive() and not (
-            self._step_at and time.monotonic() > self._step_at + attempt
-        )
-
     def close(self, timeout: float = 5.0) -> None:
         """Deliver what is left, for at most `timeout` seconds; the rest waits in the journal."""
         self._closing.set()
@@ -5885,10 +5809,10 @@ class Callbacks:
         share_core()
         wait: float | None = None
         while True:
-            self._step_at = 0.0
+            self._busy_since = 0.0
             self._wake.wait(wait)
             self._wake.clear()
-            self._step_at = time.monotonic()
+            self._busy_since = time.monotonic()
             self._closing.wait(max(0.0, self._next_at - time.monotonic()))
             closing = self._closing.is_set()
             try:
@@ -5909,6 +5833,7 @@ class Callbacks:
     def _deliver(self) -> float | None:
         """Send what is due; returns the seconds until something else is, None when nothing
         waits."""
+        taken = RunState.ACKNOWLEDGED if self._admin.addresses else RunState.DELIVERED
         while True:
             now = time.monotonic()
             if self._pardoned.is_set():
@@ -5927,26 +5852,25 @@ class Callbacks:
             again = [row for row in alive if self._refused.get(row[0], (0, now + 1))[1] <= now]
             due = (fresh or again)[:BATCH]
             if len(due) == BATCH:
-                self._attempt(self._send, due)
+                self._attempt(due, RunState.FINISHED, taken)
                 continue
             # What ends meanwhile goes into the next request.
             self._next_at = now + PACE
-            if due and not self._attempt(self._send, due):
+            if due and not self._attempt(due, RunState.FINISHED, taken):
                 continue
             rows, before, after, wait = self._acknowledged()
             if rows:
-                self._attempt(self._send_again, rows, before, after)
+                self._attempt(rows, before, after)
             if due or rows:
                 self._closing.wait(PACE)
                 continue
-            waits = [wait] + [at - now for _, at in self._refused.values()]
-            soonest = min(waits)
+            soonest = min([wait, *(at - now for _, at in self._refused.values())])
             return None if soonest == float("inf") else max(0.05, soonest)
 
-    def _attempt(self, send: typing.Callable[..., None], rows: list, *arguments) -> bool:
+    def _attempt(self, rows: list, before: RunState, after: RunState) -> bool:
         """Whether the admin took `rows`; else it is left alone for a while."""
         try:
-            send(rows, *arguments)
+            self._send(rows, before, after)
         except (AdminUnreachable, AdminRefused) as error:
             self._failures += 1
             self._metrics.count("callback_failures_total")
@@ -5995,18 +5919,6 @@ class Callbacks:
         self._suspects = None
         return [], RunState.ACKNOWLEDGED, RunState.RESENT, wait
 
-    def _send_again(self, rows: list, before: RunState, after: RunState) -> None:
-        self._step_at = time.monotonic()
-        try:
-            self._admin.callback(rows)
-        except AdminRefused:  # of one that it had taken: such as a log that was deleted there
-            if len(rows) > 1:
-                self._send_again(rows[len(rows) // 2 :], before, after)
-                self._send_again(rows[: len(rows) // 2], before, after)
-                return
-        self._metrics.count("results_resent_total", len(rows))
-        self._settle(rows, before, after)
-
     def _settle(self, rows: list, before: RunState, after: RunState) -> None:
         """Have the journal remember their new state; they are left alone until it does."""
         log_ids = [row[0] for row in rows]
@@ -6032,38 +5944,43 @@ class Callbacks:
                 self._refused.pop(row[0], None)
         return [row for row in rows if row[4] >= oldest]
 
-    def _send(self, rows: list) -> None:
-        self._step_at = time.monotonic()
+    def _send(self, rows: list, before: RunState, after: RunState) -> None:
+        """Also of results that it had taken, when `before` is not FINISHED: a refusal of one, such
+        as of a log that was deleted there, is as good as a yes then."""
+        self._busy_since = time.monotonic()
         try:
             self._admin.callback(rows)
         except AdminRefused as error:
             if len(rows) > 1:
-                self._send(rows[len(rows) // 2 :])  # the fresh ones first
-                self._send(rows[: len(rows) // 2])
+                self._send(rows[len(rows) // 2 :], before, after)  # the fresh ones first
+                self._send(rows[: len(rows) // 2], before, after)
                 return
-            count = self._refused.get(rows[0][0], (0, 0.0))[0] + 1
-            self._refused[rows[0][0]] = (count, time.monotonic() + backoff(count))
-            self._metrics.count("callback_failures_total")
-            log.warning(
-                "the admin refuses the result of logId=%d, trying again later: %s",
-                rows[0][0],
-                error,
-            )
-            self.last_error = str(error)
-            self._refusals += 1
-            # None was taken lately: it may be that it refuses all, and is asked gently then.
-            if self._refusals > 3 and self._closing.wait(REFUSED_PACE):
-                raise
-            return
-        if not self._admin.addresses:  # nobody waits for them
-            self._settle(rows, RunState.FINISHED, RunState.DELIVERED)
-            return
-        failpoint("sent")
-        self._refusals = 0
-        self._settle(rows, RunState.FINISHED, RunState.ACKNOWLEDGED)
-        for row in rows:
-            self._refused.pop(row[0], None)
-        log.info("delivered %s", " ".join(f"logId={row[0]}" for row in rows))
+            if before is RunState.FINISHED:
+                self._put_off(rows[0][0], error)
+                return
+        if before is not RunState.FINISHED:
+            self._metrics.count("results_resent_total", len(rows))
+        elif self._admin.addresses:  # else nobody waits for them
+            failpoint("sent")
+            self._refusals = 0
+            for row in rows:
+                self._refused.pop(row[0], None)
+            log.info("delivered %s", " ".join(f"logId={row[0]}" for row in rows))
+        self._settle(rows, before, after)
+
+    def _put_off(self, log_id: int, error: AdminRefused) -> None:
+        """Try it again later. Raises `error` when this thread is to end."""
+        count = self._refused.get(log_id, (0, 0.0))[0] + 1
+        self._refused[log_id] = (count, time.monotonic() + backoff(count))
+        self._metrics.count("callback_failures_total")
+        log.warning(
+            "the admin refuses the result of logId=%d, trying again later: %s", log_id, error
+        )
+        self.last_error = str(error)
+        self._refusals += 1
+        # None was taken lately: it may be that it refuses all, and is asked gently then.
+        if self._refusals > 3 and self._closing.wait(REFUSED_PACE):
+            raise error
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6629,8 +6546,8 @@ class ServiceManager:
                 lines.append("WATCHDOG=1")
             else:
                 log.error(
-                    "the HTTP server or the delivery of results makes no progress: systemd may"
-                    " restart this service"
+                    "a thread of the executor makes no progress (HTTP, core, job processes or"
+                    " delivery): systemd may restart this service"
                 )
         if lines:
             notify("\n".join(lines))
@@ -6931,20 +6848,20 @@ class Daemon:
             undo.callback(self._data.close)
             self._journal = Journal(os.path.join(self._data.path, "journal.db"))
             undo.callback(self._journal.close)
+            self.metrics = Metrics()
             self._logs = JobLogs(
                 os.path.join(self._data.path, "logs"),
                 config.executor.log_limit,
                 config.executor.log_retention,
                 self._stdout.write if self._stdout is not None else None,
                 lambda: self._journal.reserve.lost,
+                functools.partial(self.metrics.count, "log_dropped_bytes_total"),
             )
-            self.metrics = Metrics()
             undo.callback(self._logs.close)
             self._processes = Supervisor(
                 self._logs,
                 self._data.identity,
                 os.path.join(self._data.path, "run"),
-                self.metrics,
                 lambda message: self._core.put(message),
             )
             undo.callback(self._processes.close, 0.0)
@@ -6962,7 +6879,6 @@ class Daemon:
             self._slots = Slots(
                 most,
                 self._logs,
-                self.metrics,
                 self._processes.timers,
                 lambda message: self._core.put(message),
             )
@@ -6974,7 +6890,6 @@ class Daemon:
                 most,
                 config.executor.max_queued,
             )
-            self._core.register()
             self._journal.post = self._core.put
             self.port = listener.getsockname()[1]
             hooks = RegistrationHooks(
@@ -7780,9 +7695,8 @@ def cmd_exec(arguments: argparse.Namespace) -> int:
             signals.wake()
 
     with tempfile.TemporaryDirectory(prefix="xxl-exec-") as scratch:
-        metrics = Metrics()
-        processes = Supervisor(_Terminal(), secrets.token_hex(8), scratch, metrics, report)
-        slots = Slots(1, _Terminal(), metrics, processes.timers, report)
+        processes = Supervisor(_Terminal(), secrets.token_hex(8), scratch, report)
+        slots = Slots(1, _Terminal(), processes.timers, report)
         place: typing.Any = slots if job.isolation == "thread" else processes
         processes.start_thread()
         slots.prepare([job])

@@ -395,11 +395,11 @@ def test_what_is_taken_back_before_the_commit_is_not_stored(journal):
     """As the core does with what it decided in a turn that failed."""
     accept(journal, trigger(1), trigger(2), trigger(3))
     start(journal, 1)
-    journal.cancel(1, Result(500, "killed"))
-    journal.uncancel()
     journal.finish([2], Result(200, "it happened"))
+    journal.begin()
+    journal.cancel(1, Result(500, "killed"))
     journal.finish([1, 3], Result(500, "dropped"))
-    journal.unfinish(2)
+    journal.take_back()
     turn(journal)
     assert {row.trigger.log_id: row.cancelled for row in journal.unfinished()} == {1: None, 3: None}
     assert [row[:4] for row in journal.undelivered(10)] == [(2, NOW, 200, "it happened")]
@@ -551,13 +551,13 @@ def test_a_batch_that_is_taken_back_leaves_nothing_but_what_has_happened(journal
     start(journal, 2)
     finish(journal, 3)
     told = []
+    journal.finish([4], Result(200, "fine"))
+    journal.hold(Settled([3], RunState.FINISHED, RunState.ACKNOWLEDGED, told.append))
+    journal.hold(Note("dialect", "wrapper"))
     journal.begin()
     assert journal.accept(trigger(5))
     journal.start(1)
     journal.restart(trigger(2))
-    journal.finish([4], Result(200, "fine"))
-    journal.hold(Settled([3], RunState.FINISHED, RunState.ACKNOWLEDGED, told.append))
-    journal.hold(Note("dialect", "wrapper"))
     journal.take_back()
     journal.publish()
     assert not journal.knows(5) and told == []
