@@ -6284,7 +6284,7 @@ class AdminClient:
             if code == SUCCESS:
                 address.last_error, address.last_success = "", time.time()
                 return
-            if code is None:
+            if code is None and eager:  # a heartbeat; a callback may be refused for what it holds
                 self._miss(address)
             failure = AdminRefused(f"{address.url}{path}: {message}")
             address.last_error = str(failure)

@@ -726,7 +726,7 @@ def test_a_thread_that_never_returns(executor, admin, ledger, tmp_path):
         shown.stdout,
         re.MULTILINE,
     )
-    assert len(stderr_lines(daemon, "thread of stuck .* does not return; its slot is lost")) == 1
+    assert len(stderr_lines(daemon, "thread of stuck .* does not return; it is lost")) == 1
     for _number in range(3):
         assert run(ledger, daemon, "fine", jobId=2)[1] == (200, "fine")
     refused = ledger.trigger(daemon, "stuck")
