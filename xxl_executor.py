@@ -25,8 +25,8 @@ core           Core.start           lanes, limits, the journal's writer:  close(
                                     a queue of messages
 supervisor     Daemon               job processes: epoll over output,     close(), nothing runs
                                     ends and a wake-up; timers
-(aside)        Supervisor, on need  a tree to be ended, a user's name     that is done
-slot-N         Slots, on need       a job with isolation: thread          the process ends
+aside-N        Crew, on need        a start that may hang, a tree's end   10 s without work
+slot-N         Crew, on need        a job with isolation: thread          the process ends
 callback       Callbacks.start      a result, the next attempt            close(), after at most 5 s
 registration   Registration.start   30 s, or a retry                      close(), registryRemove
 (pruning)      Daemon, each hour    the disk                              all is removed, or a stop
@@ -355,7 +355,8 @@ class Route(enum.Enum):
 
     DIRECT = "the selector: it needs no decision and no file"
     CORE = "the core, which gets a message from the selector"
-    POOL = "a thread for what may read a file or the journal, or has a long body"
+    LONG = "the core, once a thread has decoded a long body or stored a script"
+    POOL = "a thread for what may read a file or the journal"
     PAGE = "the same, once a log page has its part of the budget"
 
 
@@ -1709,8 +1710,10 @@ class HttpServer:
             self._drop(connection)
         self._epoll.close()
         if not any(thread.is_alive() for thread in self._workers):  # it would wake somebody else
-            os.close(self._wake_read)
-            os.close(self._wake_write)
+            read, write = self._wake_read, self._wake_write
+            self._wake_write = -1  # the core may still answer
+            os.close(read)
+            os.close(write)
 
     def _wake(self) -> None:
         with contextlib.suppress(OSError):  # it is full: the selector will wake; or it is closed
@@ -1718,18 +1721,19 @@ class HttpServer:
 
     def _serve(self) -> None:
         share_core()
-        for connection in iter(self._pool.get, None):
+        for connection, request, ticket in iter(self._pool.get, None):
             reply: Reply | None = None
-            ticket = Ticket(connection, self._deliver)
             try:
-                if connection.phase is not Phase.CLOSED:  # else nobody wants to read any more
-                    reply = self._api.answer(connection.request, ticket)
+                # A run is a run, but else nobody wants to read any more.
+                if connection.phase is not Phase.CLOSED or ticket is not None:
+                    reply = self._api.answer(request, ticket)
                     if reply is None:
                         continue
             except Exception as error:
                 log.exception("a request failed unexpectedly, please report it")
                 reply = refusal(500, f"the executor failed: {type(error).__name__}: {error}")
-            self._deliver(connection, reply)
+            if ticket is None or ticket.claim():
+                self._deliver(connection, reply)
 
     def _deliver(self, connection: Connection, reply: Reply | None) -> None:
         """Any thread."""
@@ -2000,7 +2004,7 @@ class HttpServer:
     def _go_on(self, connection: Connection) -> None:
         """It waited for its part of a budget and has it now."""
         if connection.lent[-1][0] is self._pages:
-            self._hand_over(connection)
+            self._hand_over(connection, Route.PAGE)
         else:
             self._expect_body(connection)
             self._advance(connection)
@@ -2018,12 +2022,13 @@ class HttpServer:
         elif route is Route.PAGE and not self._pages.lend(connection, PAGE_COST):
             connection.phase = Phase.WAITING
         else:
-            self._hand_over(connection)
+            self._hand_over(connection, route)
 
-    def _hand_over(self, connection: Connection) -> None:
-        connection.ticket = None
-        connection.enter(Phase.ANSWERING, float("inf"))
-        self._pool.put(connection)
+    def _hand_over(self, connection: Connection, route: Route) -> None:
+        long = route is Route.LONG
+        connection.ticket = Ticket(connection, self._deliver) if long else None
+        connection.enter(Phase.ANSWERING, PATIENCE if long else float("inf"))
+        self._pool.put((connection, connection.request, connection.ticket))
 
     def _fail(self, connection: Connection, error: HttpError) -> None:
         connection.head, connection.close_after = None, True
@@ -2223,7 +2228,7 @@ class Api:
             return Route.PAGE
         # A long body takes a while to decode, and a script is written to the disk first.
         if len(request.body) > SMALL_BODY or b"GLUE" in request.body:
-            return Route.POOL
+            return Route.POOL if path == "/idleBeat" else Route.LONG
         return Route.DIRECT if path == "/idleBeat" else Route.CORE
 
     def _path(self, request: Request) -> str:
@@ -2309,6 +2314,8 @@ class Api:
         return self._beat(request, ticket)
 
     def _run(self, request: Request, ticket) -> None:
+        if self._core.overloaded():
+            raise Refused("more triggers wait to be stored than executor.max_queued", "max_queued")
         fields = decode(request.body)
         trigger = decode_trigger(fields)
         self._learned(self._path(request))
@@ -2464,7 +2471,7 @@ class Core(Watched):
         self._queued = self._occupied = 0  # runs that wait; runs that take one of max_running
         self._batch = Batch()
         self._idle_hook: typing.Callable[[], None] | None = None  # set while draining
-        self._closing = False
+        self._closing = self._failed = False  # the last turn could not be stored
         self.recent: dict[str, collections.deque[int]] = {}  # the last result codes of each handler
         self._thread = threading.Thread(target=self._loop, name="core", daemon=True)
         self._decide: dict[type, typing.Callable[[typing.Any], None]] = {
@@ -2491,6 +2498,10 @@ class Core(Watched):
 
     def put(self, message: typing.Any) -> None:
         self._inbox.put(message)
+
+    def overloaded(self) -> bool:
+        """Whether so much waits to be decided that nobody may add to it."""
+        return self._inbox.qsize() > self._max_queued
 
     def busy(self, job_id: int) -> bool:
         """Whether something runs or waits for this job."""
@@ -2572,9 +2583,10 @@ class Core(Watched):
 
     def _patience(self) -> float | None:
         """Seconds to wait for a message; None: there is nothing to do before one comes."""
-        if self._ready and self._occupied < self._max_running and self._idle_hook is None:
-            return 0.0
-        return RETRY_STORING if self._journal.owes() else None
+        if self._failed or self._journal.owes():
+            return RETRY_STORING
+        waits = self._ready and self._occupied < self._max_running and self._idle_hook is None
+        return 0.0 if waits else None
 
     def _take(self, seconds: float | None) -> list:
         """All that waits; waits for the first, at most `seconds`."""
@@ -2600,6 +2612,7 @@ class Core(Watched):
         error = self._try(decisions)
         if error is not None and self._journal.mend(error):
             error = self._try(decisions)
+        self._failed = error is not None
         if error is not None:
             self._refuse(decisions, self._journal.give_up(error))
         self._batch.lines[:0] = facts.lines
@@ -2640,7 +2653,8 @@ class Core(Watched):
             if isinstance(message, (Submit, Kill)):
                 what = "trigger" if isinstance(message, Submit) else "kill"
                 refused = Refused(f"the executor cannot store the {what}: {reason}", "journal")
-                batch.answers.append((message.ticket, refused, None))
+                known = isinstance(message, Submit) and message.trigger.log_id in self._runs
+                batch.answers.append((message.ticket, None if known else refused, None))
             elif isinstance(message, Work):
                 batch.works.append((message, JournalError(reason)))
             elif isinstance(message, Resume) and message.again:
@@ -2698,6 +2712,7 @@ class Core(Watched):
         while self._ready and self._occupied < self._max_running and self._idle_hook is None:
             lane = self._ready.popleft()
             lane.offered = False
+            self._batch.undo.append(functools.partial(self._release, lane))
             if lane.running is None and lane.waiting:
                 self._start_next(lane)
 
@@ -2922,6 +2937,7 @@ class Core(Watched):
 # --------------------------------------------------------------------------------------------------
 _CHUNK = 1 << 16  # bytes; what one read of a pipe or file asks for
 KILL_LIMIT = 10.0  # seconds that SIGKILL is repeated for a tree that keeps forking
+ASIDE_LIMIT = 1000  # threads beside the supervisor; each run needs one at a time at most
 SERVER_LIMIT = 10.0  # seconds that a Python server may take to fork; it takes milliseconds
 STORE_LIMIT = 5.0  # seconds that a run which is out of time waits for that to be stored
 PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 4, 36  # <linux/prctl.h>
@@ -3362,7 +3378,7 @@ class ForkedChild:
     is gone. Only the server holds its other end; the job holds that of `channel`."""
 
     def __init__(self, server: PythonServer, report: int, channel: socket.socket):
-        self._server, self.fd, self._channel = server, report, channel
+        self.server, self.fd, self._channel = server, report, channel
         os.set_blocking(report, False)
         self.pid, self.lost, self.error = 0, False, ""
         self.seen: dict[int, int] = {}  # {pid: start time} of its process
@@ -3397,7 +3413,10 @@ class ForkedChild:
     @property
     def session(self) -> int:
         """The number of its session, 0 once it may belong to somebody else."""
-        found = _process_stat(self.pid) if self.lost else None
+        try:
+            found = _process_stat(self.pid) if self.lost else None
+        except OSError:  # no descriptor free: its marker tells
+            return 0
         known = not self.lost or found is not None and self.seen.get(self.pid) == found[3]
         return self.pid if known else 0
 
@@ -3415,15 +3434,11 @@ class ForkedChild:
                 data += part
         return data.decode("utf-8", "replace").replace("\0", "\ufffd")
 
-    def retire_server(self) -> None:
-        """It does not answer: what it has started goes on, others get a new one."""
-        self._server.retire()
-
     def close(self) -> None:
         """Has the server reap it."""
         os.close(self.fd)
         self._channel.close()
-        self._server.release()
+        self.server.release()
 
 
 class PythonServer:
@@ -3481,6 +3496,9 @@ class PythonServer:
             self._retired = True
             if not self._children:
                 self.close(0)
+
+    def kill(self) -> None:
+        self._popen.kill()
 
     def close(self, seconds: float = 2.0) -> None:
         """It ends by itself within `seconds`, or is killed."""
@@ -3599,18 +3617,16 @@ def send_signal(members: dict[int, int], number: int) -> list[int]:
     compared."""
     fds = []
     for pid, started in members.items():
-        with contextlib.suppress(OSError):
-            fd = os.pidfd_open(pid)
-            found = _process_stat(pid)
-            if found is None or found[3] != started:
-                os.close(fd)
-                continue
+        with contextlib.suppress(ProcessLookupError):
+            fd = _patiently(functools.partial(os.pidfd_open, pid))
             fds.append(fd)
+            found = _patiently(functools.partial(_process_stat, pid))
+            if found is None or found[3] != started:
+                os.close(fds.pop())
+                continue
             signal.pidfd_send_signal(fd, number)
-            if number == signal.SIGTERM:
-                signal.pidfd_send_signal(
-                    fd, signal.SIGCONT
-                )  # a stopped process could not act on it
+            if number == signal.SIGTERM:  # a stopped process could not act on it
+                signal.pidfd_send_signal(fd, signal.SIGCONT)
     return fds
 
 
@@ -3683,7 +3699,7 @@ def _reap() -> tuple[bool, bool]:
         return False, True
     ended = alive = False
     for pid in orphans:
-        with contextlib.suppress(ChildProcessError):  # another thread was faster
+        try:
             if os.waitpid(pid, os.WNOHANG)[0]:
                 _KEPT.pop(pid, None)
                 ended = True
@@ -3692,6 +3708,8 @@ def _reap() -> tuple[bool, bool]:
                     alive = (_process_stat(pid) or (0, 0, 0, 0))[3] != _KEPT.get(pid)
                 except OSError:  # no descriptor free
                     alive = True
+        except ChildProcessError:  # another thread was faster, and the list may lack one
+            ended = True
     return ended, alive
 
 
@@ -3859,6 +3877,63 @@ class Timers:
         return calls
 
 
+class Crew:
+    """At most `limit` threads that call what they are given, in order; started when none is idle,
+    they end when they are idle for `idle` seconds. `do`: any thread. Daemons: one that never
+    returns cannot hold the exit back."""
+
+    def __init__(self, name: str, limit: int, idle: float | None = None):
+        self._name, self._limit, self._idle = name, limit, idle
+        self._queue: queue.SimpleQueue = queue.SimpleQueue()
+        self._lock = threading.Lock()  # guards the next two
+        self._threads = 0
+        self._spare = 0  # idle threads; below 0: so many calls wait for one
+
+    def do(self, call: typing.Callable[[], typing.Any]) -> None:
+        """`call` must not raise."""
+        with self._lock:
+            if self._spare <= 0 and self._threads < self._limit:
+                self._grow()
+            self._spare -= 1
+        self._queue.put(call)
+
+    def begin(self) -> None:
+        """Start a thread even for nothing, so that a shortage later cannot leave none."""
+        with self._lock:
+            self._grow()
+
+    def _grow(self) -> None:
+        name = f"{self._name}-{self._threads + 1}"
+        try:
+            threading.Thread(target=self._loop, name=name, daemon=True).start()
+        except RuntimeError as error:  # it waits for a thread that gets free
+            log.error(
+                "cannot start another thread, %d %ss instead of %d: %s",
+                self._threads,
+                self._name,
+                self._limit,
+                error,
+            )
+            return
+        self._threads += 1
+        self._spare += 1
+
+    def _loop(self) -> None:
+        while True:
+            try:
+                call = self._queue.get(timeout=self._idle)
+            except queue.Empty:
+                with self._lock:
+                    if self._spare > 0 and self._threads > 1:
+                        self._threads -= 1
+                        self._spare -= 1
+                        return
+                continue
+            call()
+            with self._lock:
+                self._spare += 1
+
+
 class Supervisor(Watched):
     """One thread over output pipes, ends and deadlines of all runs in processes.
 
@@ -3892,12 +3967,14 @@ class Supervisor(Watched):
             os.set_blocking(end, False)
         self._asleep = self._closing = False
         self.timers = Timers(self._nudge)
+        self._crew = Crew("aside", ASIDE_LIMIT, 10.0)
         self._thread = threading.Thread(target=self._loop, name="supervisor", daemon=True)
 
     # -- any thread
 
     def start_thread(self) -> None:
         self._epoll.register(self._wake_read, select.EPOLLIN)
+        self._crew.begin()
         self._thread.start()
 
     def start(self, trigger: Trigger, job: JobConfig) -> None:
@@ -3997,10 +4074,7 @@ class Supervisor(Watched):
                 value = error
             self._post(functools.partial(done, value))
 
-        try:
-            threading.Thread(target=act, name="aside", daemon=True).start()
-        except RuntimeError:  # no more threads: then everybody waits
-            act()
+        self._crew.do(act)
 
     def server(self, job: JobConfig) -> PythonServer:
         """The Python server of the interpreter that `job` wants. Raises OSError."""
@@ -4012,6 +4086,15 @@ class Supervisor(Watched):
             marked = {**self.environment, MARKER: f"{self._identity}-{'server':0>20}"}
             server = self._servers[interpreter] = PythonServer(interpreter, marked)
         return server
+
+    def end_silent(self, server: PythonServer) -> None:
+        """It was retired because it did not answer: it goes on for what it has started, until an
+        end of that is not told."""
+        children = [run.child_of(server) for run in self._runs.values()]
+        if any(child is not None and has_ended(child.pid) for child in children):
+            server.kill()
+        elif any(children):
+            self.timers.after(SERVER_LIMIT, lambda: self.end_silent(server))
 
     def marker(self, log_id: int, keep: bool) -> str:
         """Always of one length (see _take_request); `+` for a job whose background processes may
@@ -4092,7 +4175,7 @@ class ProcessRun:
         self._result_file = "" if job.user else supervisor.results.path(trigger.log_id)
         self._owner = os.geteuid()  # of the result file
         self._user: tuple[pwd.struct_passwd, list[int]] | None = None
-        self._read = -1  # where its output comes from
+        self._read = self._write = -1  # where its output comes from, and goes to
         self._child: Child | ForkedChild | None = None
         self._attempts = 0  # to have it forked by a Python server
         self._status: int | None = None
@@ -4106,6 +4189,11 @@ class ProcessRun:
         self._timer: list | None = None
         self._blank: list | None = None  # the timer of the start note
         self._overdue: typing.Callable[[], None] | None = None  # what its thread puts off
+
+    def child_of(self, server: PythonServer) -> ForkedChild | None:
+        """Its process, if `server` has forked it and not told of its end."""
+        child = self._child if isinstance(self._child, ForkedChild) else None
+        return child if child and child.server is server and child.poll() is None else None
 
     # -- what moves it on
 
@@ -4155,41 +4243,47 @@ class ProcessRun:
     # -- STARTING
 
     def begin(self) -> None:
-        if self._job.user:
-            self._apart(self._look_up, self._spawn)
-        else:
-            self._spawn(None)
+        self._apart(self._make, self._made)
 
-    def _look_up(self) -> tuple[pwd.struct_passwd, list[int]]:
-        """Who the job's user is: a directory service may take its time. Raises KeyError."""
-        user = pwd.getpwnam(self._job.user)
-        return user, os.getgrouplist(user.pw_name, user.pw_gid)
-
-    def _spawn(self, user: typing.Any) -> None:
-        """`user`: what `_look_up` found, or its exception."""
-        write = -1
+    def _make(self) -> str:
+        """In this run's thread, for its directory or a directory service may not answer: what the
+        process needs, and itself unless a Python server forks it. Returns why it cannot start."""
         try:
-            if isinstance(user, Exception):
-                raise user
-            self._user = user
-            self._read, write = os.pipe()
+            if self._job.user:
+                user = pwd.getpwnam(self._job.user)
+                self._user = user, os.getgrouplist(user.pw_name, user.pw_gid)
+            self._read, self._write = os.pipe()
             os.set_blocking(self._read, False)  # a job may take back what it wrote
-            if user is not None and not self._result_file:
-                self._result_file = self._supervisor.results.create(user[0])
-                self._owner = user[0].pw_uid
-            if user is not None:
-                os.fchown(write, *user[0][2:4])  # for what opens /dev/stderr anew
+            if self._user is not None:
+                found = self._user[0]
+                if not self._result_file:
+                    self._result_file = self._supervisor.results.create(found)
+                    self._owner = found.pw_uid
+                os.fchown(self._write, found.pw_uid, found.pw_gid)  # for who opens /dev/stderr anew
             if self._job.python:
                 os.stat(self._job.cwd)  # the child would report it with less to go by
-                self._fork(write)
             else:
-                self._child = self._execute(write)
+                self._child = self._execute(self._write)
         except (OSError, ValueError, KeyError) as error:
-            self._cannot_start(error)
+            if isinstance(error, Unwatched):
+                self._end_by_force(0)
+            return self._spawn_failure(error)
+        return ""
+
+    def _made(self, failure: typing.Any) -> None:
+        """`failure`: what `_make` returned, or an exception."""
+        if isinstance(failure, Exception):
+            raise failure
+        if not failure and self._child is None:
+            try:
+                self._attempts += 1
+                self._child = self._supervisor.server(self._job).fork(self._write)
+            except OSError as error:
+                failure = self._spawn_failure(error)
+        self._close_input()
+        if failure:
+            self._cannot_start(failure)
             return
-        finally:
-            if write >= 0:
-                os.close(write)
         assert self._child is not None
         self._supervisor.watch(self._read, self._on_output)
         self._supervisor.watch(self._child.fd, self._on_child)
@@ -4197,10 +4291,6 @@ class ProcessRun:
             self._run()
         else:
             self._wait(SERVER_LIMIT, self._silent)
-
-    def _fork(self, output: int) -> None:
-        self._attempts += 1
-        self._child = self._supervisor.server(self._job).fork(output)
 
     def _environment(self) -> dict[str, str]:
         trigger, job = self.trigger, self._job
@@ -4275,7 +4365,7 @@ class ProcessRun:
             self._run()
         elif child.error:
             self._give_back_child()
-            self._cannot_start(OSError(errno.EAGAIN, child.error))
+            self._cannot_start(self._spawn_failure(OSError(errno.EAGAIN, child.error)))
         elif child.lost:
             self._give_back_child()
             self._try_again()
@@ -4284,12 +4374,18 @@ class ProcessRun:
         """A server that had died is noticed at the latest when it is used."""
         lost = ConnectionError(errno.ECONNRESET, "the Python server ended unexpectedly")
         if self._attempts > 1:
-            self._cannot_start(lost)
+            self._cannot_start(self._spawn_failure(lost))
             return
         self._close_output()
         self.begin()
 
+    def _close_input(self) -> None:
+        if self._write >= 0:
+            os.close(self._write)
+            self._write = -1
+
     def _close_output(self) -> None:
+        self._close_input()
         if self._read >= 0:
             self._supervisor.unwatch(self._read)
             os.close(self._read)
@@ -4298,9 +4394,12 @@ class ProcessRun:
     def _silent(self) -> None:
         """The Python server does not answer: the next run gets a new one."""
         assert isinstance(self._child, ForkedChild)
-        self._child.retire_server()
+        server = self._child.server
+        server.retire()
+        self._supervisor.timers.after(SERVER_LIMIT, lambda: self._supervisor.end_silent(server))
         self._give_back_child()  # without a request its process ends
-        self._cannot_start(TimeoutError(errno.ETIMEDOUT, "the Python server does not answer"))
+        silent = TimeoutError(errno.ETIMEDOUT, "the Python server does not answer")
+        self._cannot_start(self._spawn_failure(silent))
 
     def _give_back_child(self) -> None:
         child, self._child = self._child, None
@@ -4308,13 +4407,9 @@ class ProcessRun:
             self._supervisor.unwatch(child.fd)
             child.close()
 
-    def _cannot_start(self, error: Exception) -> None:
+    def _cannot_start(self, why: str) -> None:
         self._tell_start("pid=none")
-        result = Result(FAILURE, self._spawn_failure(error), 127)
-        if isinstance(error, Unwatched):
-            self._apart(lambda: self._end_by_force(0), lambda value: self._finish(result))
-        else:
-            self._finish(result)
+        self._finish(Result(FAILURE, why, 127))
 
     def _spawn_failure(self, error: Exception) -> str:
         job = self._job
@@ -4431,10 +4526,13 @@ class ProcessRun:
 
     def _send_sigterm(self) -> None:
         assert self._child is not None
-        with urgent():
-            reap_orphans()  # thousands of them would make the search long
-            self._seen.update(family(self._marker, self._child.session, self._seen))
-            await_exit(send_signal(self._seen, signal.SIGTERM), 0)
+        try:
+            with urgent():
+                reap_orphans()  # thousands of them would make the search long
+                self._seen.update(family(self._marker, self._child.session, self._seen))
+                await_exit(send_signal(self._seen, signal.SIGTERM), 0)
+        except OSError as error:  # SIGKILL will be tried until it works
+            log.error("cannot search for the processes of %s: %s", self.trigger, error)
 
     def _kill(self) -> None:
         assert self._child is not None
@@ -4592,36 +4690,25 @@ class ThreadRun:
 class Slots:
     """At most `limit` threads for jobs with isolation: thread; start and cancel: the core's thread.
 
-    The threads are daemons, started when none is idle: a job that never returns from its thread
-    cannot hold the exit back. `report` gets Ended, Expired and Stuck, see Supervisor.
-    """
+    `report` gets Ended, Expired and Stuck, see Supervisor."""
 
     def __init__(self, limit: int, logs, timers: Timers, report):
-        self._limit, self._logs, self._timers, self._report = limit, logs, timers, report
-        self._queue: queue.SimpleQueue = queue.SimpleQueue()
-        self._lock = threading.Lock()  # guards `_threads` and `_spare`
-        self._threads = 0
-        self._spare = 0  # idle threads; below 0: so many runs wait for one
+        self._logs, self._timers, self._report = logs, timers, report
+        self._crew = Crew("slot", limit)
         self._runs: dict[int, ThreadRun] = {}  # by logId
         self._local = threading.local()  # `sink` is where the output of a job in this thread goes
         self._streams: tuple | None = None
 
     def prepare(self, jobs: typing.Iterable[JobConfig]) -> None:
-        """Before the first of `jobs` runs; main thread. Starts a thread even for nothing, so that a
-        shortage of threads later cannot leave none."""
+        """Before the first of `jobs` runs; main thread."""
         if self._streams is None and any(job.isolation == "thread" for job in jobs):
             self._streams = sys.stdout, sys.stderr
             sys.stdout, sys.stderr = (ThreadOutput(stream, self._local) for stream in self._streams)
-            with self._lock:
-                self._grow()
+            self._crew.begin()
 
     def start(self, trigger: Trigger, job: JobConfig) -> None:
         run = self._runs[trigger.log_id] = ThreadRun(trigger, job)
-        with self._lock:
-            if self._spare <= 0 and self._threads < self._limit:
-                self._grow()
-            self._spare -= 1
-        self._queue.put(run)
+        self._crew.do(functools.partial(self._work, run))
 
     def cancel(self, log_id: int, result: Result) -> None:
         run = self._runs.get(log_id)
@@ -4635,35 +4722,15 @@ class Slots:
         if self._streams is not None:
             sys.stdout, sys.stderr = self._streams
 
-    def _grow(self) -> None:
-        """With the lock held."""
-        name = f"slot-{self._threads + 1}"
+    def _work(self, run: ThreadRun) -> None:
         try:
-            threading.Thread(target=self._loop, name=name, daemon=True).start()
-        except RuntimeError as error:  # a run waits for a thread that gets free
-            log.error(
-                "cannot start another thread, %d slots instead of %d: %s",
-                self._threads,
-                self._limit,
-                error,
-            )
-            return
-        self._threads += 1
-        self._spare += 1
-
-    def _loop(self) -> None:
-        while True:
-            run = self._queue.get()
-            try:
-                result = self._serve(run)
-            except Exception as error:  # a slot's thread must survive whatever a run does
-                log.exception("unexpected error, please report it: %s", run.trigger)
-                result = Result(FAILURE, f"the executor failed: {type(error).__name__}: {error}")
-            self._runs.pop(run.trigger.log_id, None)
-            self._timers.cancel(run.stuck)
-            with self._lock:
-                self._spare += 1
-            self._report(Ended(run.trigger.log_id, result))
+            result = self._serve(run)
+        except Exception as error:  # a slot's thread must survive whatever a run does
+            log.exception("unexpected error, please report it: %s", run.trigger)
+            result = Result(FAILURE, f"the executor failed: {type(error).__name__}: {error}")
+        self._runs.pop(run.trigger.log_id, None)
+        self._timers.cancel(run.stuck)
+        self._report(Ended(run.trigger.log_id, result))
 
     def _serve(self, run: ThreadRun) -> Result:
         trigger, began = run.trigger, time.monotonic()
@@ -5135,9 +5202,9 @@ class Reserve:
 
     def restore(self) -> bool:
         """Have the space again, once as much is free besides."""
-        if self.lost:
+        with contextlib.suppress(OSError):  # the directory is away
             found = os.statvfs(os.path.dirname(self._file))
-            if found.f_bavail * found.f_frsize >= 2 * RESERVE and self._allocate():
+            if self.lost and found.f_bavail * found.f_frsize >= 2 * RESERVE and self._allocate():
                 self.lost = False
                 log.info("there is space on the disk again, triggers are accepted")
         return not self.lost
