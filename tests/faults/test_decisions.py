@@ -393,6 +393,20 @@ def test_a_slow_disk(executor, admin, tmp_path, end):
     assert ledger.started() == [before, after]
 
 
+@pytest.mark.parametrize("param", ["x" * 40_000, "GLUE"], ids=["long", "word"])
+def test_a_trigger_that_a_thread_decodes_is_refused_in_time_too(executor, admin, tmp_path, param):
+    """A long body is decoded beside the selector: its answer is awaited no longer for that."""
+    ledger = Ledger(admin, tmp_path)
+    daemon = executor({"job": ledger.job()}, admin=admin)
+    quiet(daemon)
+    with tampered(daemon, SLOW):
+        log_id = ledger.trigger(daemon, executorParams=param)
+        assert ledger.refused[log_id] == TOO_SLOW
+    after = ledger.trigger(daemon)
+    ledger.settle(daemon)
+    assert ledger.started() == [after]
+
+
 @contextlib.contextmanager
 def held_core(daemon, log_id):
     """The core commits a trigger of job 9, for as long as the disk takes; what is sent inside waits

@@ -2,6 +2,7 @@
 it has no init."""
 
 import contextlib
+import ctypes
 import glob
 import json
 import os
@@ -17,7 +18,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import LAUNCH, PROGRAM, alive, launch, wait_until
+from conftest import LAUNCH, PROGRAM, alive, launch, result_of, wait_until
 from tools import Ledger, Proxy, need_root, rounds
 
 import xxl_executor
@@ -679,3 +680,59 @@ def test_as_process_1_of_a_container(executor, admin, tmp_path, namespace):
     assert daemon.wait(15) == 0, daemon.log
     ledger.settle(daemon)
     wait_until(lambda: not members(inode), 10, "the end of the namespace")
+
+
+# -- a file system that does not answer
+
+
+@contextlib.contextmanager
+def silent_mount(place):
+    """A FUSE file system whose server never answers, such as an NFS server that is away; yields
+    what ends that."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    try:
+        fd = os.open("/dev/fuse", os.O_RDWR)
+    except OSError as error:
+        pytest.skip(f"needs /dev/fuse: {error}")
+    options = f"fd={fd},rootmode=40000,user_id=0,group_id=0".encode()
+    if libc.mount(b"test", str(place).encode(), b"fuse", 0, options):
+        os.close(fd)
+        pytest.skip(f"cannot mount: {os.strerror(ctypes.get_errno())}")
+    with contextlib.ExitStack() as stack:
+        stack.callback(libc.umount2, str(place).encode(), 2)  # MNT_DETACH
+        answering = contextlib.ExitStack()
+        answering.callback(os.close, fd)  # everybody who waits gets an error then
+        stack.enter_context(answering)
+        yield answering.close
+
+
+def test_a_job_whose_directory_does_not_answer_holds_up_nobody(executor, admin, tmp_path):
+    """Its start hangs; others start, end, time out and are killed meanwhile."""
+    need_root()
+    place = tmp_path / "hung"
+    place.mkdir()
+    with silent_mount(place) as end:
+        daemon = executor(
+            {
+                "hangs": {"shell": "true", "cwd": str(place / "sub")},
+                "ok": {"shell": "echo hi"},
+                "slow": {"shell": "exec sleep 600", "timeout": "1s"},
+                "killed": {"shell": "exec sleep 600"},
+            },
+            admin=admin,
+        )
+        try:
+            ids = {}
+            for number, name in enumerate(("hangs", "slow", "killed", "ok"), 1):
+                ids[name], reply = admin.trigger(daemon.url, name, jobId=number)
+                assert reply["code"] == 200
+            assert result_of(admin, ids["ok"])["handleMsg"] == "hi"
+            assert result_of(admin, ids["slow"])["handleMsg"] == "timed out after 1 s"
+            assert admin.call(daemon.url, "/kill", {"jobId": 3})["code"] == 200
+            assert result_of(admin, ids["killed"])["handleMsg"] == "killed by the admin"
+            assert ids["hangs"] not in admin.results
+        finally:
+            end()
+        found = result_of(admin, ids["hangs"])
+        assert found["handleCode"] == 500 and found["handleMsg"].startswith("cannot start")
+        assert daemon.stop() == 0
