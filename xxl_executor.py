@@ -4367,6 +4367,7 @@ class ProcessRun:
             self._give_back_child()
             self._cannot_start(self._spawn_failure(OSError(errno.EAGAIN, child.error)))
         elif child.lost:
+            child.server.retire()  # its end is seen before it can be waited for
             self._give_back_child()
             self._try_again()
 
