@@ -16,7 +16,6 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
 import socket
 import struct
@@ -29,7 +28,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, wait_until
-from tools import Ledger, forget_peak, rounds, rss, stderr_lines
+from tools import Ledger, forget_peak, rounds, rss, stderr_lines, traced
 
 import xxl_executor
 
@@ -854,39 +853,10 @@ def audited(daemon, directory):
 def straced(daemon, directory):
     """As `audited`, as the kernel sees it; the path of a descriptor that was opened counts as
     well."""
-    out, errors = directory / "strace.txt", directory / "strace-errors.txt"
-    if not shutil.which("strace"):
-        pytest.skip("strace is not installed")
-    found = []
-    with open(errors, "wb") as stream:
-        tracer = subprocess.Popen(
-            [
-                "strace",
-                "-f",
-                "-s",
-                "4096",
-                "-e",
-                "trace=open,openat,openat2",
-                "-y",
-                "-o",
-                str(out),
-                "-p",
-                str(daemon.process.pid),
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=stream,
-        )
-    try:
-        wait_until(
-            lambda: "attached" in errors.read_text() or tracer.poll() is not None, 20, "the tracer"
-        )
-        if tracer.poll() is not None:
-            pytest.skip(f"strace may not trace: {errors.read_text().strip()[:200]}")
+    out, found = directory / "strace.txt", []
+    options = ("-f", "-s", "4096", "-e", "trace=open,openat,openat2", "-y", "-o", str(out))
+    with traced(daemon, [daemon.process.pid], *options):
         yield found
-    finally:
-        tracer.terminate()  # detaches
-        tracer.wait(20)
     for line in out.read_text().splitlines():
         if int(line.split()[0]) == daemon.process.pid:  # the main thread
             continue

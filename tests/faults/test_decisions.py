@@ -5,16 +5,14 @@ import contextlib
 import http.client
 import json
 import re
-import shutil
 import sqlite3
-import subprocess
 import threading
 import time
 from pathlib import Path
 
 import pytest
 from conftest import LAUNCH, launch, result_of, wait_until
-from tools import Ledger, run_processes
+from tools import Ledger, run_processes, traced
 
 ACKNOWLEDGED = (200, b'{"code":200,"msg":null,"data":null}')
 UNAVAILABLE = (503, b"")
@@ -40,35 +38,14 @@ def states(daemon, log_ids=None):
     return found if log_ids is None else {log_id: found.get(log_id) for log_id in log_ids}
 
 
-@contextlib.contextmanager
 def tampered(daemon, how):
     """What the threads that the daemon has now ask of its disk fails or takes longer: `how` is a
     fault of strace's, such as error=EIO. Its children are not traced."""
-    if not shutil.which("strace"):
-        pytest.skip("needs strace")
-    errors, calls = daemon.directory / "strace-errors.txt", "fdatasync,fsync"
-    command = ["strace", "-o", "/dev/null", "-e", f"trace={calls}", "-e", f"inject={calls}:{how}"]
+    calls = "fdatasync,fsync"
     tasks = [task.name for task in Path(f"/proc/{daemon.process.pid}/task").iterdir()]
-    for task in tasks:
-        command += ["-p", task]
-    with open(errors, "wb") as stream:
-        tracer = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream)
-    try:
-
-        def attached():
-            told = errors.read_text()  # a thread may have ended meanwhile
-            gone = sum(
-                not Path(f"/proc/{daemon.process.pid}/task/{task}").exists() for task in tasks
-            )
-            return told.count(" attached") + gone >= len(tasks) or tracer.poll() is not None
-
-        wait_until(attached, 20, "the tracer")
-        if tracer.poll() is not None:
-            pytest.skip(f"strace may not trace: {errors.read_text().strip()[:200]}")
-        yield
-    finally:
-        tracer.terminate()  # detaches
-        tracer.wait(20)
+    return traced(
+        daemon, tasks, "-o", "/dev/null", "-e", f"trace={calls}", "-e", f"inject={calls}:{how}"
+    )
 
 
 @contextlib.contextmanager
@@ -507,17 +484,19 @@ def times(admin, log_id):
     return sum(log_ids.count(log_id) for log_ids in callbacks(admin))
 
 
+def repeating(executor, admin, directory, job="true", after=QUIET):
+    """(ledger, daemon): it repeats results after so many seconds; jobs "job" and "endless"."""
+    ledger = Ledger(admin, directory)
+    jobs = {"job": ledger.job(job), "endless": ledger.job("exec sleep 600")}
+    env = launch(RESEND_AFTER=after)
+    return ledger, executor(jobs, admin=admin, program=LAUNCH, env=env)
+
+
 def test_a_result_that_the_admin_lost_comes_again(executor, admin, tmp_path):
     """The admin acknowledges without its database: the result is there soon after that has come
     back, and the run has started once."""
-    ledger = Ledger(admin, tmp_path)
     lose_results(admin)
-    daemon = executor(
-        {"job": ledger.job("echo fine")},
-        admin=admin,
-        program=LAUNCH,
-        env=launch(RESEND_AFTER=QUIET),
-    )
+    ledger, daemon = repeating(executor, admin, tmp_path, "echo fine")
     log_id = ledger.trigger(daemon)
     wait_until(lambda: states(daemon)[log_id] == "acknowledged", 10, "the acknowledgement")
     assert not admin.results
@@ -530,13 +509,7 @@ def test_a_result_that_the_admin_lost_comes_again(executor, admin, tmp_path):
 def test_a_result_is_sent_three_times(executor, admin, tmp_path):
     """In quiet times each result is repeated twice, as it was, and then never again; repetitions
     are counted apart."""
-    ledger = Ledger(admin, tmp_path)
-    daemon = executor(
-        {"job": ledger.job("echo fine")},
-        admin=admin,
-        program=LAUNCH,
-        env=launch(RESEND_AFTER=QUIET),
-    )
+    ledger, daemon = repeating(executor, admin, tmp_path, "echo fine")
     log_ids = [ledger.trigger(daemon, jobId=number) for number in range(1, 6)]
     ledger.settle(daemon)
     wait_until(lambda: set(states(daemon).values()) == {"delivered"}, 20, "the last repetition")
@@ -553,13 +526,7 @@ def test_a_result_is_sent_three_times(executor, admin, tmp_path):
 def test_repetitions_survive_a_restart(executor, admin, tmp_path):
     """A crash between the acknowledgement and a repetition loses neither of the two, and adds
     none."""
-    ledger = Ledger(admin, tmp_path)
-    daemon = executor(
-        {"job": ledger.job("echo fine")},
-        admin=admin,
-        program=LAUNCH,
-        env=launch(RESEND_AFTER=QUIET),
-    )
+    ledger, daemon = repeating(executor, admin, tmp_path, "echo fine")
     log_id = ledger.trigger(daemon)
     for state, count in (("acknowledged", 1), ("resent", 2)):
         wait_until(lambda: states(daemon)[log_id] == state, 20, f"the state {state}")
@@ -573,10 +540,7 @@ def test_repetitions_survive_a_restart(executor, admin, tmp_path):
 def test_a_slow_disk_does_not_put_off_repetitions(executor, admin, tmp_path):
     """The state of a result takes a while to be stored: its repetitions come in time nevertheless,
     not only with the next heartbeat."""
-    ledger = Ledger(admin, tmp_path)
-    daemon = executor(
-        {"job": ledger.job()}, admin=admin, program=LAUNCH, env=launch(RESEND_AFTER=QUIET)
-    )
+    ledger, daemon = repeating(executor, admin, tmp_path)
     quiet(daemon)
     with tampered(daemon, "delay_exit=700000"):
         log_id = ledger.trigger(daemon)
@@ -602,13 +566,7 @@ def finish_many(daemon, ledger, count):
 def test_repetitions_go_in_full_batches(executor, admin, tmp_path):
     """300 results that were acknowledged one after the other are repeated in at most four
     requests."""
-    ledger = Ledger(admin, tmp_path)
-    daemon = executor(
-        {"endless": ledger.job("exec sleep 600")},
-        admin=admin,
-        program=LAUNCH,
-        env=launch(RESEND_AFTER=[5.0, 1000.0]),
-    )
+    ledger, daemon = repeating(executor, admin, tmp_path, after=[5.0, 1000.0])
     log_ids = finish_many(daemon, ledger, 300)
     ledger.settle(daemon)
     wait_until(lambda: set(states(daemon).values()) == {"resent"}, 30, "the repetition")
@@ -624,13 +582,7 @@ def test_repetitions_go_in_full_batches(executor, admin, tmp_path):
 def test_repetitions_let_fresh_results_go_first(executor, admin, tmp_path):
     """However many results are to be repeated, a fresh one waits for at most the request that is
     under way."""
-    ledger = Ledger(admin, tmp_path)
-    daemon = executor(
-        {"endless": ledger.job("exec sleep 600"), "job": ledger.job()},
-        admin=admin,
-        program=LAUNCH,
-        env=launch(RESEND_AFTER=[5.0, 1000.0]),
-    )
+    ledger, daemon = repeating(executor, admin, tmp_path, after=[5.0, 1000.0])
     old = finish_many(daemon, ledger, 500)
     ledger.settle(daemon)
     begun, go = threading.Event(), threading.Event()
@@ -656,10 +608,8 @@ def test_repetitions_let_fresh_results_go_first(executor, admin, tmp_path):
 def test_repetitions_that_are_refused_hold_up_nobody(executor, admin, tmp_path):
     """An admin that refuses a result which it took before, as for a log that was deleted there,
     gets fresh results without delay."""
-    ledger, refused = Ledger(admin, tmp_path), []
-    daemon = executor(
-        {"job": ledger.job()}, admin=admin, program=LAUNCH, env=launch(RESEND_AFTER=QUIET)
-    )
+    ledger, daemon = repeating(executor, admin, tmp_path)
+    refused = []
     old = ledger.trigger(daemon)
     ledger.settle(daemon)
 
@@ -683,10 +633,7 @@ def test_repetitions_that_are_refused_hold_up_nobody(executor, admin, tmp_path):
 def test_a_refused_repetition_ends(executor, admin, tmp_path):
     """Two results came in one batch, and the admin refuses one of them when they are repeated: the
     other one is repeated twice nevertheless, and no more."""
-    ledger = Ledger(admin, tmp_path)
-    daemon = executor(
-        {"job": ledger.job()}, admin=admin, program=LAUNCH, env=launch(RESEND_AFTER=QUIET)
-    )
+    ledger, daemon = repeating(executor, admin, tmp_path)
     hold_results(admin)
     bad, good = (ledger.trigger(daemon, jobId=number) for number in (1, 2))
     wait_until(lambda: set(states(daemon).values()) == {"finished"}, 10, "the results")

@@ -6,18 +6,16 @@ import json
 import os
 import re
 import select
-import shutil
 import signal
 import socket
 import struct
-import subprocess
 import threading
 import time
 from pathlib import Path
 
 import pytest
 from conftest import LAUNCH, Executor, launch, run_job, wait_until
-from tools import Ledger, forget_peak, rounds, rss
+from tools import Ledger, forget_peak, rounds, rss, traced
 
 import xxl_executor
 
@@ -177,8 +175,6 @@ def in_threads(*acts):
 def slow_selector(daemon, call, seconds):
     """The thread that waits for the connections takes `seconds` longer for each system call
     `call`."""
-    if not shutil.which("strace"):
-        pytest.skip("strace is not installed")
     numbers = {"epoll_wait": "232", "epoll_pwait": "281"}
     if os.uname().machine != "x86_64":
         numbers = {"epoll_pwait": "22"}
@@ -190,26 +186,15 @@ def slow_selector(daemon, call, seconds):
                     return task.name
         return None
 
-    errors = daemon.directory / "strace-errors.txt"
     try:
         next(Path(f"/proc/{daemon.process.pid}/task").iterdir()).joinpath("syscall").read_text()
     except OSError as error:
         pytest.skip(f"what a thread waits for is not shown: {error}")
-    command = ["strace", "-p", wait_until(waiting, 10, "the selector"), "-o", "/dev/null"]
     calls = ",".join(numbers) if call == "epoll_wait" else call
-    command += ["-e", f"trace={calls}", "-e", f"inject={calls}:delay_enter={int(seconds * 1e6)}"]
-    with open(errors, "wb") as stream:
-        tracer = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream)
-    try:
-        wait_until(
-            lambda: "attached" in errors.read_text() or tracer.poll() is not None, 20, "the tracer"
-        )
-        if tracer.poll() is not None:
-            pytest.skip(f"strace may not trace: {errors.read_text().strip()[:200]}")
+    slow = f"inject={calls}:delay_enter={int(seconds * 1e6)}"
+    task = wait_until(waiting, 10, "the selector")
+    with traced(daemon, [task], "-o", "/dev/null", "-e", f"trace={calls}", "-e", slow):
         yield
-    finally:
-        tracer.terminate()  # detaches
-        tracer.wait(20)
 
 
 def shared(tmp_path_factory, admin):

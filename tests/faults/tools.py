@@ -2,11 +2,15 @@
 
 import collections
 import contextlib
+import itertools
 import os
 import re
+import shutil
 import socket
 import struct
+import subprocess
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,9 @@ import requests
 from conftest import wait_until
 
 import xxl_executor
+
+# Not those that a loopback admin gives by itself.
+LOG_IDS = itertools.count(2_000_000_000 + int(time.time() * 1000) % 1_000_000_000)
 
 
 def rounds(ci, name="XXL_FAULT_ROUNDS"):
@@ -40,6 +47,33 @@ def forget_peak(pid):
     Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
+@contextlib.contextmanager
+def traced(daemon, tasks, *options):
+    """strace with these options at `tasks`, threads of the daemon; the test is skipped where it is
+    missing or may not trace."""
+    if not shutil.which("strace"):
+        pytest.skip("strace is not installed")
+    errors, command = daemon.directory / "strace-errors.txt", ["strace", *options]
+    for task in tasks:
+        command += ["-p", str(task)]
+    with open(errors, "wb") as stream:
+        tracer = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream)
+
+    def attached():
+        there = Path(f"/proc/{daemon.process.pid}/task")
+        gone = sum(not (there / str(task)).exists() for task in tasks)  # meanwhile
+        return errors.read_text().count(" attached") + gone >= len(tasks)
+
+    try:
+        wait_until(lambda: attached() or tracer.poll() is not None, 20, "the tracer")
+        if tracer.poll() is not None:
+            pytest.skip(f"strace may not trace: {errors.read_text().strip()[:200]}")
+        yield
+    finally:
+        tracer.terminate()  # detaches
+        tracer.wait(20)
+
+
 class Ledger:
     """What was accepted, and what every fault promises about it: one result each, at most one
     start, no process left.
@@ -50,7 +84,6 @@ class Ledger:
     def __init__(self, admin, directory):
         self.admin, self.starts = admin, directory / "starts"
         self.accepted, self.refused, self.unanswered = set(), {}, set()
-        self._lock = threading.Lock()
 
     def job(self, shell="true", **options):
         """A shell job that notes its start first."""
@@ -74,9 +107,7 @@ class Ledger:
     def trigger(self, daemon, handler="job", **fields):
         """Trigger and note the answer; returns the logId. A request that got no answer is neither
         accepted nor refused."""
-        with self._lock:
-            self.admin._next_id += 1
-            log_id = fields.setdefault("logId", self.admin._next_id)
+        log_id = fields.setdefault("logId", next(LOG_IDS))
         try:
             _, reply = self.admin.trigger(daemon.url, handler, **fields)
         except (requests.RequestException, ValueError):
