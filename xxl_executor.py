@@ -514,16 +514,15 @@ def failpoint(name: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-_CORES = os.sched_getaffinity(0)
-_CORE = {random.choice(sorted(_CORES))}
+_CORE = {random.choice(sorted(os.sched_getaffinity(0)))}
 
 
 def share_core() -> None:
     """Keep the calling thread on the core that the threads of this daemon share.
 
     They exclude each other by the GIL anyway, and handing it from core to core costs more
-    (tests/bench.py: thread 1.3 to 1.7 times the runs, shell the same). Not the supervisor and the
-    slots: what they start inherits where it may run.
+    (tests/bench.py, thread: 1.3 times the runs with 0.6 of the CPU; shell: the same). Not the
+    supervisor and the slots: what they start inherits where it may run.
     """
     with contextlib.suppress(OSError):  # a sandbox that forbids it
         os.sched_setaffinity(0, _CORE)
@@ -2381,6 +2380,7 @@ class Api:
 # 6 core
 # --------------------------------------------------------------------------------------------------
 RETRY_STORING = 1.0  # seconds until what could not be stored is tried again
+_ONE_TURN = Work(lambda: None, lambda value: None)  # has the core turn, and store what it holds
 
 
 class Run:
@@ -2561,7 +2561,7 @@ class Core(Watched):
     def close(self, seconds: float) -> None:
         """Store what was put before, for at most `seconds`."""
         self._closing = True
-        self.put(Work(lambda: None, lambda value: None))
+        self.put(_ONE_TURN)
         if self._thread.is_alive():
             self._thread.join(seconds)
 
@@ -2676,7 +2676,7 @@ class Core(Watched):
             # The selector may have refused it meanwhile, see HttpServer: then it must not run.
             elif run is not None and run.trigger.log_id in self._runs:
                 self._withdraw(run, "refused: it could not be stored in time")
-                self.put(Work(lambda: None, lambda value: None))  # store that at once
+                self.put(_ONE_TURN)  # that is stored at once
         for run, result in batch.dropped:
             self._account(run, result)
         if batch.lines:
@@ -2725,7 +2725,7 @@ class Core(Watched):
             self._drop_waiting(lane, 1, why)
             return
         failpoint("starting")
-        self._batch.started.append(run)
+        self._batch.started.append(run)  # first, for `_refuse` must know which start failed
         if not self._journal.start(run.trigger.log_id):
             self._batch.started.pop()
             told = f"not started: run {run.trigger.log_id} is not waiting in the journal"
@@ -2740,7 +2740,6 @@ class Core(Watched):
             lane.waiting.appendleft(run)
             self._queued += 1
             self._occupied -= 1
-            self._offer(lane)
 
         self._batch.undo.append(undo)
 
@@ -3937,8 +3936,9 @@ class Crew:
 class Supervisor(Watched):
     """One thread over output pipes, ends and deadlines of all runs in processes.
 
-    start, cancel, prepare and `timers`: any thread. It waits for no disk sync, no lock, no other
-    process and not for the admin; what may take long has a thread of its own, see `aside`.
+    start, cancel, prepare and `timers`: any thread. It waits neither for a sync of the disk nor for
+    the admin, nor for a lock behind which somebody waits; what may take long has a thread of its
+    own, see `aside`.
     Each run ends with Ended(logId, result) to `report`, which also gets Expired(logId, result) of
     what is out of time and answers that with `cancel`.
     """
@@ -4189,6 +4189,7 @@ class ProcessRun:
         self._timer: list | None = None
         self._blank: list | None = None  # the timer of the start note
         self._overdue: typing.Callable[[], None] | None = None  # what its thread puts off
+        self._broken = ""  # what went wrong unexpectedly while its thread was at work
 
     def child_of(self, server: PythonServer) -> ForkedChild | None:
         """Its process, if `server` has forked it and not told of its end."""
@@ -4229,6 +4230,9 @@ class ProcessRun:
         def done(value: typing.Any) -> None:
             self._aside, overdue = False, self._overdue
             self._overdue = None
+            if self._broken:
+                self._fail(self._broken)
+                return
             if isinstance(value, Exception) and then is None:
                 raise value
             if then is not None:
@@ -4285,8 +4289,8 @@ class ProcessRun:
             self._cannot_start(failure)
             return
         assert self._child is not None
-        self._supervisor.watch(self._read, self._on_output)
-        self._supervisor.watch(self._child.fd, self._on_child)
+        for fd, step in ((self._read, self._on_output), (self._child.fd, self._on_child)):
+            self._supervisor.watch(fd, functools.partial(self.guarded, step))
         if self._child.pid:
             self._run()
         else:
@@ -4474,7 +4478,10 @@ class ProcessRun:
                 self._supervisor.unwatch(self._read)
 
     def _on_child(self) -> None:
-        self.guarded(self._on_started if self.phase is RunPhase.STARTING else self._look)
+        if self.phase is RunPhase.STARTING:
+            self._on_started()
+        else:
+            self._look()
 
     def _look(self) -> bool:
         """Whether the main process has ended: then its leftovers are next."""
@@ -4556,11 +4563,14 @@ class ProcessRun:
 
     def _fail(self, message: str) -> None:
         """Something unexpected happened: end the tree by force, then the run."""
-        if self.phase is RunPhase.ENDED:
+        if self._read >= 0:
+            self._supervisor.unwatch(self._read)  # it may be what fails
+        if self._aside or self.phase is RunPhase.ENDED:
+            self._broken = message  # after what its thread does
             return
         session = self._child.session if self._child is not None else 0
         result = Result(FAILURE, message)
-        self.phase, self._overdue = RunPhase.LEFTOVERS, None
+        self.phase, self._broken = RunPhase.LEFTOVERS, ""
         self._supervisor.timers.cancel(self._timer)
         self._apart(lambda: self._end_by_force(session), lambda value: self._finish(result))
 
@@ -4570,9 +4580,8 @@ class ProcessRun:
         assert self._child is not None
         child, self.phase = self._child, RunPhase.LEFTOVERS
         self._supervisor.timers.cancel(self._timer)
-        if (
-            not reap_orphans() and not child.lost
-        ):  # a server's end is seen before its children are ours
+        # The end of a server is seen before its children are ours.
+        if not reap_orphans() and not child.lost:
             self._drain()
         elif self._job.background == "kill" or self._kill_at is not None or child.lost:
             self._apart(lambda: self._end_tree(child.session), lambda value: self._drain())
@@ -5290,7 +5299,8 @@ class Journal:
         self._after: list[typing.Callable[[], typing.Any]] = []  # what follows the last commit
         self.stored: typing.Callable[[], None] = lambda: None  # called when results were committed
         self.post: typing.Callable[[typing.Any], None] = self.hold
-        self._committing = self._told = False  # that results are held
+        self._committing = False
+        self._told = False  # that results are held
         self._tainted = False  # a failed COMMIT may come back until something is written over it
         self._moved = False  # the files were made anew in this turn: its triggers are refused
         self._closed, self._trouble = False, ""  # no file is open; what was told of that last
@@ -5561,11 +5571,11 @@ class Journal:
         """accepted | running -> finished, all with `result`; held while it cannot be stored."""
         self._results += [(result.code, result.message, log_id) for log_id in log_ids]
 
-    def hold(self, message: Settled | Note) -> None:
-        """To be stored by the next commit."""
+    def hold(self, message: Settled | Note | Work) -> None:
+        """To be stored by the next commit; Work finds no core any more."""
         if isinstance(message, Settled):
             self._settled.append(message)
-        else:
+        elif isinstance(message, Note):
             self._notes[message.name] = message.value
 
     def _renew(self) -> None:
@@ -5895,7 +5905,7 @@ class Callbacks(Watched):
                     log.exception(
                         "the callback thread goes on after an unexpected error, please report it"
                     )
-            if closing:
+            if closing and wait != 0.0:
                 return
 
     def _deliver(self) -> float | None:
@@ -5922,16 +5932,14 @@ class Callbacks(Watched):
             if len(due) == BATCH:
                 self._attempt(due, RunState.FINISHED, taken)
                 continue
-            # What ends meanwhile goes into the next request.
-            self._next_at = now + PACE
             if due and not self._attempt(due, RunState.FINISHED, taken):
                 continue
             rows, before, after, wait = self._acknowledged()
             if rows:
                 self._attempt(rows, before, after)
-            if due or rows:
-                self._closing.wait(PACE)
-                continue
+            if due or rows:  # what ends meanwhile goes into the next request
+                self._next_at = now + PACE
+                return 0.0
             soonest = min([wait, *(at - now for _, at in self._refused.values())])
             return None if soonest == float("inf") else max(0.05, soonest)
 
