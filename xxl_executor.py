@@ -1643,7 +1643,7 @@ class HttpServer:
 
     `api` has trusts(request), route(request) -> Route, answer(request, ticket) -> Reply, or None
     when the ticket will give it, and late(request) -> Reply, for a decision that has not come
-    within PATIENCE. None of them may raise; only answer() for POOL and PAGE may wait.
+    within PATIENCE. None of them may raise; only answer() for LONG, POOL and PAGE may wait.
     """
 
     def __init__(self, listener: socket.socket, api, max_connections: int):
