@@ -67,7 +67,18 @@ def run_compiled(flags: list[str]) -> None:
     os.execv(sys.executable, words)
 
 
-_ONCE = {"check", "demo", "exec", "status", "-h", "--help", "--version", "--serve-python"}
+_ONCE = {
+    "check",
+    "demo",
+    "exec",
+    "status",
+    "runs",
+    "logs",
+    "-h",
+    "--help",
+    "--version",
+    "--serve-python",
+}
 if __name__ == "__main__" and __spec__ is None and not _ONCE & set(sys.argv):
     with open("/proc/self/cmdline", encoding="utf-8", errors="surrogateescape") as words:
         run_compiled(words.read().split("\0")[1 : -1 - len(sys.argv)])
@@ -91,6 +102,7 @@ import hashlib
 import heapq
 import hmac
 import http
+import http.client
 import http.server
 import importlib
 import inspect
@@ -165,9 +177,10 @@ class ExecutorError(Exception):
 
 class ConfigError(ExecutorError):
     """All problems of the configuration, one `file:line: key: problem` a line; `files` as in
-    Config."""
+    Config; `config`: what could be read nevertheless."""
 
     files: tuple = ()
+    config: typing.Any = None
 
 
 class Refused(ExecutorError):
@@ -238,6 +251,53 @@ class Result:
     code: int
     message: str
     exit_status: int | None = None
+
+
+class PastRun(typing.NamedTuple):
+    """What is remembered of a run: times in seconds, `began` since the epoch; `took` and `code` are
+    None while it has not ended, `took` also when nobody knows."""
+
+    log_id: int
+    log_date_time: int
+    state: str
+    handler: str
+    label: str
+    shard_index: int
+    shard_total: int
+    began: float
+    took: float | None
+    code: int | None
+    message: str
+
+    @classmethod
+    def ended(cls, trigger: Trigger, took: float | None, result: Result) -> PastRun:
+        """Of a run that has ended just now."""
+        return cls(
+            trigger.log_id,
+            trigger.log_date_time,
+            RunState.FINISHED.value,
+            trigger.handler,
+            trigger.label,
+            trigger.shard_index,
+            trigger.shard_total,
+            round(time.time() - (took or 0.0), 3),
+            None if took is None else round(took, 3),
+            result.code,
+            result.message[:200],
+        )
+
+    def shown(self) -> dict:
+        """For JSON."""
+        return {
+            "job": self.handler,
+            "logId": self.log_id,
+            "state": self.state,
+            "shard": f"{self.shard_index}/{self.shard_total}",
+            "began": self.began,
+            "seconds": self.took,
+            "code": self.code,
+            "message": self.message,
+        }
 
 
 # -- messages to the core: decisions may be refused, and count once they are committed; facts have
@@ -1173,7 +1233,7 @@ def load_config(file: str) -> Config:
             for name, line, text in sorted(set(reader.problems))
         ]
         error = ConfigError("\n".join(lines))
-        error.files = tuple(reader.files)
+        error.files, error.config = tuple(reader.files), config
         raise error
     return config
 
@@ -2183,8 +2243,20 @@ class Answer:
 class Api:
     """Answers every request; `route` says in which thread."""
 
-    def __init__(self, config: Config, core, logs, scripts, metrics: Metrics, status, learned_path):
+    def __init__(
+        self,
+        config: Config,
+        core,
+        logs,
+        scripts,
+        metrics: Metrics,
+        status,
+        learned_path,
+        status_key: str = "",
+    ):
+        """`status_key`: who shows it may ask for /status without the token."""
         self.config = config  # replaced as a whole by a reload
+        self._status_key = status_key
         self._core, self._logs, self._scripts = core, logs, scripts
         self._metrics, self._status, self._learned = metrics, status, learned_path
         self.draining = False
@@ -2213,6 +2285,9 @@ class Api:
             return False
         if not token:
             return True
+        if self._status_key and self._path(request) == "/status" and not given:
+            given = request.headers.get_all("Authorization", [])
+            token = f"Bearer {self._status_key}"
         return len(given) == 1 and hmac.compare_digest(
             given[0].strip(" \t").encode("latin-1", "replace"), token.encode()
         )
@@ -2379,6 +2454,7 @@ class Api:
 # --------------------------------------------------------------------------------------------------
 # 6 core
 # --------------------------------------------------------------------------------------------------
+RECENT = 10  # results of each handler that `status` shows
 RETRY_STORING = 1.0  # seconds until what could not be stored is tried again
 _ONE_TURN = Work(lambda: None, lambda value: None)  # has the core turn, and store what it holds
 
@@ -2472,7 +2548,9 @@ class Core(Watched):
         self._batch = Batch()
         self._idle_hook: typing.Callable[[], None] | None = None  # set while draining
         self._closing = self._failed = False  # the last turn could not be stored
-        self.recent: dict[str, collections.deque[int]] = {}  # the last result codes of each handler
+        # by handler: the last result codes, and the latest run if it has failed
+        self._recent: dict[str, collections.deque[int]] = {}
+        self._failures: dict[str, PastRun] = {}
         self._thread = threading.Thread(target=self._loop, name="core", daemon=True)
         self._decide: dict[type, typing.Callable[[typing.Any], None]] = {
             Submit: self._submit,
@@ -2547,8 +2625,22 @@ class Core(Watched):
         return {
             "running": running,
             "queued": dict(waiting),
-            "recent": {name: list(codes) for name, codes in list(self.recent.items())},
+            "recent": {name: list(codes) for name, codes in list(self._recent.items())},
+            "failures": [run.shown() for run in list(self._failures.values())],
         }
+
+    def remember(self, past: list[PastRun]) -> None:
+        """What ended in earlier lives, the latest first."""
+
+        def merge(value: typing.Any) -> None:
+            for run in past:
+                recent = self._recent.setdefault(run.label, collections.deque(maxlen=RECENT))
+                if not recent and run.code != SUCCESS:
+                    self._failures[run.label] = run
+                if len(recent) < RECENT:
+                    recent.appendleft(run.code or 0)
+
+        self.put(Work(lambda: None, merge))  # what is `done` is done in the core's thread, once
 
     def grace(self) -> float:
         """How many seconds it may take until all that runs has ended, once it is cancelled."""
@@ -2854,7 +2946,7 @@ class Core(Watched):
         self._queued -= count
         for run in dropped:
             del self._runs[run.trigger.log_id]
-        self._journal.finish([run.trigger.log_id for run in dropped], result)
+        self._journal.finish([(run.trigger, None) for run in dropped], result)
         self._batch.dropped += [(run, result) for run in dropped]
         self._release(lane)
 
@@ -2894,7 +2986,8 @@ class Core(Watched):
         self._release(lane)
 
     def _lost(self, message: Lost) -> None:
-        self._journal.finish([message.trigger.log_id], message.result)
+        self._journal.finish([(message.trigger, None)], message.result)
+        self._show(message.trigger, None, message.result)
 
     def _give_up(self, message: Stuck) -> None:
         """A thread did not return from a cancelled run: report the run; its lane stays closed, so
@@ -2916,13 +3009,22 @@ class Core(Watched):
     def _finish(self, run: Run, result: Result) -> None:
         """It has this result, whether that can be stored now or not."""
         del self._runs[run.trigger.log_id]
-        self._journal.finish([run.trigger.log_id], result)
+        took = time.monotonic() - run.started if run.started else None
+        self._journal.finish([(run.trigger, took)], result)
         self._account(run, result)
 
+    def _show(self, trigger: Trigger, took: float | None, result: Result) -> None:
+        """Have `status` show it."""
+        label = trigger.label
+        self._recent.setdefault(label, collections.deque(maxlen=RECENT)).append(result.code)
+        if result.code == SUCCESS:
+            self._failures.pop(label, None)
+        else:
+            self._failures[label] = PastRun.ended(trigger, took, result)
+
     def _account(self, run: Run, result: Result) -> None:
-        recent = self.recent.setdefault(run.trigger.label, collections.deque(maxlen=10))
-        recent.append(result.code)
         took = time.monotonic() - run.started if run.started else 0.0
+        self._show(run.trigger, took, result)
         self._metrics.count("runs_total", job=run.trigger.label, code=result.code)
         self._metrics.observe("run_duration_seconds", took)
         self._batch.lines.append(
@@ -5179,6 +5281,8 @@ class JobLogs:
 # 9 journal
 # --------------------------------------------------------------------------------------------------
 _SUFFIXES = ("", "-wal", "-shm")  # of the files of an SQLite database in WAL mode
+LOOK_BACK = 50_000  # rows that are searched for the latest runs of each job, in 0.3 s
+KEPT_RUNS = 200_000  # rows for `runs`, as far as they are younger than executor.log_retention
 PRUNE_PATIENCE = 60.0  # seconds for a part of what is old to be removed
 RESERVE = 4 << 20  # bytes; SQLite uses its write-ahead log anew after 1,000 pages of 4 KiB
 _WAL_MAGIC = (
@@ -5318,7 +5422,7 @@ class Journal:
         self._file = file
         # what has happened and is not stored yet: rows of the statements in `commit`
         self._cancels: list[tuple[int, str, int]] = []
-        self._results: list[tuple[int, str, int]] = []
+        self._results: list[tuple[int, str, str, int]] = []
         self._settled: list[typing.Any] = []
         self._notes: dict[str, str | None] = {}
         self._after: list[typing.Callable[[], typing.Any]] = []  # what follows the last commit
@@ -5452,9 +5556,9 @@ class Journal:
         if self._results:
             now = self.clock.now()
             counts["finished"] += db.executemany(
-                "UPDATE runs SET state = 'finished', code = ?, message = ?, finished = ?, trigger ="
-                " NULL WHERE log_id = ? AND state IN ('accepted', 'running')",
-                [(code, message, now, log_id) for code, message, log_id in self._results],
+                "UPDATE runs SET finished = ?, state = 'finished', code = ?, message = ?, trigger ="
+                " ? WHERE log_id = ? AND state IN ('accepted', 'running')",
+                [(now, *row) for row in self._results],
             ).rowcount
         for settled in self._settled:
             rows = [
@@ -5592,9 +5696,20 @@ class Journal:
         """What a run that is running will have ended with, should a crash come first."""
         self._cancels.append((result.code, result.message, log_id))
 
-    def finish(self, log_ids: typing.Sequence[int], result: Result) -> None:
-        """accepted | running -> finished, all with `result`; held while it cannot be stored."""
-        self._results += [(result.code, result.message, log_id) for log_id in log_ids]
+    def finish(self, ended: typing.Sequence[tuple[Trigger, float | None]], result: Result) -> None:
+        """accepted | running -> finished, all with `result`; held while it cannot be stored. Of
+        each trigger is kept what `runs` shows, and how many seconds its run took."""
+        for trigger, took in ended:
+            kept = {
+                "handler": trigger.handler,
+                "glue_type": trigger.glue_type,
+                "shard_index": trigger.shard_index,
+                "shard_total": trigger.shard_total,
+                "began": round(time.time() - (took or 0.0), 3),
+                "took": None if took is None else round(took, 3),
+            }
+            row = (result.code, result.message, json.dumps(kept), trigger.log_id)
+            self._results.append(row)
 
     def hold(self, message: Settled | Note | Work) -> None:
         """To be stored by the next commit; Work finds no core any more."""
@@ -5785,6 +5900,20 @@ class Journal:
     def knows(self, log_id: int) -> bool:
         return bool(self._read("SELECT 1 FROM runs WHERE log_id = ?", log_id))
 
+    def latest(self, before: float, handlers: typing.Iterable[str]) -> list[PastRun]:
+        """The RECENT latest runs of each of `handlers` that ended before the time `before`, the
+        latest first; reads with a connection of its own. Raises JournalError."""
+        missing, found = dict.fromkeys(handlers, RECENT), []
+        with contextlib.closing(read_journal(self._file)) as db:
+            for run in itertools.islice(past_runs(db), LOOK_BACK):
+                wanted = missing.get(run.label, 0)
+                if wanted and run.code is not None and run.began + (run.took or 0.0) < before:
+                    found.append(run)
+                    missing[run.label] = wanted - 1
+                    if wanted == 1 and not any(missing.values()):
+                        break
+        return found
+
     def counts(self) -> dict[str, int]:
         """How many results are undelivered, held because they could not be stored, and dead."""
         held = len(self._results)
@@ -5808,13 +5937,23 @@ class Journal:
         self._facts[name] = value
         self.post(Note(name, value))
 
-    def prune(self, stop: typing.Callable[[], bool] = lambda: False) -> int:
-        """Forget delivered runs after REPEAT_WINDOW, dead ones after four times DEAD_AFTER; returns
-        how many. Raises JournalError."""
-        removed = self._remove("state = 'delivered'", REPEAT_WINDOW, stop)
+    def prune(
+        self, stop: typing.Callable[[], bool] = lambda: False, keep: float = REPEAT_WINDOW
+    ) -> int:
+        """Forget delivered runs after `keep` seconds, and before that those beyond KEPT_RUNS, but
+        none within REPEAT_WINDOW; dead ones after four times DEAD_AFTER. Returns how many. Raises
+        JournalError."""
+        keep = max(keep, REPEAT_WINDOW)
+        newest = self._read(
+            "SELECT finished FROM runs WHERE state = 'delivered' ORDER BY finished DESC LIMIT 1"
+            f" OFFSET {KEPT_RUNS}"
+        )
+        if newest:
+            keep = min(keep, max(self.clock.now() - newest[0][0], REPEAT_WINDOW))
+        removed = self._remove("state = 'delivered'", keep, stop)
         for state in (RunState.ACKNOWLEDGED, RunState.RESENT):
             condition = f"state <> 'delivered' AND state = '{state.value}'"
-            removed += self._remove(condition, REPEAT_WINDOW, stop)
+            removed += self._remove(condition, keep, stop)
         dead = self._remove("state <> 'delivered' AND state = 'dead'", 4 * DEAD_AFTER, stop)
         if dead:
             self._ask(self._count_dead)
@@ -5837,6 +5976,67 @@ class Journal:
     def _count_dead(self) -> None:
         query = "SELECT count(*) FROM runs WHERE state <> 'delivered' AND state = 'dead'"
         self._counts["dead"] = self._db.execute(query).fetchone()[0]
+
+
+def read_journal(file: str) -> sqlite3.Connection:
+    """A connection that only reads, with or without an executor that uses the journal, for whoever
+    may read the file. Raises JournalError."""
+    # Without a write-ahead log nobody writes, and reading must not create one: it would belong to
+    # who reads.
+    mode = "mode=ro" if os.path.exists(file + "-wal") else "immutable=1"
+    try:
+        # Not opened to see whether it can be: closing it would drop the locks of this process, see
+        # https://sqlite.org/howtocorrupt.html, 2.2.
+        os.stat(file)
+        uri = f"file:{urllib.parse.quote(os.path.abspath(file))}?{mode}"
+        db = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=5.0)
+        db.text_factory = lambda data: data.decode("utf-8", "replace")
+        db.execute("SELECT 1 FROM runs LIMIT 1")
+    except FileNotFoundError:
+        raise JournalError(f"{file} does not exist: no executor has used this data_dir") from None
+    except (OSError, sqlite3.Error) as error:
+        told = getattr(error, "strerror", None) or error
+        raise JournalError(
+            f"{file}: cannot be read: {told}: this needs the executor's user or root"
+        ) from None
+    return db
+
+
+def past_runs(db: sqlite3.Connection, log_id: int | None = None) -> typing.Iterator[PastRun]:
+    """What is known of all runs, or of one, the latest trigger first. Raises JournalError."""
+    query = "SELECT log_id, log_date_time, state, trigger, code, message FROM runs"
+    one = ("", ()) if log_id is None else (" WHERE log_id = ?", (log_id,))
+    try:
+        for found in db.execute(f"{query}{one[0]} ORDER BY log_id DESC", one[1]):
+            yield _past_run(*found)
+    except sqlite3.Error as error:
+        raise JournalError(f"the journal cannot be read: {error}") from None
+
+
+def _past_run(
+    log_id: int, date: int, state: str, stored: str | None, code: int | None, message: str | None
+) -> PastRun:
+    ended = state not in (RunState.ACCEPTED.value, RunState.RUNNING.value)
+    fields: dict = {}
+    with contextlib.suppress(ValueError):  # a page may be damaged unnoticed
+        fields = json.loads(stored or "{}")
+    with contextlib.suppress(ValueError, TypeError, AttributeError, KeyError, IndexError):
+        handler = str(fields["handler"])
+        return PastRun(
+            log_id,
+            date,
+            state,
+            handler,
+            handler if fields.get("glue_type") == "BEAN" else "glue",
+            int(fields["shard_index"]),
+            int(fields["shard_total"]),
+            float(fields["began"] if ended else fields["accepted"][2]),
+            fields.get("took"),
+            code if ended else None,  # else why it is being ended
+            message or "" if ended else "",
+        )
+    unknown = ("(unknown)", "(unknown)", 0, 1, (date or 0) / 1000, None)
+    return PastRun(log_id, date, state, *unknown, code if ended else None, message or "")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6682,11 +6882,28 @@ def inherited_listener() -> socket.socket | None:
 HOLD = 1.0  # seconds; the admin waits for an answer at least 3
 # of one run with on_crash: rerun; a job that brings the executor down must not do so for ever
 MAX_STARTS = 3
+FOLLOW_INTERVAL = 0.2  # seconds between two looks at a log that is followed
 WATCH_INTERVAL = (
     1.0  # seconds between two looks at the files with executor.watch_config, and of status --watch
 )
 STALLED = 30.0  # seconds of one turn after which systemd may restart the service
 HOUSEKEEPING = 3600.0  # seconds between two prunings of logs and journal
+
+
+class Owner(typing.NamedTuple):
+    """The executor that uses a data directory, or that used it last."""
+
+    pid: int
+    url: str  # where it listens, "" when it does not
+    key: str  # shown to /status instead of the token
+    started: int  # as /proc has it, so that another process with this PID is not taken for it
+    since: float  # when that was written
+
+    def alive(self) -> bool:
+        with contextlib.suppress(OSError):
+            found = _process_stat(self.pid)
+            return found is not None and found[3] == self.started
+        return False
 
 
 class DataDir:
@@ -6724,6 +6941,8 @@ class DataDir:
             )
         valid = re.fullmatch(r"[0-9a-f]{16}", identity) and not copied
         self.identity = identity if valid else secrets.token_hex(8)
+        self.key, stat_ = secrets.token_hex(16), _process_stat(os.getpid())
+        self._started = stat_[3] if stat_ is not None else 0
         try:
             self.publish("")
         except ExecutorError:
@@ -6733,7 +6952,8 @@ class DataDir:
     def publish(self, url: str) -> None:
         """Note this process and where it listens, for `status` and for whoever is refused by the
         lock. Raises ExecutorError."""
-        data = f"{self.identity} {os.getpid()} {url}\n{self._place}\n".encode()
+        words = self.identity, os.getpid(), url or "-", self.key, self._started
+        data = f"{' '.join(map(str, words))}\n{self._place}\n".encode()
         try:
             os.pwrite(self._fd, data, 0)
             os.ftruncate(self._fd, len(data))
@@ -6747,14 +6967,22 @@ class DataDir:
         os.close(self._fd)
 
     @staticmethod
-    def url(path: str) -> str:
-        """Where the daemon with this data_dir listens, "" when it is not running."""
-        with (
-            contextlib.suppress(OSError, IndexError),
-            open(os.path.join(path, "lock"), encoding="ascii") as stream,
-        ):
-            return stream.readline().split()[2]
-        return ""
+    def owner(path: str) -> Owner | None:
+        """None when no executor has used `path`. Raises ExecutorError for who may not read it."""
+        file = os.path.join(path, "lock")
+        try:
+            with open(file, encoding="ascii") as stream:
+                _, pid, url, key, started = stream.readline().split()
+                since = os.fstat(stream.fileno()).st_mtime
+            return Owner(int(pid), url if url != "-" else "", key, int(started), since)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise ExecutorError(
+                f"{file}: cannot be read: {error.strerror}: this needs the executor's user or root"
+            ) from None
+        except ValueError:  # an earlier version, or it is being written
+            return None
 
 
 def end_leftovers(journal: Journal, identity: str) -> None:
@@ -6922,6 +7150,7 @@ class Daemon:
         self._resumed: list[int] = []
         self._stopping = threading.Event()
         self._pruning: threading.Thread | None = None
+        self._remembered = False  # what earlier lives ran, for `status`
         self._reap_at: float | None = None
         self._housekeeping_at = time.monotonic()
         self._watch_at = self._housekeeping_at if config.executor.watch_config else None
@@ -7009,6 +7238,7 @@ class Daemon:
                 self.metrics,
                 self.status,
                 self._admin.learned,
+                self._data.key,
             )
             self._http = HttpServer(listener, self._api, room)
             self.metrics.gauge("connections", lambda: self._http.connections)
@@ -7174,9 +7404,12 @@ class Daemon:
     def _remove_old(self) -> None:
         journal, stop = self._journal, self._stopping.is_set
         try:
+            if not self._remembered:
+                self._remembered = True
+                self._core.remember(journal.latest(self._started, [*self.config.jobs, "glue"]))
             journal.save_clock()
             logs = self._logs.prune(journal.known_for, journal.forget, stop)
-            runs = journal.prune(stop)
+            runs = journal.prune(stop, self.config.executor.log_retention)
             self._scripts.prune(self.config.executor.log_retention)
         except (OSError, JournalError) as error:
             log.warning("cannot prune: %s", error)
@@ -7568,20 +7801,16 @@ def fit(text: str) -> str:
     return text + "..."
 
 
-def print_table(
+def table(
     head: typing.Sequence[str], rows: typing.Iterable[typing.Sequence[typing.Any]]
-) -> None:
-    """Aligned columns on stdout, a row a line."""
-    lines = [list(map(str, row)) for row in [head, *rows]]
-    widths = [max(columns(line[i]) for line in lines) for i in range(len(head))]
-    for line in lines:
-        print(
-            fit(
-                "  ".join(
-                    cell + " " * (width - columns(cell)) for cell, width in zip(line, widths)
-                ).rstrip()
-            )
-        )
+) -> list[str]:
+    """Lines of aligned columns, the last of which may be long."""
+    cells = [list(map(str, row)) for row in [head, *rows]]
+    widths = [max(columns(row[i]) for row in cells) for i in range(len(head))]
+    return [
+        "  ".join(cell + " " * (width - columns(cell)) for cell, width in zip(row, widths)).rstrip()
+        for row in cells
+    ]
 
 
 def cmd_run(arguments: argparse.Namespace) -> int:
@@ -7607,18 +7836,16 @@ def cmd_check(arguments: argparse.Namespace) -> int:
         )
         for job in config.jobs.values()
     }
-    print_table(
-        ("JOB", "KIND", "TIMEOUT", "DESCRIPTION"),
+    rows = [
         (
-            (
-                job.name,
-                kinds[job.name],
-                seconds_text(job.timeout) if job.timeout else "-",
-                job.description or job.what,
-            )
-            for job in config.jobs.values()
-        ),
-    )
+            job.name,
+            kinds[job.name],
+            seconds_text(job.timeout) if job.timeout else "-",
+            job.description or job.what,
+        )
+        for job in config.jobs.values()
+    ]
+    print("\n".join(map(fit, table(("JOB", "KIND", "TIMEOUT", "DESCRIPTION"), rows))))
     print(f"\n{config.file} is fine: {counted(len(config.jobs), 'job')}")
     return 0
 
@@ -7812,51 +8039,135 @@ def cmd_exec(arguments: argparse.Namespace) -> int:
     return status if status is not None else {SUCCESS: 0, TIMEOUT: 124}.get(box[0].code, 1)
 
 
-def cmd_status(arguments: argparse.Namespace) -> int:
-    config = load_config(find_config(arguments.config))
-    with contextlib.suppress(KeyboardInterrupt):
-        while True:
-            found = ask_status(config)
-            if arguments.watch and sys.stdout.isatty():
-                print("\x1b[H\x1b[2J", end="")
-            if arguments.json:
-                print(
-                    json.dumps(found, ensure_ascii=False, indent=None if arguments.watch else 2),
-                    flush=True,
-                )
-            else:
-                print_status(found)
-            if not arguments.watch or threading.Event().wait(WATCH_INTERVAL):
-                break
-    return 0
-
-
-def ask_status(config: Config) -> dict:
-    """What the running daemon tells. Raises ExecutorError."""
-    import requests
-
-    url = DataDir.url(config.executor.data_dir)
-    if not url:
-        raise ExecutorError(f"no executor is running with data_dir {config.executor.data_dir}")
-    headers = (
-        {"XXL-JOB-ACCESS-TOKEN": config.admin.access_token} if config.admin.access_token else {}
-    )
+def find_data(arguments: argparse.Namespace) -> tuple[str, Config | None]:
+    """(data_dir, the configuration as far as it can be read): a mistake in it, or a token that is
+    not set here, is no reason not to look. Raises ConfigError when nothing names the directory."""
+    config, error = None, None
     try:
-        with requests.get(url + "status", headers=headers, timeout=5) as reply:
-            found = reply.json()
-    except (requests.RequestException, ValueError) as error:
-        raise ExecutorError(f"the executor on {url} does not answer: {error}") from None
-    if "version" not in found:
-        raise ExecutorError(
-            f"the executor on {url} refuses: {found.get('msg')} This command took its token from"
-            f" {config.file}: if that names an environment variable, set it here as for the"
-            " executor."
+        config = load_config(find_config(arguments.config))
+    except ConfigError as found:
+        config, error = found.config, found
+    path = arguments.data_dir or (config.executor.data_dir if config is not None else None)
+    if not path:
+        raise ConfigError(f"{error}\nThis command needs only executor.data_dir: --data-dir DIR")
+    return path, config
+
+
+class Look(typing.NamedTuple):
+    """What `status` has found; `trouble`: why it does not come from a running executor."""
+
+    found: dict
+    trouble: str
+
+
+def look(path: str, config: Config | None) -> Look:
+    """What the running executor tells, or what the last one has left. Raises ExecutorError."""
+    owner = DataDir.owner(path)
+    trouble = f"no executor has used data_dir {path}"
+    if owner is not None and owner.url:
+        try:
+            return Look(ask_status(owner), "")
+        except ExecutorError as error:
+            trouble = str(error)
+    if owner is not None and owner.alive():
+        trouble = trouble if owner.url else f"pid {owner.pid} is starting or stopping"
+    elif owner is not None and owner.url:
+        files = [os.path.join(path, name) for name in ("journal.db", "journal.db-wal")]
+        last = max([os.stat(file).st_mtime for file in files if os.path.exists(file)], default=0.0)
+        trouble = (
+            f"it ended unexpectedly at about {stamp(int(max(last, owner.since)))}, pid {owner.pid}"
+            " is gone"
         )
+    elif owner is not None:
+        trouble = f"not running, it stopped at {stamp(int(owner.since))}"
+    found: dict = {
+        "app": config.executor.app_name if config is not None else path,
+        "jobs": sorted(config.jobs) if config is not None else [],
+        "trouble": trouble,
+        "running": [],
+        "queued": {},
+        "recent": {},
+        "failures": [],
+        "undelivered": 0,
+        "dead": 0,
+    }
+    if owner is not None:
+        _look_back(path, found)
+    return Look(found, trouble)
+
+
+def _look_back(path: str, found: dict) -> None:
+    """Complete `found` from the journal that an executor has left."""
+    with contextlib.closing(read_journal(os.path.join(path, "journal.db"))) as db:
+        for run in itertools.islice(past_runs(db), LOOK_BACK):
+            found["undelivered"] += run.state == RunState.FINISHED.value
+            found["dead"] += run.state == RunState.DEAD.value
+            if run.code is not None:
+                codes = found["recent"].setdefault(run.label, [])
+                if not codes and run.code != SUCCESS:
+                    found["failures"].append(run.shown())
+                if len(codes) < RECENT:
+                    codes.insert(0, run.code)
+
+
+def ask_status(owner: Owner) -> dict:
+    """What the running daemon tells: without a proxy, and where `requests` may be missing. Raises
+    ExecutorError."""
+    connection = http.client.HTTPConnection(urllib.parse.urlsplit(owner.url).netloc, timeout=5)
+    try:
+        with contextlib.closing(connection):
+            connection.request("GET", "/status", headers={"Authorization": f"Bearer {owner.key}"})
+            found = json.loads(connection.getresponse().read())
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        told = getattr(error, "strerror", None) or error
+        raise ExecutorError(f"pid {owner.pid} on {owner.url} does not answer: {told}") from None
+    if "version" not in found:
+        raise ExecutorError(f"what listens on {owner.url} is another executor: {found.get('msg')}")
     return found
 
 
-def print_status(found: dict) -> None:
-    marks = {SUCCESS: ".", FAILURE: "F", TIMEOUT: "T"}
+def cmd_status(arguments: argparse.Namespace) -> int:
+    live = arguments.watch and not arguments.json and sys.stdout.isatty()
+    if live:
+        print("\x1b[2J", end="")
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            seen = look(*find_data(arguments))
+            if arguments.json:
+                indent = None if arguments.watch else 2
+                print(json.dumps(seen.found, ensure_ascii=False, indent=indent), flush=True)
+            elif live:
+                lines = status_lines(seen, shutil.get_terminal_size().lines - 1)
+                # line by line, so that nothing flickers; then whatever an earlier one left below
+                drawn = "".join(f"{fit(line)}\x1b[K\n" for line in lines)
+                print(f"\x1b[H{drawn}\x1b[J", end="", flush=True)
+            else:
+                print("\n".join(map(fit, status_lines(seen))), flush=True)
+            if not arguments.watch or threading.Event().wait(WATCH_INTERVAL):
+                break
+    return 1 if seen.trouble else 0
+
+
+def status_lines(seen: Look, most: int = sys.maxsize) -> list[str]:
+    """What `status` shows, in at most `most` lines: first what runs and what has failed."""
+    found = seen.found
+    head, tail = _status_head(seen), _status_tail(found)
+    urgent_ = _running_lines(found) + _failure_lines(found)
+    left = most - len(head) - len(tail)
+    return head + _cut(urgent_, left) + _job_lines(found, left - len(urgent_)) + tail
+
+
+def _cut(lines: list[str], most: int) -> list[str]:
+    if len(lines) <= most:
+        return lines
+    shown = max(0, most - 1)
+    return lines[:shown] + [f"... and {len(lines) - shown} lines more"]
+
+
+def _status_head(seen: Look) -> list[str]:
+    found = seen.found
+    if seen.trouble:
+        return [f"{found['app']}  {seen.trouble}", ""]
     state = (
         "stopping"
         if found["draining"]
@@ -7866,59 +8177,204 @@ def print_status(found: dict) -> None:
             else ("registered" if found["registered"] else "not registered")
         )
     )
-    print(
-        f"{found['app']}  {state}\n{found['address']}  pid {found['pid']}  up"
-        f" {seconds_text(found['uptime'])}  version {found['version']}\n"
-    )
+    place = f"{found['address']}  pid {found['pid']}  up {seconds_text(found['uptime'])}"
+    return [f"{found['app']}  {state}", f"{place}  version {found['version']}", ""]
+
+
+def _running_lines(found: dict) -> list[str]:
+    if not found["running"]:
+        return []
+    stuck = " (cancelled, but its thread does not return)"
+    rows = [
+        (run["job"], run["logId"], seconds_text(run["seconds"]) + (stuck if run["stuck"] else ""))
+        for run in found["running"]
+    ]
+    return [*table(("RUNNING", "LOGID", "FOR"), rows), ""]
+
+
+def _failure_lines(found: dict) -> list[str]:
+    """Of each job whose latest run has failed."""
+    if not found["failures"]:
+        return []
+    rows = [
+        (run["job"], stamp(int(_end_of(run))), run["logId"], printable(run["message"]))
+        for run in sorted(found["failures"], key=_end_of)
+    ]
+    return [*table(("FAILED", "AT", "LOGID", "MESSAGE"), rows), ""]
+
+
+def _end_of(run: dict) -> float:
+    return run["began"] + (run["seconds"] or 0.0)
+
+
+def _job_lines(found: dict, most: int) -> list[str]:
+    """As many jobs as fit, those that wait first when not all do."""
+    marks = {SUCCESS: ".", FAILURE: "F", TIMEOUT: "T"}
     running = collections.Counter(run["job"] for run in found["running"])
-    print_table(
-        ("JOB", "LAST RESULTS", "RUNNING", "WAITING"),
-        (
-            (
-                name,
-                "".join(marks.get(code, "?") for code in found["recent"].get(name, [])) or "-",
-                running[name],
-                found["queued"].get(name, 0),
-            )
-            for name in [*found["jobs"], *sorted(found["recent"].keys() - set(found["jobs"]))]
-        ),
-    )
-    print("\nlast results, newest on the right: . succeeded, F failed, T timed out")
-    if found["running"]:
-        print()
-        print_table(
-            ("RUNNING", "LOGID", "FOR"),
-            (
-                (
-                    run["job"],
-                    run["logId"],
-                    seconds_text(run["seconds"])
-                    + (" (cancelled, but its thread does not return)" if run["stuck"] else ""),
-                )
-                for run in found["running"]
-            ),
+    failed = {run["job"] for run in found["failures"]}
+    names = [*found["jobs"], *sorted(found["recent"].keys() - set(found["jobs"]))]
+    room = max(0, most - 4)  # for the head, what is left out, an empty line and what marks mean
+    left_out = ""
+    if len(names) > room:
+        names.sort(
+            key=lambda name: (not found["queued"].get(name), name in failed or running[name])
         )
-    oldest = (
-        f", the oldest for {seconds_text(found['oldestUndelivered'])}"
-        if found["oldestUndelivered"]
-        else ""
-    )
-    print(
-        f"\n{counted(found['undelivered'], 'result')} undelivered{oldest}"
-        + (f", {found['dead']} given up" if found["dead"] else "")
-    )
-    if found["lastFailure"]:
-        print(fit(f"last failure: {found['lastFailure']}"))
-    for admin in found["admins"]:
+        left_out = f"... and {counted(len(names) - room, 'more job')}"
+    rows = [
+        (
+            name,
+            "".join(marks.get(code, "?") for code in found["recent"].get(name, [])) or "-",
+            running[name],
+            found["queued"].get(name, 0),
+        )
+        for name in names[:room]
+    ]
+    lines = table(("JOB", "LAST RESULTS", "RUNNING", "WAITING"), rows)
+    return [
+        *lines,
+        *([left_out] if left_out else [""]),
+        "last results, newest on the right: . succeeded, F failed, T timed out",
+    ]
+
+
+def _status_tail(found: dict) -> list[str]:
+    oldest = found.get("oldestUndelivered")
+    waits = f", the oldest for {seconds_text(oldest)}" if oldest else ""
+    dead = f", {found['dead']} given up" if found["dead"] else ""
+    lines = ["", f"{counted(found['undelivered'], 'result')} undelivered{waits}{dead}"]
+    if found.get("lastFailure"):
+        lines.append(f"last failed delivery: {found['lastFailure']}")
+    for admin in found.get("admins", []):
         since = (
             f"last answer {seconds_text(time.time() - admin['lastSuccess'])} ago"
             if admin["lastSuccess"]
             else "no answer yet"
         )
-        print(f"admin {admin['address']}: {'ok' if admin['ok'] else 'FAILING'}, {since}")
+        lines.append(f"admin {admin['address']}: {'ok' if admin['ok'] else 'FAILING'}, {since}")
         if admin["error"]:
-            print(f"  {admin['error'].replace(admin['address'], '', 1)}")
-    sys.stdout.flush()
+            lines.append(f"  {admin['error'].replace(admin['address'], '', 1)}")
+    return lines
+
+
+def _outcome(run: PastRun, alive: bool) -> str:
+    """How a run stands; `alive`: whether its executor is."""
+    if run.code is None:
+        waits = run.state == RunState.ACCEPTED.value
+        return "waiting" if waits else "running" if alive else "interrupted"
+    return {SUCCESS: "succeeded", FAILURE: "failed", TIMEOUT: "timed out"}.get(
+        run.code, f"code {run.code}"
+    )
+
+
+def unknown_run(wanted: str, known: typing.Iterable[str], path: str) -> ExecutorError:
+    near = difflib.get_close_matches(wanted, list(known), 1)
+    hint = f', did you mean "{near[0]}"?' if near and near[0] != wanted else ""
+    return ExecutorError(f'no run of "{wanted}" is known in {path}{hint}')
+
+
+def cmd_runs(arguments: argparse.Namespace) -> int:
+    path, config = find_data(arguments)
+    owner = DataDir.owner(path)
+    alive, handlers = owner is not None and owner.alive(), set(config.jobs if config else ())
+    runs: list[PastRun] = []
+    with contextlib.closing(read_journal(os.path.join(path, "journal.db"))) as db:
+        for run in past_runs(db):
+            handlers.add(run.handler)
+            failed = run.code is not None and run.code != SUCCESS
+            wanted = not arguments.job or run.handler == arguments.job
+            if wanted and (failed or not arguments.failed):
+                runs.insert(0, run)
+                if len(runs) == arguments.n:
+                    break
+    if arguments.job and not runs and arguments.job not in handlers:
+        raise unknown_run(arguments.job, handlers, path)
+    if arguments.json:
+        found = [{**run.shown(), "outcome": _outcome(run, alive)} for run in runs]
+        print(json.dumps(found, ensure_ascii=False, indent=2))
+    elif not runs:
+        print(f"no {'failed ' if arguments.failed else ''}run is known in {path}")
+    else:
+        rows = [
+            (
+                stamp(int(run.began)),
+                run.handler,
+                run.log_id,
+                f"{run.shard_index}/{run.shard_total}" if run.shard_total > 1 else "-",
+                _outcome(run, alive),
+                _took(run, alive),
+                printable(" ".join(run.message.split())),
+            )
+            for run in runs
+        ]
+        head = ("BEGAN", "JOB", "LOGID", "SHARD", "RESULT", "TOOK", "MESSAGE")
+        print("\n".join(map(fit, table(head, rows))))
+    return 0
+
+
+def _took(run: PastRun, alive: bool) -> str:
+    if run.took is not None:
+        return seconds_text(run.took)
+    running = run.state == RunState.RUNNING.value and alive
+    return seconds_text(max(0.0, time.time() - run.began)) if running else "-"
+
+
+def cmd_logs(arguments: argparse.Namespace) -> int:
+    path, config = find_data(arguments)
+    db = read_journal(os.path.join(path, "journal.db"))
+    with contextlib.closing(db):
+        log_id = _find_run(arguments.run, path, config, db)
+        place = os.path.join(glob.escape(os.path.join(path, "logs")), "????-??-??")
+
+        def ended() -> bool:
+            """Whether nothing will be added any more."""
+            found = next(past_runs(db, log_id), None)
+            owner = DataDir.owner(path)
+            alive = owner is not None and owner.alive()
+            return found is None or found.code is not None or not alive
+
+        while True:
+            over = not arguments.follow or ended()  # before what is read then
+            files = glob.glob(os.path.join(place, f"{log_id}.log"))
+            if files or over:
+                break
+            threading.Event().wait(FOLLOW_INTERVAL)
+        if not files:
+            raise ExecutorError(
+                f"run {log_id} has no log in {path}: it has not begun, or its log was removed after"
+                " executor.log_retention"
+            )
+        try:
+            with open(files[-1], "rb") as stream:
+                show_log(stream, arguments.n, ended if arguments.follow else lambda: True)
+        except PermissionError as error:
+            raise ExecutorError(f"{files[-1]}: {error.strerror}") from None
+    return 0
+
+
+def _find_run(wanted: str, path: str, config: Config | None, db: sqlite3.Connection) -> int:
+    """The logId of the latest run of a job that has begun, or the one that was given."""
+    handlers = set(config.jobs if config is not None else ())
+    for run in past_runs(db):
+        handlers.add(run.handler)
+        if run.handler == wanted and run.state != RunState.ACCEPTED.value:
+            return run.log_id
+    if re.fullmatch(r"-?\d{1,19}", wanted, re.ASCII) and wanted not in handlers:
+        return int(wanted)
+    raise unknown_run(wanted, handlers, path)
+
+
+def show_log(stream: typing.BinaryIO, most: int | None, ended: typing.Callable[[], bool]) -> None:
+    """Write the last `most` lines to stdout, all for None, and what is added until `ended()`."""
+    out = sys.stdout.buffer
+    if most is not None:
+        out.writelines(collections.deque(stream, most))
+    while True:
+        last = ended()  # before what is read then
+        shutil.copyfileobj(stream, out)
+        out.flush()
+        if last:
+            return
+        threading.Event().wait(FOLLOW_INTERVAL)
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -7926,6 +8382,12 @@ def _shard(text: str) -> tuple[int, int]:
     if not found or int(found[1]) >= int(found[2]):
         raise argparse.ArgumentTypeError(f'expected index/total such as 0/3, got "{text}"')
     return int(found[1]), int(found[2])
+
+
+def _lines(text: str) -> int:
+    if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or not int(text):
+        raise argparse.ArgumentTypeError(f'expected a number above 0, got "{text}"')
+    return int(text)
 
 
 def _seconds(text: str) -> float:
@@ -7955,18 +8417,22 @@ def parser() -> argparse.ArgumentParser:
   xxl-executor -c config.yaml check            find mistakes, list the jobs
   xxl-executor -c config.example.yaml demo     see every job run
   xxl-executor exec report --param day=monday  one job in the foreground
+  xxl-executor runs --failed                   what went wrong lately
+  xxl-executor logs report -f                  the output of a job, as it comes
 
 exit status: 0 fine, 1 failed, 2 bad usage or configuration""",
     )
     top.add_argument("--version", action="version", version=f"xxl-executor {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
 
-    def command(name: str, text: str, example: str, function) -> argparse.ArgumentParser:
+    def command(
+        name: str, text: str, example: str, function, parents=(common,)
+    ) -> argparse.ArgumentParser:
         added = commands.add_parser(
             name,
             help=text,
             description=text[0].upper() + text[1:] + ".",
-            parents=[common],
+            parents=parents,
             formatter_class=kind,
             epilog=f"example:\n  xxl-executor {example}",
         )
@@ -8011,7 +8477,25 @@ exit status: 0 fine, 1 failed, 2 bad usage or configuration""",
         metavar="T",
         help="such as 90, 90s or 10m; the job's own applies too",
     )
-    status = command("status", "show what the running daemon does", "status --json", cmd_status)
+    data = argparse.ArgumentParser(add_help=False)
+    data.add_argument(
+        "--data-dir", metavar="DIR", help="instead of executor.data_dir of the configuration"
+    )
+    looking = (common, data)
+    runs = command("runs", "list the latest runs", "runs report --failed", cmd_runs, looking)
+    runs.add_argument("job", metavar="JOB", nargs="?", help="only those of this job")
+    runs.add_argument("--failed", action="store_true", help="only those that did not succeed")
+    runs.add_argument("-n", type=_lines, default=20, metavar="N", help="how many, default 20")
+    runs.add_argument("--json", action="store_true", help="for programs")
+    logs = command("logs", "show the output of a run", "logs report -f", cmd_logs, looking)
+    logs.add_argument("run", metavar="JOB|LOGID", help="the latest run of a job, or this one")
+    logs.add_argument(
+        "-f", "--follow", action="store_true", help="go on until the run has ended, or Ctrl-C"
+    )
+    logs.add_argument("-n", type=_lines, metavar="LINES", help="only so many lines, from the end")
+    status = command(
+        "status", "show what the executor does, or did last", "status --json", cmd_status, looking
+    )
     status.add_argument("--json", action="store_true", help="for programs")
     status.add_argument(
         "--watch",
@@ -8108,11 +8592,16 @@ def main(argv: typing.Sequence[str] | None = None) -> int:
         if HANGUP is not None and function is not cmd_run:
             signal.signal(signal.SIGHUP, HANGUP)
         set_up_logging(output)
-        return function(arguments)
+        status = function(arguments)
+        sys.stdout.flush()
+        return status
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    except (ExecutorError, BrokenPipeError) as error:
+    except BrokenPipeError:  # `status | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except ExecutorError as error:
         print(f"xxl-executor: {error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:

@@ -131,12 +131,12 @@ class Executor:
     def url(self):
         """Where the daemon listens, without a slash at the end; "" before it does."""
         with contextlib.suppress(ValueError, IndexError):
-            _, pid, url = self.lock.splitlines()[0].split()
+            _, pid, url, *_ = self.lock.splitlines()[0].split()
             # In a PID namespace it is not the pid that we know.
             if self.process is not None and (
                 self.lock != self.lock_before if self.prefix else int(pid) == self.process.pid
             ):
-                return url.rstrip("/")
+                return url.rstrip("/") if url != "-" else ""
         return ""
 
     @property
@@ -166,6 +166,9 @@ class Executor:
         reply = self.session.post(self.url + path, data=data, headers=headers, timeout=20)
         assert reply.status_code == 200, reply.text
         return reply.json()
+
+    def get(self, path, **headers):
+        return self.session.get(self.url + path, headers=headers, timeout=20).json()
 
     def status(self, **headers):
         return self.session.get(self.url + "/status", headers=headers, timeout=20).json()

@@ -85,8 +85,12 @@ def restart(journal, log_id):
 
 
 def finish(journal, log_id, code=200, message="fine"):
-    journal.finish([log_id], Result(code, message))
+    journal.finish(ended(log_id), Result(code, message))
     turn(journal)
+
+
+def ended(*log_ids):
+    return [(trigger(log_id), 1.5) for log_id in log_ids]
 
 
 def settle(journal, log_ids, state, before=RunState.FINISHED, stored=lambda message: None):
@@ -202,15 +206,15 @@ def test_undelivered_results_come_the_oldest_first(journal):
 def test_what_the_admin_acknowledged_can_be_sent_again(journal):
     """By the state that it is in and the time at which it came into it."""
     accept(journal, trigger(1), trigger(2), trigger(3))
-    journal.finish([1, 2, 3], Result(200, "fine"))
+    journal.finish(ended(1, 2, 3), Result(200, "fine"))
     turn(journal)
     began = journal.clock.now()
     settle(journal, [1, 2], RunState.ACKNOWLEDGED)
     between = journal.clock.now()
     settle(journal, [3], RunState.ACKNOWLEDGED)
-    ended = journal.clock.now() + 1
+    until = journal.clock.now() + 1
 
-    def found(state, since=0.0, until=ended, limit=10):
+    def found(state, since=0.0, until=until, limit=10):
         return [row[0] for row in journal.acknowledged(state, since, until, limit)]
 
     assert waiting(journal) == [] and journal.counts()["undelivered"] == 0
@@ -219,8 +223,8 @@ def test_what_the_admin_acknowledged_can_be_sent_again(journal):
     assert found(RunState.ACKNOWLEDGED, since=between) == [3]
     assert found(RunState.ACKNOWLEDGED, until=began) == []
     assert len(found(RunState.ACKNOWLEDGED, limit=2)) == 2
-    ((*row, at),) = journal.acknowledged(RunState.ACKNOWLEDGED, between, ended, 10)
-    assert row == [3, NOW, 200, "fine"] and between <= at < ended
+    ((*row, at),) = journal.acknowledged(RunState.ACKNOWLEDGED, between, until, 10)
+    assert row == [3, NOW, 200, "fine"] and between <= at < until
     settle(journal, [1, 2, 3], RunState.RESENT, RunState.ACKNOWLEDGED)
     assert (found(RunState.ACKNOWLEDGED), found(RunState.RESENT)) == ([], [1, 2, 3])
     settle(journal, [2], RunState.DELIVERED, RunState.RESENT)
@@ -395,10 +399,10 @@ def test_what_is_taken_back_before_the_commit_is_not_stored(journal):
     """As the core does with what it decided in a turn that failed."""
     accept(journal, trigger(1), trigger(2), trigger(3))
     start(journal, 1)
-    journal.finish([2], Result(200, "it happened"))
+    journal.finish(ended(2), Result(200, "it happened"))
     journal.begin()
     journal.cancel(1, Result(500, "killed"))
-    journal.finish([1, 3], Result(500, "dropped"))
+    journal.finish(ended(1, 3), Result(500, "dropped"))
     journal.take_back()
     turn(journal)
     assert {row.trigger.log_id: row.cancelled for row in journal.unfinished()} == {1: None, 3: None}
@@ -516,7 +520,7 @@ def test_nothing_of_a_batch_is_stored_before_all_of_it(journal, file):
     journal.begin()
     assert [journal.accept(trigger(i)) for i in (4, 5, 4, 1)] == [True, True, False, False]
     journal.start(2)
-    journal.finish([1], Result(200, "fine"))
+    journal.finish(ended(1), Result(200, "fine"))
     journal.hold(Settled([3], RunState.FINISHED, RunState.DEAD, told.append))
     journal.learn("dialect", "wrapper")
     assert journal.holds(4) and not journal.knows(4) and waiting(journal) == [3]
@@ -551,7 +555,7 @@ def test_a_batch_that_is_taken_back_leaves_nothing_but_what_has_happened(journal
     start(journal, 2)
     finish(journal, 3)
     told = []
-    journal.finish([4], Result(200, "fine"))
+    journal.finish(ended(4), Result(200, "fine"))
     journal.hold(Settled([3], RunState.FINISHED, RunState.ACKNOWLEDGED, told.append))
     journal.hold(Note("dialect", "wrapper"))
     journal.begin()
@@ -647,7 +651,7 @@ def test_a_full_disk_refuses_triggers_and_holds_results(journal, file, tmp_path,
             )
             assert refused.value.reason == "journal"
             assert journal.reserve.lost and not (tmp_path / "reserve").exists() and journal.owes()
-        journal.finish([1], Result(200, "y" * 100_000))
+        journal.finish(ended(1), Result(200, "y" * 100_000))
         with pytest.raises(JournalError) as caught:
             turn(journal)
         assert str(caught.value) == f"{file}: disk I/O error"
@@ -694,7 +698,7 @@ def test_the_reserve_is_what_lets_results_be_stored(journal):
         if not journal.reserve.lost:
             raise sqlite3.OperationalError("database or disk is full")
 
-    journal.finish([1], Result(200, "fine"))
+    journal.finish(ended(1), Result(200, "fine"))
     turn(journal, decide)
     assert tried == [False, True] and waiting(journal) == [1]
 
@@ -721,7 +725,7 @@ def test_a_trigger_is_refused_where_the_files_were_removed(journal, file, caplog
     accept(journal, trigger(2))
     for suffix in ("", "-wal", "-shm"):
         os.unlink(file + suffix)
-    journal.finish([2], Result(200, "held meanwhile"))
+    journal.finish(ended(2), Result(200, "held meanwhile"))
     with pytest.raises(Refused) as caught:
         accept(journal, trigger(3))
     assert str(caught.value) == (
@@ -745,9 +749,9 @@ def test_results_that_cannot_be_stored_are_held(journal, file, caplog):
     finish(journal, 1)
     told = []
     with failing(file, "UPDATE"):
-        journal.finish([2], Result(200, "two"))
+        journal.finish(ended(2), Result(200, "two"))
         assert not tolerant(journal)
-        journal.finish([3, 4], Result(500, "three and four"))
+        journal.finish(ended(3, 4), Result(500, "three and four"))
         assert not tolerant(journal)
         assert waiting(journal) == [1]
         assert journal.counts() == {"undelivered": 4, "held": 3, "dead": 0}
@@ -779,7 +783,7 @@ def test_an_outage_is_told_once_and_the_next_one_again(journal, file, caplog):
     for first in (1, 3):
         with failing(file, "UPDATE"):
             for log_id in (first, first + 1):
-                journal.finish([log_id], Result(200, "fine"))
+                journal.finish(ended(log_id), Result(200, "fine"))
                 assert not tolerant(journal)
         assert tolerant(journal)
     told = f"cannot store results, holding them until it works again: {file}: the disk is full"
@@ -794,7 +798,7 @@ def test_what_is_held_is_stored_at_the_end(file):
     with contextlib.closing(Journal(file)) as journal:
         accept(journal, trigger(1), trigger(2))
         finish(journal, 1)
-        journal.finish([2], Result(500, "two"))
+        journal.finish(ended(2), Result(500, "two"))
         journal.hold(Settled([1], RunState.FINISHED, RunState.ACKNOWLEDGED, lambda message: None))
         journal.learn("dialect", "wrapper")
     with contextlib.closing(Journal(file)) as journal:
@@ -1180,7 +1184,7 @@ def test_no_query_of_the_daily_work_reads_delivered_runs(connections, file):
         for db in of_file(connections, file):
             db.set_trace_callback(None)
         asked = [query for query in asked if "FROM runs" in query]
-        assert len(asked) == 8
+        assert len(asked) == 9
         for query in asked:
             plan = " ".join(row[3] for row in outside(file, "EXPLAIN QUERY PLAN " + query))
             assert "SCAN runs" not in plan or re.search("USING (COVERING )?INDEX", plan), (

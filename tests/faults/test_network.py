@@ -56,9 +56,9 @@ def prefill(daemon, ledger, count):
         assert all(map(journal.accept, triggers))
         journal.commit()
         for start in range(0, count, 100):
-            log_ids = [trigger.log_id for trigger in triggers[start : start + 100]]
+            ended = [(trigger, 1.0) for trigger in triggers[start : start + 100]]
             journal.begin()
-            journal.finish(log_ids, xxl_executor.Result(200, f"result {start}"))
+            journal.finish(ended, xxl_executor.Result(200, f"result {start}"))
             journal.commit()
         assert journal.counts()["undelivered"] == count
     ledger.accepted |= {trigger.log_id for trigger in triggers}

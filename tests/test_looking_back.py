@@ -1,0 +1,338 @@
+"""What ran, what it said and why it failed, without the admin: `runs`, `logs` and `status`."""
+
+import contextlib
+import fcntl
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import sqlite3
+import struct
+import subprocess
+import sys
+import tempfile
+import termios
+import time
+from pathlib import Path
+
+import pytest
+from conftest import PROGRAM, result_of, run_job, wait_until
+
+program = PROGRAM
+AT = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
+TOKEN = {"XXL-JOB-ACCESS-TOKEN": "s3cret"}
+
+
+def command(daemon, *arguments, **options):
+    return subprocess.run(
+        [sys.executable, str(PROGRAM), "-c", str(daemon.file), *arguments],
+        text=True,
+        capture_output=True,
+        timeout=30,
+        **options,
+    )
+
+
+def said(daemon, *arguments, status=0):
+    found = command(daemon, *arguments)
+    assert (found.returncode, found.stderr) == (status, ""), found
+    return found.stdout
+
+
+def fails(daemon, *arguments):
+    found = command(daemon, *arguments)
+    assert (found.returncode, found.stdout) == (1, ""), found
+    return found.stderr
+
+
+@pytest.fixture
+def looked(executor, loopback, tmp_path):
+    """A daemon with a token, an admin, and jobs of which one waits for the file `go`."""
+    admin = loopback(token="s3cret")
+    jobs = {
+        "ok": {"shell": "echo first; echo fine $1"},
+        "bad": {"shell": "echo why >&2; exit 3"},
+        "late": {"shell": "sleep 60", "timeout": "0.2s", "kill_grace": "0.2s"},
+        "waits": {
+            "shell": f"echo begun; until [ -e {tmp_path}/go ]; do sleep 0.05; done; echo end"
+        },
+    }
+    daemon = executor(jobs, admin=admin)
+    return daemon, admin
+
+
+def test_runs(looked, tmp_path):
+    daemon, admin = looked
+    assert said(daemon, "runs") == f"no run is known in {daemon.data}\n"
+    ok, _ = run_job(daemon, admin, "ok", jobId=1, executorParams="x")
+    bad, _ = run_job(daemon, admin, "bad", jobId=2, broadcastIndex=1, broadcastTotal=3)
+    late, _ = run_job(daemon, admin, "late", jobId=3)
+    waits, _ = admin.trigger(daemon.url, "waits", jobId=4)
+    behind, _ = admin.trigger(daemon.url, "waits", jobId=4)
+    wait_until(lambda: daemon.status(**TOKEN)["running"])
+    text = said(daemon, "runs")
+    assert re.fullmatch(
+        rf"""BEGAN +JOB    LOGID +SHARD  RESULT     TOOK +MESSAGE
+{AT}  ok     {ok} +-      succeeded  [\d.]+ s +fine x
+{AT}  bad    {bad} +1/3    failed     [\d.]+ s +exit status 3: why
+{AT}  late   {late} +-      timed out  [\d.]+ s +timed out after 0.2 s
+{AT}  waits  {waits} +-      running    [\d.]+ s
+{AT}  waits  {behind} +-      waiting    -
+""",
+        text,
+    ), text
+    assert [line.split()[3] for line in said(daemon, "runs", "--failed").splitlines()[1:]] == [
+        str(bad),
+        str(late),
+    ]
+    assert said(daemon, "runs", "ok", "-n", "1").count("\n") == 2
+    assert said(daemon, "runs", "ok", "--failed") == f"no failed run is known in {daemon.data}\n"
+    found = {run["logId"]: run for run in json.loads(said(daemon, "runs", "--json"))}
+    assert found[bad] == {
+        **found[bad],
+        "job": "bad",
+        "shard": "1/3",
+        "outcome": "failed",
+        "code": 500,
+        "message": "exit status 3: why",
+    }
+    assert abs(found[late]["began"] - time.time()) < 60 and found[late]["seconds"] >= 0.2
+    hint = f'xxl-executor: no run of "okk" is known in {daemon.data}, did you mean "ok"?\n'
+    assert fails(daemon, "runs", "okk") == hint == fails(daemon, "logs", "okk")
+
+    daemon.kill()
+    assert [line.split()[-2:] for line in said(daemon, "runs", "waits").splitlines()[1:]] == [
+        ["interrupted", "-"],
+        ["waiting", "-"],
+    ]
+    (tmp_path / "go").touch()
+    daemon.start()
+    result_of(admin, waits)
+    result_of(admin, behind)
+    text = said(daemon, "runs", "waits")
+    assert re.search("failed +- +executor restarted while the job ran, its outcome is unk", text)
+    assert re.search(rf"{behind} +- +succeeded +[\d.]+ s +end\n", text), text
+    assert daemon.stop() == 0
+    assert said(daemon, "runs", "waits") == text, "and without a daemon"
+    assert not list(daemon.data.glob("journal.db-*")), "nothing is left by who reads"
+
+
+def test_logs(looked, tmp_path):
+    daemon, admin = looked
+    first, _ = run_job(daemon, admin, "ok", executorParams="1")
+    second, _ = run_job(daemon, admin, "ok", executorParams="2")
+    notes, end = r"(?s)----- .* -----\n", r"----- .* succeeded after .* -----\n"
+    assert re.fullmatch(f"{notes}first\nfine 2\n{end}", said(daemon, "logs", "ok"))
+    assert "\nfine 1\n" in said(daemon, "logs", str(first))
+    assert re.fullmatch(f"fine 2\n{end}", said(daemon, "logs", "ok", "-n", "2"))
+    assert said(daemon, "logs", "ok", "-f") == said(daemon, "logs", str(second)), "it has ended"
+    told = f'xxl-executor: no run of "late" is known in {daemon.data}\n'
+    assert fails(daemon, "logs", "late") == told
+    assert "has no log in" in fails(daemon, "logs", "12345")
+    arguments = [sys.executable, str(PROGRAM), "-c", str(daemon.file), "logs", "waits", "-f"]
+    waits, _ = admin.trigger(daemon.url, "waits")
+    wait_until(lambda: daemon.status(**TOKEN)["running"])
+    with (
+        subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as follows,
+        subprocess.Popen(
+            [*arguments[:-2], str(waits), "-f"], stdout=subprocess.PIPE, text=True
+        ) as left,
+    ):
+        for process in (follows, left):
+            assert waits and str(waits) in process.stdout.readline()
+            assert process.stdout.readline() == "begun\n"
+        left.send_signal(signal.SIGINT)
+        assert left.wait(10) == 130
+        assert daemon.status(**TOKEN)["running"], "the run goes on"
+        (tmp_path / "go").touch()
+        assert re.fullmatch(f"end\n{end}", follows.stdout.read())
+        assert follows.wait(20) == 0
+    assert daemon.stop() == 0
+    assert "\nend\n" in said(daemon, "logs", "waits")
+
+
+def test_following_a_run_whose_executor_was_killed_ends(looked):
+    daemon, admin = looked
+    admin.trigger(daemon.url, "waits")
+    wait_until(lambda: daemon.status(**TOKEN)["running"])
+    arguments = [sys.executable, str(PROGRAM), "-c", str(daemon.file), "logs", "waits", "-f"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as follows:
+        follows.stdout.readline()
+        daemon.kill()
+        assert follows.stdout.read() == "begun\n" and follows.wait(20) == 0
+    daemon.start()  # it ends what is left
+
+
+def test_status_says_how_it_ended(looked, executor):
+    daemon, admin = looked
+    never = executor({"ok": {"shell": "true"}}, start=False)
+    text = said(never, "status", status=1)
+    assert text.splitlines()[0].endswith(f"  no executor has used data_dir {never.data}")
+    run_job(daemon, admin, "ok")
+    failed, _ = run_job(daemon, admin, "bad")
+    pid = daemon.process.pid
+    daemon.kill()
+    for told in (
+        rf"it ended unexpectedly at about {AT}, pid {pid} is gone",
+        rf"not running, it stopped at {AT}",
+    ):
+        text = said(daemon, "status", status=1)
+        assert re.fullmatch(rf"xxl-job-executor-sample  {told}", text.splitlines()[0]), text
+        assert re.search(rf"^bad     {AT}  {failed}  exit status 3: why$", text, re.MULTILINE)
+        assert re.search(r"^ok     \.             0        0$", text, re.MULTILINE), text
+        assert json.loads(said(daemon, "status", "--json", status=1))["trouble"] in text
+        daemon.start()
+        # The last results survive, and new ones go behind them.
+        wait_until(lambda: daemon.status(**TOKEN)["recent"].get("bad") == [500])
+        assert [run["logId"] for run in daemon.status(**TOKEN)["failures"]] == [failed]
+        assert daemon.stop() == 0
+    daemon.start()
+    wait_until(lambda: daemon.status(**TOKEN)["recent"].get("bad") == [500])
+    run_job(daemon, admin, "bad")
+    assert daemon.status(**TOKEN)["recent"] == {"ok": [200], "bad": [500, 500]}
+
+
+def test_status_needs_no_good_file(looked):
+    daemon, admin = looked
+    assert admin.wait(lambda: admin.registry, 10)
+    good = daemon.file.read_text()
+    for bad in (good.replace("timeout: 0.2s", "timout: 0.2s"), good + "\n  oops: [\n", "%"):
+        daemon.file.write_text(bad)
+        text = said(daemon, "status", "--data-dir", str(daemon.data))
+        assert text.startswith("xxl-job-executor-sample  registered\n")
+    found = command(daemon, "status")
+    assert found.returncode == 2 and "--data-dir DIR" in found.stderr
+    daemon.file.write_text(good)
+
+
+def test_the_key_of_status_opens_nothing_else(looked):
+    daemon, _ = looked
+    key = daemon.lock.split()[3]
+    for path, headers, code in (
+        ("/status", {"Authorization": f"Bearer {key}"}, None),
+        ("/status", {"Authorization": f"Bearer {key[:-1]}"}, 500),
+        ("/status", {}, 500),
+    ):
+        assert daemon.get(path, **headers).get("code") == code
+    for path in ("/run", "/kill", "/log", "/beat"):
+        found = daemon.post(path, {"jobId": 1}, Authorization=f"Bearer {key}")
+        assert found["code"] == 500 and "access token" in found["msg"]
+
+
+def test_runs_and_logs_for_a_group(executor, admin):
+    """Who may read the data_dir may look, whether or not an executor runs, and leaves nothing."""
+    if os.getuid():
+        pytest.skip("needs root")
+    python = "/usr/bin/python3"  # which every user may run
+    if not os.path.exists(python):
+        pytest.skip("needs the system's Python")
+    with tempfile.TemporaryDirectory(prefix="looking-", dir="/tmp") as place:
+        os.chmod(place, 0o755)
+        program, data = shutil.copy(PROGRAM, place), Path(place, "data")
+        data.mkdir(0o750)
+        daemon = executor({"ok": {"shell": "echo fine"}}, admin=admin, start=False)
+        daemon.data.symlink_to(data)
+        daemon.start()
+        run_job(daemon, admin, "ok")
+
+        def as_member(*arguments, group=0):
+            return subprocess.run(
+                [python, program, *arguments, "--data-dir", str(data)],
+                cwd=place,
+                text=True,
+                capture_output=True,
+                timeout=30,
+                user=65534,
+                group=group,
+                extra_groups=[],
+            )
+
+        def check():
+            for arguments in (["runs"], ["logs", "ok"], ["status"]):
+                found = as_member(*arguments)
+                assert "fine" in found.stdout or "ok   ." in found.stdout, found
+
+        check()
+        daemon.kill()
+        check()
+        daemon.start()
+        assert daemon.stop() == 0
+        check()
+        assert not list(data.glob("journal.db-*"))
+        found = as_member("runs", group=65534)
+        assert found.returncode == 1 and "this needs the executor's user or root" in found.stderr
+
+
+def test_what_is_kept_of_runs(executor, admin):
+    """The job of a run, and no parameter, which may be long and secret."""
+    daemon = executor({"ok": {"shell": "echo fine"}}, admin=admin)
+    run_job(daemon, admin, "ok", executorParams="hush" * 1000)
+    assert daemon.stop() == 0
+    kept = b"".join(path.read_bytes() for path in daemon.data.glob("journal.db*"))
+    assert b'"handler": "ok"' in kept and len(kept) < 100_000
+    with contextlib.closing(sqlite3.connect(daemon.data / "journal.db")) as db:
+        (stored,) = db.execute("SELECT trigger FROM runs").fetchone()
+    assert "hush" not in stored
+
+
+# -- status --watch on a terminal
+
+
+@contextlib.contextmanager
+def terminal(arguments, rows=24, columns=80):
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+    os.set_blocking(master, False)
+    got = bytearray()
+
+    def screen():
+        """The lines of the last whole drawing."""
+        with contextlib.suppress(OSError):
+            while True:
+                got.extend(os.read(master, 65536))
+        drawings = got.decode("utf-8", "replace").replace("\r\n", "\n").split("\x1b[H")[1:]
+        whole = [drawing for drawing in drawings if drawing.endswith("\x1b[J")]
+        return whole[-1].removesuffix("\x1b[J").replace("\x1b[K", "").splitlines() if whole else []
+
+    with subprocess.Popen(arguments, stdout=slave, env={**os.environ, "TERM": "xterm"}) as process:
+        os.close(slave)
+        try:
+            yield screen
+        finally:
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) in (0, 1)
+            os.close(master)
+
+
+def test_status_of_many_jobs_on_a_small_terminal(executor, admin, tmp_path):
+    jobs = {f"job{number:02}": {"shell": "true"} for number in range(42)}
+    jobs |= {"zz-bad": {"shell": "echo why; exit 1"}, "zz-slow": {"shell": "exec sleep 600"}}
+    daemon = executor(jobs, admin=admin, executor={"drain_timeout": "0"})
+    run_job(daemon, admin, "zz-bad", jobId=1)
+    admin.trigger(daemon.url, "zz-slow", jobId=2)
+    wait_until(lambda: daemon.status()["running"])
+    arguments = [sys.executable, str(PROGRAM), "-c", str(daemon.file), "status"]
+    with terminal([*arguments, "--watch"]) as screen:
+        lines = wait_until(screen)
+        assert len(lines) <= 23 and max(map(len, lines)) < 80
+        text = "\n".join(lines)
+        assert re.search(r"RUNNING +LOGID +FOR\nzz-slow ", text)
+        assert re.search(
+            rf"FAILED +AT +LOGID +MESSAGE\nzz-bad +{AT} +\d+ +exit status 1: why", text
+        )
+        assert re.search(r"\n\.\.\. and \d+ more jobs\n", text)
+        assert daemon.stop() == 0  # it goes on through a restart
+        wait_until(lambda: "not running, it stopped at" in "\n".join(screen()))
+        daemon.start()
+        wait_until(lambda: screen()[0] == "xxl-job-executor-sample  registered")
+
+
+def test_whoever_reads_only_the_beginning(executor):
+    daemon = executor({f"job{number}": {"shell": "true"} for number in range(2000)})
+    arguments = [sys.executable, str(PROGRAM), "-c", str(daemon.file), "status"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
