@@ -84,6 +84,7 @@ if __name__ == "__main__" and __spec__ is None and not _ONCE & set(sys.argv):
         run_compiled(words.read().split("\0")[1 : -1 - len(sys.argv)])
 
 import argparse
+import ast
 import collections
 import contextlib
 import ctypes
@@ -105,6 +106,8 @@ import http
 import http.client
 import http.server
 import importlib
+import importlib.machinery
+import importlib.util
 import inspect
 import io
 import ipaddress
@@ -165,6 +168,7 @@ MARKER = (  # environment variable that names the data_dir and the run of every 
     "XXL_EXECUTOR_RUN"
 )
 FAILPOINT = "XXL_EXECUTOR_FAILPOINT"  # environment variable of the tests, see `failpoint`
+OLD_PYTHON = "{} is Python {}, and a python job needs 3.9: use command: [python, script] for it"
 SECRETS = re.compile(
     "XXL_JOB_ACCESS_TOKEN|NOTIFY_SOCKET|WATCHDOG_.*|LISTEN_.*|CREDENTIALS_DIRECTORY"
     f"|{MARKER}|{FAILPOINT}"
@@ -487,6 +491,22 @@ FLUSH_LIMIT = 1.0  # seconds that the end waits for who reads stdout and stderr
 OUTPUT_LIMIT = 1 << 20  # bytes that wait for who reads stdout or stderr; more are dropped
 
 
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def printable(text: str) -> str:
+    """`text` with its control characters shown escaped."""
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
+
+
 class Output:
     """Whole lines for stdout or stderr, which may be a pipe that nobody reads: no caller ever waits
     for its reader. Any thread.
@@ -602,14 +622,30 @@ _TAGS = {
     "timestamp": "the date {}",
 }
 _NULL = "tag:yaml.org,2002:null"
+_OTHER_WORDS = {  # what other programs call a key
+    "cmd": "command",
+    "exec": "command",
+    "program": "command",
+    "script": "shell",
+    "bash": "shell",
+    "run": "shell",
+    "module": "python",
+    "function": "python",
+    "workdir": "cwd",
+    "working_directory": "cwd",
+    "environment": "env",
+    "token": "access_token",
+    "listen": "bind",
+}
 
 
 class _Bad(Exception):
-    """A value that does not fit: the text says what was expected, `node` where it stands."""
+    """A value that does not fit: the text says what was expected, `node` where it stands, `key`
+    which one of a mapping it is."""
 
-    def __init__(self, text: str, node):
+    def __init__(self, text: str, node, key: str = ""):
         super().__init__(text)
-        self.node = node
+        self.node, self.key = node, key
 
 
 def _expected(what: str, node) -> _Bad:
@@ -699,6 +735,14 @@ def amount(text: str, pattern: str, units: dict) -> float | None:
     return (float(found[1]) if "." in found[1] else int(found[1])) * units[found[2]]
 
 
+def _retention(reader, node) -> float:
+    value = _positive_duration(reader, node)
+    if value < 3600:
+        hint = f", did you mean {node.value}d?" if node.value.isdecimal() else ""
+        raise _Bad(f"expected 1h or more, got {seconds_text(value)}{hint}", node)
+    return value
+
+
 def _measure(pattern: str, units: dict, expected: str, positive: bool = False):
     def parse(reader, node) -> float:
         value = amount(_scalar(node, "int", "float", "str", expected=expected), pattern, units)
@@ -743,6 +787,9 @@ def _list(parse):
 
 
 def _argument(reader, node) -> str:
+    if node.id == "mapping" and len(node.value) == 1 and node.value[0][0].id == "scalar":
+        name = node.value[0][0].value  # [echo, {param}] is a list with a mapping in it
+        raise _Bad(f'expected text or a number: put it in quotes, "{{{name}}}"', node)
     return _scalar(node, "str", "int", "float", expected="text or a number")
 
 
@@ -760,9 +807,12 @@ def _variables(reader, node) -> dict[str, str]:
     for key, item in reader.pairs(node, reader.path):
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key.value, re.ASCII):
             raise _Bad(f'"{key.value}" is no name of an environment variable', key)
-        values[key.value] = _scalar(
-            reader.expand(item), "str", "int", "float", "bool", expected="text or a number"
-        )
+        try:
+            values[key.value] = _scalar(
+                reader.expand(item), "str", "int", "float", "bool", expected="text or a number"
+            )
+        except _Bad as error:
+            raise _Bad(str(error), error.node, f".{key.value}") from None
     return values
 
 
@@ -777,6 +827,12 @@ def _program(reader, node) -> str:
 
 def _entry_point(reader, node) -> str:
     value = _text(reader, node)
+    if "/" in value or value.endswith(".py"):
+        raise _Bad(
+            'expected module:function such as "reports.daily:main"; for a script write'
+            f" command: [python3, {value}]",
+            node,
+        )
     if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", value):
         raise _expected('module:function such as "reports.daily:main"', node)
     return value
@@ -842,7 +898,7 @@ class ExecutorConfig:
     drain_timeout: float = _option(_duration, "30s")
     max_connections: int = _option(_whole(8, 100_000), "1024")
     log_limit: int = _option(_size, "64MiB")
-    log_retention: float = _option(_positive_duration, "30d")
+    log_retention: float = _option(_retention, "30d")
     allow_no_token: bool = _option(_flag, "false")
     log_to_stdout: bool = _option(_flag, "false")
     watch_config: bool = _option(_flag, "false")
@@ -892,7 +948,14 @@ class Config:
     glue: GlueConfig
     jobs: dict[str, JobConfig]
     files: tuple = ()  # patterns of all that were read, or would be if they existed
-    warnings: tuple = ()
+    # where each key stands, such as {"jobs.hello.cwd": "config.yaml:14"}
+    places: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def told(self, key: str, text: str, *others: str) -> str:
+        """`text` on `key`, with the file and line of it, of what it belongs to, or of `others`."""
+        keys = (key, key.rpartition(".")[0], *others)
+        place = next((self.places[name] for name in keys if name in self.places), self.file)
+        return f"{place}: {key}: {text}"
 
 
 _YAML_REMEDIES = (  # for what PyYAML says: the first that fits
@@ -944,10 +1007,19 @@ class _YamlReader:
         ] = {}  # id of a node: (the node, so that no other gets its id, its pairs)
         self._open: list = []  # nodes whose pairs are being looked up
         self.problems: list[tuple[str, int, str]] = []
-        self.warnings: list[str] = []
+        self.places: dict[str, str] = {}  # of each key: file:line
+
+    def place(self, path: str, node) -> None:
+        self.places[path] = f"{node.start_mark.name}:{node.start_mark.line + 1}"
 
     def problem(self, node, text: str) -> None:
         self.problems.append((node.start_mark.name, node.start_mark.line + 1, text))
+
+    def unknown(self, key, path: str, known: typing.Iterable[str]) -> None:
+        name = _OTHER_WORDS.get(key.value.lower(), "")
+        near = [name] if name in known else difflib.get_close_matches(key.value, list(known), 1)
+        hint = f'did you mean "{near[0]}"?' if near else f"known keys: {', '.join(known)}"
+        self.problem(key, f"{path}: unknown key, {hint}")
 
     def scalar(self, value: str, node, tag: str = "tag:yaml.org,2002:str"):
         return self.yaml.ScalarNode(tag, value, node.start_mark, node.end_mark)
@@ -1077,10 +1149,9 @@ class _YamlReader:
             for key, value in self.pairs(node, path):
                 if key.value in fields:
                     given[key.value] = value
+                    self.place(f"{path}.{key.value}", key)
                     continue
-                near = difflib.get_close_matches(key.value, fields, 1)
-                hint = f'did you mean "{near[0]}"?' if near else f"known keys: {', '.join(fields)}"
-                self.problem(key, f"{path}.{key.value}: unknown key, {hint}")
+                self.unknown(key, f"{path}.{key.value}", fields)
         for name, field in fields.items():
             parse, default = field.metadata["parse"], field.metadata["default"]
             self.path = f"{path}.{name}"
@@ -1092,7 +1163,7 @@ class _YamlReader:
                     value = self._default(default, node)
                 values[name] = None if value is None else parse(self, value)
             except _Bad as error:
-                self.problem(error.node, f"{path}.{name}: {error}")
+                self.problem(error.node, f"{path}.{name}{error.key}: {error}")
         return kind(**values)
 
     def _default(self, text: str, node):
@@ -1149,6 +1220,7 @@ class _ConfigReader(_YamlReader):
                 )
                 continue
             where[key.value] = f"{key.start_mark.name}:{key.start_mark.line + 1}"
+            self.places[f"jobs.{key.value}"] = where[key.value]
             job = self.job(key, value)
             if job is not None:
                 found[job.name] = job
@@ -1161,12 +1233,11 @@ class _ConfigReader(_YamlReader):
         for key, value in self.pairs(root):
             if key.value in parts:
                 parts[key.value] = value
+                self.place(key.value, key)
             elif not key.value.startswith(
                 "x-"
             ):  # x-...: a place for YAML anchors, as in Compose files
-                near = difflib.get_close_matches(key.value, parts, 1)
-                hint = f'did you mean "{near[0]}"?' if near else f"known keys: {', '.join(parts)}"
-                self.problem(key, f"{key.value}: unknown key, {hint}")
+                self.unknown(key, key.value, parts)
         admin = self.section(AdminConfig, parts["admin"], "admin")
         admin = dataclasses.replace(admin, access_token=self.token)
         executor = self.section(ExecutorConfig, parts["executor"], "executor")
@@ -1175,9 +1246,7 @@ class _ConfigReader(_YamlReader):
         where: dict[str, str] = {}
         self.jobs(parts["jobs"], jobs, where)
         self._include(parts["include"], jobs, where)
-        return Config(
-            self.file, admin, executor, glue, jobs, tuple(self.files), tuple(self.warnings)
-        )
+        return Config(self.file, admin, executor, glue, jobs, tuple(self.files), self.places)
 
     def _include(self, node, jobs: dict, where: dict) -> None:
         if _absent(node):
@@ -1189,11 +1258,8 @@ class _ConfigReader(_YamlReader):
             return
         for pattern, item in zip(patterns, node.value):
             files = sorted(glob.glob(pattern))
-            if not files:
-                self.warnings.append(
-                    f"{item.start_mark.name}:{item.start_mark.line + 1}: include: {item.value}"
-                    " matches no file"
-                )
+            if not files and not glob.has_magic(pattern):
+                self.problem(item, f"include: {item.value} does not exist: remove it, or write it")
             self.files.append(pattern)
             for file in files:
                 root = self.document(file)
@@ -1222,6 +1288,18 @@ def find_config(file: str | None) -> str:
     )
 
 
+def _wide_colon(file: str, line: int, problem: str) -> str:
+    """What to add to a problem that may come from a full-width colon, which looks like a colon."""
+    if not re.search("not YAML|unknown key|expected a mapping", problem):
+        return ""
+    with contextlib.suppress(OSError, UnicodeDecodeError), open(file, encoding="utf-8") as stream:
+        lines = stream.read().split("\n")
+        for number in (line, line - 1):
+            if 1 <= number <= len(lines) and "\uff1a" in lines[number - 1]:
+                return f'; line {number} has the full-width colon "\uff1a": write ": "'
+    return ""
+
+
 def load_config(file: str) -> Config:
     """Read `file` and its includes. Raises ConfigError with every problem, sorted by file and
     line."""
@@ -1229,13 +1307,165 @@ def load_config(file: str) -> Config:
     config = reader.config()
     if reader.problems or config is None:
         lines = [
-            f"{name}:{line}: {text}" if line else f"{name}: {text}"
+            f"{name}:{line}: {text}{_wide_colon(name, line, text)}" if line else f"{name}: {text}"
             for name, line, text in sorted(set(reader.problems))
         ]
         error = ConfigError("\n".join(lines))
         error.files, error.config = tuple(reader.files), config
         raise error
     return config
+
+
+PLACEHOLDERS = ("param", "shard_index", "shard_total")  # of `command`
+
+
+class HostCheck:
+    """Finds what a configuration names and this host lacks, before a run fails for it. Nothing of a
+    job is run, and nothing of it is imported; any thread, it takes some ms for each job."""
+
+    def __init__(self, config: Config):
+        self._config = config
+        self._paths: dict[str, list[str]] = {}  # by interpreter, see _module_path
+
+    def warnings(self) -> list[str]:
+        """One `file:line: key: problem` for each."""
+        config, found = self._config, []
+        if not config.jobs and not config.glue.enabled:
+            found.append(config.told("jobs", "there are none: every trigger will be refused"))
+        for job in config.jobs.values():
+            for key, text in self._job(job):
+                found.append(config.told(f"jobs.{job.name}{key and '.'}{key}", text))
+        return found
+
+    def _job(self, job: JobConfig) -> typing.Iterator[tuple[str, str]]:
+        """(key, what is wrong)"""
+        if not job.name.strip():
+            yield "", "a job without a name: no trigger can call it"
+        if not os.path.isdir(job.cwd):
+            yield "cwd", f"the directory {job.cwd} does not exist"
+        if job.user:
+            try:
+                other = pwd.getpwnam(job.user).pw_uid != os.geteuid()
+            except KeyError:
+                yield "user", f"there is no user {job.user} on this host"
+            else:
+                if other and os.geteuid():
+                    yield "user", "only an executor that is root may become another user"
+        if job.command:
+            yield from self._arguments(job)
+        elif job.shell:
+            checked = subprocess.run(
+                ["/bin/sh", "-n", "-c", job.shell], stdin=subprocess.DEVNULL, capture_output=True
+            )
+            if checked.returncode:
+                told = checked.stderr.decode("utf-8", "replace").strip().partition("\n")[0]
+                yield "shell", printable(f"the shell cannot read it: {told}")
+        else:
+            yield from self._entry_point(job)
+
+    def _arguments(self, job: JobConfig) -> typing.Iterator[tuple[str, str]]:
+        if "{" not in job.command[0]:
+            problem = self._no_program(job, job.command[0])
+            if problem:
+                yield "command", problem
+        for name in re.findall(r"\{(\w+)\}", " ".join(job.command[1:])):
+            near = difflib.get_close_matches(name, PLACEHOLDERS, 1, 0.7)
+            if near and name not in PLACEHOLDERS:
+                yield "command", f"{{{name}}} stays as it is, did you mean {{{near[0]}}}?"
+
+    @staticmethod
+    def _no_program(job: JobConfig, program: str) -> str:
+        """Why `program` cannot be started, "" when it can."""
+        file = os.path.normpath(os.path.join(job.cwd, program))
+        if "/" not in program:
+            path = job.env.get("PATH", os.environ.get("PATH", os.defpath))
+            return "" if shutil.which(program, path=path) else f"{program} is not found in {path}"
+        if not os.path.exists(file):
+            return f"the program {file} does not exist"
+        executable = os.path.isfile(file) and os.access(file, os.X_OK)
+        return "" if executable else f"{file} is not executable: chmod +x"
+
+    def _entry_point(self, job: JobConfig) -> typing.Iterator[tuple[str, str]]:
+        for place in job.pythonpath:
+            if not os.path.exists(place):
+                yield "pythonpath", f"{place} does not exist"
+        interpreter = job.interpreter or sys.executable
+        if job.interpreter:
+            problem = self._no_program(job, job.interpreter)
+            if problem:
+                yield "interpreter", problem
+                return
+        try:
+            path = self._module_path(interpreter)
+        except ExecutorError as error:
+            yield "interpreter", str(error)
+            return
+        problem = self._no_function(job.python, [*job.pythonpath, job.cwd, *path])
+        if problem:
+            yield "python", problem
+
+    def _module_path(self, interpreter: str) -> list[str]:
+        """Where it finds modules. Raises ExecutorError for one that runs no Python job."""
+        if interpreter == sys.executable:
+            return sys.path
+        if interpreter not in self._paths:
+            code = "import sys; print(list(sys.version_info[:2])); print('\\n'.join(sys.path))"
+            try:
+                found = subprocess.run(
+                    [interpreter, "-c", code],
+                    stdin=subprocess.DEVNULL,
+                    capture_output=True,
+                    timeout=10,
+                    cwd="/",
+                )
+                version, *path = os.fsdecode(found.stdout).splitlines()
+                major, minor = json.loads(version)
+            except (OSError, ValueError, subprocess.TimeoutExpired):
+                raise ExecutorError(f"{interpreter} is no Python that runs") from None
+            if (major, minor) < (3, 9):
+                raise ExecutorError(OLD_PYTHON.format(interpreter, f"{major}.{minor}"))
+            self._paths[interpreter] = path
+        return self._paths[interpreter]
+
+    @staticmethod
+    def _no_function(entry_point: str, path: list[str]) -> str:
+        """Why `module:function` cannot be called, "" when it can or nobody knows."""
+        module, _, function = entry_point.partition(":")
+        places: typing.Any = path
+        name, spec = "", None
+        for part in module.split("."):
+            name = f"{name}.{part}" if name else part
+            if name in sys.builtin_module_names:
+                return ""
+            try:
+                spec = importlib.machinery.PathFinder.find_spec(name, places)
+            except Exception:  # a broken archive in the path
+                return ""
+            if spec is None:
+                return f"there is no module {name} in pythonpath, cwd or the interpreter's own path"
+            places = spec.submodule_search_locations or []
+        if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+            return ""
+        try:
+            with open(spec.origin, "rb") as stream:
+                tree = ast.parse(stream.read())
+        except SyntaxError as error:
+            return f"{spec.origin}:{error.lineno}: {error.msg}"
+        except (OSError, ValueError, RecursionError):
+            return ""
+        names: set[str] = set()
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                names.add(node.name)
+            elif isinstance(node, (ast.Import, ast.ImportFrom)):
+                names.update((alias.asname or alias.name).partition(".")[0] for alias in node.names)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                names.add(node.id)
+        if function in names or {"*", "__getattr__"} & names:
+            return ""
+        near = difflib.get_close_matches(function, sorted(names), 1)
+        hint = f', did you mean "{near[0]}"?' if near else ""
+        return f"{spec.origin} has no function {function}{hint}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -7266,6 +7496,7 @@ class Daemon:
             "admin " + ", ".join(config.admin.addresses) if config.admin.addresses else "no admin",
         )
         trim_memory()
+        self._check_host(config)
         notify(f"READY=1\nSTATUS=listening on {self.url}, {counted(len(config.jobs), 'job')}")
         patience = 30 + 4 * len(config.admin.addresses) * (
             config.admin.timeout + config.admin.connect_timeout
@@ -7283,6 +7514,17 @@ class Daemon:
     def _prepare(self, config: Config) -> None:
         self._processes.prepare(config.jobs.values())
         self._slots.prepare(config.jobs.values())
+
+    def _check_host(self, config: Config) -> None:
+        """In a thread of its own: it starts programs, and looks into directories that may not
+        answer."""
+
+        def check() -> None:
+            for warning in HostCheck(config).warnings():
+                log.warning("%s", warning)
+
+        with contextlib.suppress(RuntimeError):  # no more threads: the first run will tell
+            threading.Thread(target=check, name="host-check", daemon=True).start()
 
     def _bound(self, config: Config) -> Config:
         """`config` with the address that is listened on: that of an inherited socket takes the
@@ -7432,8 +7674,6 @@ class Daemon:
                 f" (and {len(more)} more, see check)" if more else "",
             )
         else:
-            for warning in new.warnings:
-                log.warning("%s", warning)
             admin = dataclasses.replace(old.admin, access_token=new.admin.access_token)
             if admin != old.admin:
                 self._admin.use_token(admin.access_token)
@@ -7457,6 +7697,7 @@ class Daemon:
             )
             self.config = self._api.config = dataclasses.replace(old, admin=admin, jobs=new.jobs)
             self._prepare(new)
+            self._check_host(new)
             log.info(
                 "reloaded %s: %s, added %s, changed %s, removed %s",
                 old.file,
@@ -7600,31 +7841,24 @@ def provide_limits(config: ExecutorConfig) -> int:
     return room
 
 
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def refuse_unsafe(config: Config) -> None:
     """Raises ConfigError when anybody on the network could run jobs; warns of the token that every
     attacker knows."""
     token = config.admin.access_token
     host = config.executor.bind[0]
     if not token and not config.executor.allow_no_token and not is_loopback(host):
-        raise ConfigError(
-            f"{config.file}: admin.access_token: is empty, and executor.bind {host} is open to the"
-            " network: set a token, bind to 127.0.0.1, or set executor.allow_no_token: true when a"
-            " firewall keeps others out"
+        told = (
+            f"is empty, and executor.bind {host} is open to the network: set a token, bind to"
+            " 127.0.0.1, or set executor.allow_no_token: true when a firewall keeps others out"
         )
+        raise ConfigError(config.told("admin.access_token", told, "executor.bind"))
     if config.glue.enabled and token in (None, "", "default_token"):
-        raise ConfigError(
-            f"{config.file}: glue.enabled: whoever knows the token can run any script here, and"
-            " admin.access_token is"
+        told = (
+            "whoever knows the token can run any script here, and admin.access_token is"
             f" {'the one that every attacker tries first' if token else 'empty'}: set another one"
             " there and in the admin, or set glue.enabled: false"
         )
+        raise ConfigError(config.told("glue.enabled", told))
     if token == "default_token":
         log.warning(
             "ACCESS TOKEN IS default_token, which every attacker tries first: set another"
@@ -7815,39 +8049,61 @@ def table(
 
 def cmd_run(arguments: argparse.Namespace) -> int:
     signals = Signals(*Daemon.SIGNALS)  # first: what comes from now on waits for `serve`
-    config = load_config(find_config(arguments.config))
-    for warning in config.warnings:
-        log.warning("%s", warning)
-    daemon = Daemon(config, signals)
+    require_modules()
+    daemon = Daemon(load_config(find_config(arguments.config)), signals)
     daemon.start()
     daemon.serve()
     return 0
 
 
+INSTALL = "apt install python3-requests python3-yaml, or pip install requests PyYAML"
+
+
+def require_modules() -> None:
+    """Raises ExecutorError when the client of the admin is missing: it is imported later."""
+    if importlib.util.find_spec("requests") is None:
+        raise ExecutorError(f"No module named 'requests': {INSTALL}")
+
+
 def cmd_check(arguments: argparse.Namespace) -> int:
-    config = load_config(find_config(arguments.config))
+    """Show the jobs, then everything that is wrong."""
+    problems: list[str] = []
+    file = find_config(arguments.config)
+    try:
+        config = load_config(file)
+    except ConfigError as error:
+        if error.config is None:
+            raise
+        config, problems = error.config, str(error).splitlines()
+    if config.jobs:
+        print("\n".join(map(fit, table(("JOB", "KIND", "TIMEOUT", "DESCRIPTION"), _rows(config)))))
+        sys.stdout.flush()
+    try:
+        if config.executor.bind is not None and "access_token" not in "".join(problems):
+            refuse_unsafe(config)
+    except ConfigError as error:
+        problems.append(str(error))
     require_kernel()
-    for warning in config.warnings:
+    require_modules()
+    for warning in HostCheck(config).warnings() if not problems else []:
         print(f"warning: {warning}", file=sys.stderr)
-    refuse_unsafe(config)
-    kinds = {
-        job.name: (
-            "shell" if job.shell else "command" if job.command else f"python ({job.isolation})"
-        )
-        for job in config.jobs.values()
-    }
-    rows = [
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+    print(f"\n{config.file} is fine: {counted(len(config.jobs), 'job')}")
+    return 0
+
+
+def _rows(config: Config) -> list[tuple[str, ...]]:
+    """The table of `check`."""
+    return [
         (
             job.name,
-            kinds[job.name],
+            "shell" if job.shell else "command" if job.command else f"python ({job.isolation})",
             seconds_text(job.timeout) if job.timeout else "-",
             job.description or job.what,
         )
         for job in config.jobs.values()
     ]
-    print("\n".join(map(fit, table(("JOB", "KIND", "TIMEOUT", "DESCRIPTION"), rows))))
-    print(f"\n{config.file} is fine: {counted(len(config.jobs), 'job')}")
-    return 0
 
 
 class _Progress:
@@ -8505,15 +8761,6 @@ exit status: 0 fine, 1 failed, 2 bad usage or configuration""",
     return top
 
 
-def printable(text: str) -> str:
-    """`text` with its control characters shown escaped."""
-    if text.isprintable():
-        return text
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
-    )
-
-
 def set_up_logging(output: Output) -> None:
     """One line an event to `output`; under systemd with a priority and without the time, which the
     journal has."""
@@ -8605,11 +8852,7 @@ def main(argv: typing.Sequence[str] | None = None) -> int:
         print(f"xxl-executor: {error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
-        print(
-            f"xxl-executor: {error}: apt install python3-requests python3-yaml, or pip install"
-            " requests PyYAML",
-            file=sys.stderr,
-        )
+        print(f"xxl-executor: {error}: {INSTALL}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

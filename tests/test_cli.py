@@ -22,6 +22,10 @@ from conftest import PROGRAM, alive, result_of, run_job, wait_until
 import xxl_executor
 
 program = PROGRAM  # as a user does
+OPEN = (
+    "admin.access_token: is empty, and executor.bind {} is open to the network: set a token, bind"
+    " to 127.0.0.1, or set executor.allow_no_token: true when a firewall keeps others out\n"
+)
 COMMANDS = ("run", "check", "demo", "exec", "runs", "logs", "status")
 PYTHON_JOBS = """
 import sys, threading
@@ -252,7 +256,7 @@ def test_where_the_configuration_is_taken_from(place):
 def test_check(place):
     place.write("""\
 executor: {bind: "127.0.0.1:9999"}
-include: [none.yaml]
+include: [none*.yaml]
 jobs:
   hello: {shell: "echo hello\\n  echo again"}
   cleanup: {command: [find, /var/tmp/a b], timeout: 10m, description: Removes old files}
@@ -272,8 +276,10 @@ ticker   python (thread)   -        滴答
 
 ./config.yaml is fine: 5 jobs
 """,
-        "warning: config.yaml:2: include: none.yaml matches no file\n".replace(
-            "config.yaml", "./config.yaml"
+        "".join(
+            f"warning: ./config.yaml:{line}: jobs.{job}.python: there is no module {module} in"
+            " pythonpath, cwd or the interpreter's own path\n"
+            for line, job, module in ((6, "report", "reports"), (7, "ticker", "ticks"))
         ),
     )
     assert sorted(os.listdir(place.directory)) == [
@@ -313,15 +319,19 @@ def test_check_leaves_a_running_executor_alone(executor, place):
     "arguments", [["check"], ["run"], [], ["demo"], ["exec", "hello"]], ids=" ".join
 )
 def test_broken_configuration(place, arguments):
-    place.write("executor:\n  max_running: 0\njobs:\n  hello:\n    timout: 5\n    shell: x\n")
-    assert place.run("-c", "config.yaml", *arguments) == (
-        2,
-        "",
-        """\
-config.yaml:2: executor.max_running: expected a whole number from 1 to 1024, got the number 0
-config.yaml:5: jobs.hello.timout: unknown key, did you mean "timeout"?
-""",
+    place.write(
+        "executor:\n  bind: 0.0.0.0:9999\n  max_running: 0\njobs:\n  hello:\n    timout: 5\n"
+        "    shell: x\n  good: {shell: x}\n"
     )
+    status, out, err = place.run("-c", "config.yaml", *arguments)
+    problems = """\
+config.yaml:3: executor.max_running: expected a whole number from 1 to 1024, got the number 0
+config.yaml:6: jobs.hello.timout: unknown key, did you mean "timeout"?
+"""
+    if arguments == ["check"]:  # it shows the jobs, and whatever else is wrong
+        assert out == "JOB   KIND   TIMEOUT  DESCRIPTION\ngood  shell  -        x\n"
+        problems += f"config.yaml:2: {OPEN.format('0.0.0.0')}"
+    assert (status, err) == (2, problems) and (out == "" or arguments == ["check"])
 
 
 @pytest.mark.parametrize("arguments", [["check"], ["--help"], ["check", "--help"]], ids=" ".join)
@@ -355,15 +365,9 @@ def test_broken_pipe(place, arguments):
 )
 def test_unsafe_start_is_refused(place, bind, host, arguments):
     place.write(f"executor: {{bind: {bind}}}\njobs: {{hello: {{shell: x}}}}\n")
-    assert place.run("-c", "config.yaml", *arguments.split()) == (
-        2,
-        "",
-        (
-            f"config.yaml: admin.access_token: is empty, and executor.bind {host} is open to the"
-            " network: set a token, bind to 127.0.0.1, or set executor.allow_no_token: true when a"
-            " firewall keeps others out\n"
-        ),
-    )
+    status, out, err = place.run("-c", "config.yaml", *arguments.split())
+    assert (status, err) == (2, f"config.yaml:1: {OPEN.format(host)}")
+    assert out.startswith("JOB ") if arguments == "check" else out == ""
     assert not (place.directory / "data").exists()
 
 

@@ -1,0 +1,158 @@
+"""What `check` and the start say of what is missing on this host, before a run fails for it."""
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+
+import pytest
+from conftest import PROGRAM, wait_until
+
+program = PROGRAM
+MODULES = {
+    "good.py": "def main(): open('ran', 'w')\nopen('ran', 'w')\n",
+    "broken.py": "def main(:\n",
+    "package/__init__.py": "raise SystemExit('imported')\n",
+    "package/inner.py": "try:\n    from json import loads as main\nexcept ImportError: pass\n",
+    "open.py": "from os import *\n",
+}
+CONFIG = """\
+executor: {bind: "127.0.0.1:0"}
+jobs:
+  cwd: {shell: x, cwd: /nowhere}
+  user: {shell: x, user: nobody-here}
+  program: {command: [no-such-program, x]}
+  own-path: {command: [tool], env: {PATH: bin}, cwd: /}
+  file: {command: [./missing]}
+  plain: {command: [./plain.sh]}
+  shell: {shell: 'if true; then echo'}
+  braces: {command: [echo, "{params}", "{param}", "{print}", "a{shard_idx}"]}
+  interpreter: {python: "good:main", interpreter: /opt/none/python}
+  no-python: {python: "good:main", interpreter: /bin/true}
+  pythonpath: {python: "good:main", pythonpath: [lib, .]}
+  module: {python: "missing:main"}
+  inner: {python: "package.other:main"}
+  function: {python: "good:mian"}
+  syntax: {python: "broken:main", isolation: thread}
+  fine: {python: "good:main"}
+  deep: {python: "package.inner:main"}
+  star: {python: "open:getcwd"}
+  builtin: {python: "time:time"}
+  other: {python: "good:main", interpreter: PYTHON}
+  " ": {shell: x}
+"""
+
+
+def check(directory, *arguments, **env):
+    return subprocess.run(
+        [sys.executable, "-W", "error", str(PROGRAM), *arguments],
+        cwd=directory,
+        text=True,
+        capture_output=True,
+        timeout=60,
+        env={**os.environ, **env},
+    )
+
+
+@pytest.fixture
+def host(tmp_path):
+    for name, text in MODULES.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "plain.sh").write_text("true\n")
+    text = CONFIG.replace("PYTHON", sys.executable)
+    (tmp_path / "config.yaml").write_text(text)
+    return tmp_path
+
+
+def test_what_is_missing_is_told_with_its_line(host):
+    before = sorted(os.listdir(host))
+    found = check(host, "check")
+    assert found.returncode == 0 and "./config.yaml is fine: 21 jobs" in found.stdout
+    elsewhere = "in pythonpath, cwd or the interpreter's own path"
+    wanted = {
+        3: ("cwd.cwd", "the directory /nowhere does not exist"),
+        4: ("user.user", "there is no user nobody-here on this host"),
+        5: ("program.command", f"no-such-program is not found in {os.environ['PATH']}"),
+        6: ("own-path.command", "tool is not found in bin"),
+        7: ("file.command", f"the program {host}/missing does not exist"),
+        8: ("plain.command", f"{host}/plain.sh is not executable: chmod +x"),
+        11: ("interpreter.interpreter", "the program /opt/none/python does not exist"),
+        12: ("no-python.interpreter", "/bin/true is no Python that runs"),
+        13: ("pythonpath.pythonpath", f"{host}/lib does not exist"),
+        14: ("module.python", f"there is no module missing {elsewhere}"),
+        15: ("inner.python", f"there is no module package.other {elsewhere}"),
+        16: ("function.python", f'{host}/good.py has no function mian, did you mean "main"?'),
+        17: ("syntax.python", None),
+        23: (" ", "a job without a name: no trigger can call it"),
+    }
+    lines = found.stderr.splitlines()
+    for number, (key, text) in wanted.items():
+        told = f"warning: ./config.yaml:{number}: jobs.{key}: "
+        (line,) = [line for line in lines if f":{number}: " in line]
+        assert line.startswith(told) and (text is None or line == told + text), line
+    (shell,) = [
+        line for line in lines if ":9: jobs.shell.shell: the shell cannot read it: " in line
+    ]
+    assert "yntax error" in shell
+    braces = [line.partition(": jobs.braces.command: ")[2] for line in lines if ":10: " in line]
+    assert braces == [
+        "{params} stays as it is, did you mean {param}?",
+        "{shard_idx} stays as it is, did you mean {shard_index}?",
+    ]
+    assert len(lines) == len(wanted) + 3, found.stderr
+    assert sorted(os.listdir(host)) == before, "nothing of a job was run or imported"
+
+
+def test_no_jobs(host):
+    (host / "config.yaml").write_text('executor: {bind: "127.0.0.1:0"}\njobs: {}\n')
+    found = check(host, "check")
+    assert (found.returncode, found.stderr) == (
+        0,
+        "warning: ./config.yaml:2: jobs: there are none: every trigger will be refused\n",
+    )
+
+
+def test_an_old_python(host):
+    old = host / "old-python"
+    old.write_text("#!/bin/sh\necho '[3, 6]'\n")
+    old.chmod(old.stat().st_mode | stat.S_IXUSR)
+    text = f'executor: {{bind: "127.0.0.1:0"}}\njobs: {{a: {{python: "good:main", interpreter: {old}}}}}\n'
+    (host / "config.yaml").write_text(text)
+    told = f"{old} is Python 3.6, and a python job needs 3.9: use command: [python, script] for it"
+    assert check(host, "check").stderr == f"warning: ./config.yaml:2: jobs.a.interpreter: {told}\n"
+
+
+def test_the_start_and_a_reload_tell_it_too(executor):
+    daemon = executor({"a": {"shell": "x", "cwd": "/nowhere"}})
+    told = "jobs.a.cwd: the directory /nowhere does not exist"
+    wait_until(lambda: f"config.yaml:{1 + line(daemon, 'cwd')}: {told}" in daemon.log)
+    text = (
+        daemon.file.read_text().replace("cwd: /nowhere", "cwd: /").replace("shell: x", "shell: if")
+    )
+    daemon.file.write_text(text)
+    daemon.signal(signal.SIGHUP)
+    wait_until(lambda: "jobs.a.shell: the shell cannot read it: " in daemon.log)
+
+
+def line(daemon, word):
+    lines = daemon.file.read_text().splitlines()
+    return next(number for number, text in enumerate(lines) if word in text)
+
+
+@pytest.mark.parametrize("arguments", [["run"], ["check"], []], ids=" ".join)
+def test_without_requests(host, arguments):
+    (host / "config.yaml").write_text('executor: {bind: "127.0.0.1:0"}\njobs: {a: {shell: x}}\n')
+    (host / "hook").mkdir()
+    (host / "hook/sitecustomize.py").write_text(
+        "import importlib.util, sys\nfound = importlib.util.find_spec\n"
+        "sys.modules['requests'] = None\n"
+        "importlib.util.find_spec = lambda name: None if name == 'requests' else found(name)\n"
+    )
+    found = check(host, *arguments, PYTHONPATH="hook")
+    assert (found.returncode, found.stderr) == (
+        1,
+        "xxl-executor: No module named 'requests': apt install python3-requests python3-yaml, or"
+        " pip install requests PyYAML\n",
+    )
