@@ -95,6 +95,7 @@ import email.message
 import email.utils
 import enum
 import errno
+import faulthandler
 import fcntl
 import functools
 import gc
@@ -168,6 +169,7 @@ MARKER = (  # environment variable that names the data_dir and the run of every 
     "XXL_EXECUTOR_RUN"
 )
 FAILPOINT = "XXL_EXECUTOR_FAILPOINT"  # environment variable of the tests, see `failpoint`
+OLD_STATUS = 39  # exit status of a Python server whose interpreter is too old
 OLD_PYTHON = "{} is Python {}, and a python job needs 3.9: use command: [python, script] for it"
 SECRETS = re.compile(
     "XXL_JOB_ACCESS_TOKEN|NOTIFY_SOCKET|WATCHDOG_.*|LISTEN_.*|CREDENTIALS_DIRECTORY"
@@ -515,6 +517,8 @@ class Output:
     what is beyond OUTPUT_LIMIT is dropped: a line then says how much.
     """
 
+    all: typing.ClassVar[list[Output]] = []  # one or two live as long as the process
+
     def __init__(self, fd: int):
         try:
             found = os.fstat(fd)
@@ -523,6 +527,8 @@ class Output:
             found = os.fstat(fd)
         self._fd, self._lock = fd, threading.Lock()
         self._waiting, self._dropped = bytearray(), 0  # bytes
+        self.lost = 0  # bytes that were dropped, in all
+        Output.all.append(self)
         self._idle = threading.Event()
         self._idle.set()
         # poll(2) promises so much of a pipe or a socket; a file never has anybody wait for a reader
@@ -541,6 +547,7 @@ class Output:
             rest = data if self._waiting else self._write_some(data)
             if len(rest) == len(data) and len(self._waiting) + len(data) > OUTPUT_LIMIT:
                 self._dropped += len(data)
+                self.lost += len(data)
             else:  # never only the beginning of a line
                 self._waiting += rest
             if (self._waiting or self._dropped) and self._idle.is_set():
@@ -838,6 +845,13 @@ def _entry_point(reader, node) -> str:
     return value
 
 
+def _module(reader, node) -> str:
+    value = _text(reader, node)
+    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", value):
+        raise _expected('a module such as "pandas" or "reports.common"', node)
+    return value
+
+
 def _url(reader, node) -> str:
     value = _text(reader, node)
     with contextlib.suppress(ValueError):
@@ -892,7 +906,7 @@ class ExecutorConfig:
     app_name: str = _option(_header, "xxl-job-executor-sample")
     bind: tuple = _option(_bind, "0.0.0.0:9999")
     address: str = _option(_url)
-    data_dir: str = _option(_path, "./data")
+    data_dir: str = _option(_path, "${STATE_DIRECTORY:-./data}")
     max_running: int = _option(_whole(1, 1024), "32")
     max_queued: int = _option(_whole(1, 1_000_000), "10000")
     drain_timeout: float = _option(_duration, "30s")
@@ -901,6 +915,7 @@ class ExecutorConfig:
     log_retention: float = _option(_retention, "30d")
     allow_no_token: bool = _option(_flag, "false")
     log_to_stdout: bool = _option(_flag, "false")
+    log_format: str = _option(_choice("text", "json"), "text")
     watch_config: bool = _option(_flag, "false")
 
 
@@ -918,6 +933,7 @@ class JobConfig:
 
     name: str
     description: str = _option(_text)
+    enabled: bool = _option(_flag, "true")
     shell: str = _option(_text, raw=True)  # the shell expands ${NAME} itself, when the job runs
     command: tuple = _option(_command)
     python: str = _option(_entry_point)
@@ -929,6 +945,7 @@ class JobConfig:
     user: str = _option(_text)
     interpreter: str = _option(_program)
     pythonpath: tuple = _option(_list(_path), "[]")
+    preload: tuple = _option(_list(_module), "[]")
     max_delay: float = _option(_duration, "0")
     queue_limit: int = _option(_whole(1, 1_000_000), "1000")
     on_crash: str = _option(_choice("fail", "rerun"), "fail")
@@ -1161,6 +1178,7 @@ class _YamlReader:
                     value = self.expand(value)
                 if _absent(value):
                     value = self._default(default, node)
+                    value = value and self.expand(value)
                 values[name] = None if value is None else parse(self, value)
             except _Bad as error:
                 self.problem(error.node, f"{path}.{name}{error.key}: {error}")
@@ -1193,10 +1211,16 @@ class _ConfigReader(_YamlReader):
             )
             return None
         given = {name.value: name for name, value in self.pairs(node) if not _absent(value)}
-        for name in ("interpreter", "pythonpath", "isolation"):
+        for name in ("interpreter", "pythonpath", "isolation", "preload"):
             if name in given and not job.python:
                 self.problem(given[name], f"{path}.{name}: only a python job has it: remove it")
-        for name in ("interpreter", "user", "cwd", "env", "background"):
+        if "preload" in given and job.user:
+            self.problem(
+                given["preload"],
+                f"{path}.preload: with a user its modules would be imported as the executor's own"
+                " user: remove one of them",
+            )
+        for name in ("interpreter", "user", "cwd", "env", "background", "preload"):
             if name in given and job.isolation == "thread":
                 self.problem(
                     given[name],
@@ -1239,6 +1263,9 @@ class _ConfigReader(_YamlReader):
             ):  # x-...: a place for YAML anchors, as in Compose files
                 self.unknown(key, key.value, parts)
         admin = self.section(AdminConfig, parts["admin"], "admin")
+        credentials = os.environ.get("CREDENTIALS_DIRECTORY")
+        if credentials and not self.token and "admin.access_token" not in self.places:
+            self._credential(os.path.join(credentials, "token"))
         admin = dataclasses.replace(admin, access_token=self.token)
         executor = self.section(ExecutorConfig, parts["executor"], "executor")
         glue = self.section(GlueConfig, parts["glue"], "glue")
@@ -1247,6 +1274,18 @@ class _ConfigReader(_YamlReader):
         self.jobs(parts["jobs"], jobs, where)
         self._include(parts["include"], jobs, where)
         return Config(self.file, admin, executor, glue, jobs, tuple(self.files), self.places)
+
+    def _credential(self, file: str) -> None:
+        """The token that systemd passes (LoadCredential=token:...), when none is configured."""
+        self.files.append(glob.escape(file))
+        try:
+            with open(file, encoding="utf-8") as stream:
+                node = self.yaml.ScalarNode("tag:yaml.org,2002:str", stream.read().strip())
+            self.token = _header(self, node)
+        except FileNotFoundError:
+            pass
+        except (OSError, UnicodeDecodeError, _Bad) as error:
+            self.problems.append((file, 0, f"admin.access_token: cannot be taken: {error}"))
 
     def _include(self, node, jobs: dict, where: dict) -> None:
         if _absent(node):
@@ -1386,6 +1425,10 @@ class HostCheck:
         return "" if executable else f"{file} is not executable: chmod +x"
 
     def _entry_point(self, job: JobConfig) -> typing.Iterator[tuple[str, str]]:
+        for module in job.preload:
+            problem = self._no_module(module, [*job.pythonpath, job.cwd, *sys.path])
+            if problem and not job.interpreter:
+                yield "preload", problem
         for place in job.pythonpath:
             if not os.path.exists(place):
                 yield "pythonpath", f"{place} does not exist"
@@ -1428,22 +1471,39 @@ class HostCheck:
         return self._paths[interpreter]
 
     @staticmethod
-    def _no_function(entry_point: str, path: list[str]) -> str:
-        """Why `module:function` cannot be called, "" when it can or nobody knows."""
-        module, _, function = entry_point.partition(":")
+    def _find_module(module: str, path: list[str]) -> typing.Any:
+        """Its spec; None when nobody knows. Raises ExecutorError when it is missing."""
         places: typing.Any = path
         name, spec = "", None
         for part in module.split("."):
             name = f"{name}.{part}" if name else part
             if name in sys.builtin_module_names:
-                return ""
+                return None
             try:
                 spec = importlib.machinery.PathFinder.find_spec(name, places)
             except Exception:  # a broken archive in the path
-                return ""
+                return None
             if spec is None:
-                return f"there is no module {name} in pythonpath, cwd or the interpreter's own path"
+                raise ExecutorError(
+                    f"there is no module {name} in pythonpath, cwd or the interpreter's own path"
+                )
             places = spec.submodule_search_locations or []
+        return spec
+
+    def _no_module(self, module: str, path: list[str]) -> str:
+        try:
+            self._find_module(module, path)
+        except ExecutorError as error:
+            return str(error)
+        return ""
+
+    def _no_function(self, entry_point: str, path: list[str]) -> str:
+        """Why `module:function` cannot be called, "" when it can or nobody knows."""
+        module, _, function = entry_point.partition(":")
+        try:
+            spec = self._find_module(module, path)
+        except ExecutorError as error:
+            return str(error)
         if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
             return ""
         try:
@@ -1486,8 +1546,18 @@ _BUCKETS = (
     14_400,
 )  # seconds: a warm start to a nightly job
 _METRICS = {  # name: (type, help, names of labels)
-    "runs_total": ("counter", "Finished runs by job handler and result code.", "job", "code"),
-    "run_duration_seconds": ("histogram", "Duration of finished runs."),
+    "runs_total": ("counter", "Finished runs by JobHandler and result code.", "handler", "code"),
+    "run_duration_seconds": ("histogram", "Duration of finished runs by JobHandler.", "handler"),
+    "last_run_timestamp_seconds": (
+        "gauge",
+        "When a run of a JobHandler last ended, as far as this executor has seen one.",
+        "handler",
+    ),
+    "last_success_timestamp_seconds": (
+        "gauge",
+        "When a run of a JobHandler last succeeded, as far as this executor has seen one.",
+        "handler",
+    ),
     "run_wait_seconds": (
         "histogram",
         "Time between the acceptance of a trigger and the start of its run.",
@@ -1506,7 +1576,12 @@ _METRICS = {  # name: (type, help, names of labels)
     "undelivered_results": ("gauge", "Results that the admin has not acknowledged."),
     "oldest_undelivered_seconds": ("gauge", "Age of the oldest of them, 0 when there is none."),
     "dead_results": ("gauge", "Results that were given up after 7 days."),
-    "start_time_seconds": ("gauge", "When this executor started."),
+    "max_running": ("gauge", "Runs that may be in progress at once."),
+    "config_last_reload_successful": (
+        "gauge",
+        "Whether the last reload worked, or none was asked.",
+    ),
+    "output_dropped_bytes": ("gauge", "Bytes for stdout and stderr that nobody read, so far."),
     "connections": ("gauge", "Open HTTP connections."),
     "last_heartbeat_timestamp_seconds": ("gauge", "When the admin last acknowledged a heartbeat."),
 }
@@ -1532,9 +1607,16 @@ class Metrics:
         with self._lock:
             self._values[key] = self._values.get(key, 0) + amount
 
-    def observe(self, name: str, value: float) -> None:
+    def set(self, name: str, value: float, **labels: typing.Any) -> None:
         with self._lock:
-            sums = self._values[name, ()]
+            self._values[name, tuple(labels.items())] = value
+
+    def observe(self, name: str, value: float, **labels: typing.Any) -> None:
+        with self._lock:
+            key = (name, tuple(labels.items()))
+            sums = self._values.get(key)
+            if sums is None:
+                sums = self._values[key] = [0] * (len(_BUCKETS) + 1) + [0.0]
             sums[
                 next((i for i, bound in enumerate(_BUCKETS) if value <= bound), len(_BUCKETS))
             ] += 1
@@ -1554,36 +1636,83 @@ class Metrics:
         for name, (kind, text, *_) in _METRICS.items():
             lines += [f"# HELP xxl_executor_{name} {text}", f"# TYPE xxl_executor_{name} {kind}"]
             for (found, labels), value in values.items():
-                if found != name:
-                    continue
-                if kind == "histogram":
-                    counts = [sum(value[: i + 1]) for i in range(len(_BUCKETS) + 1)]
-                    bounds = [str(bound) for bound in _BUCKETS] + ["+Inf"]
-                    lines += [
-                        f'xxl_executor_{name}_bucket{{le="{b}"}} {c}'
-                        for b, c in zip(bounds, counts)
-                    ]
-                    lines += [
-                        f"xxl_executor_{name}_sum {value[-1]:.6f}",
-                        f"xxl_executor_{name}_count {counts[-1]}",
-                    ]
-                else:
-                    shown = ",".join(
-                        '{}="{}"'.format(
-                            key,
-                            str(text).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n"),
-                        )
-                        for key, text in labels
-                    )
-                    lines.append(f"xxl_executor_{name}{'{' + shown + '}' if shown else ''} {value}")
+                if found == name and kind == "histogram":
+                    lines += _histogram(f"xxl_executor_{name}", labels, value)
+                elif found == name:
+                    lines.append(f"xxl_executor_{name}{_labels(labels)} {value}")
         lines += [
             "# HELP xxl_executor_build_info Version of the executor and its Python.",
             "# TYPE xxl_executor_build_info gauge",
             f'xxl_executor_build_info{{version="{__version__}",'
             f'python="{sys.version.split()[0]}"}} 1',
+            *_process_metrics(),
             "",
         ]
         return "\n".join(lines)
+
+
+def _labels(labels: typing.Iterable[tuple[str, typing.Any]]) -> str:
+    shown = ",".join(
+        '{}="{}"'.format(
+            key, str(text).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+        )
+        for key, text in labels
+    )
+    return f"{{{shown}}}" if shown else ""
+
+
+def _histogram(name: str, labels: tuple, value: list) -> list[str]:
+    bounds = [*map(str, _BUCKETS), "+Inf"]
+    counts = list(itertools.accumulate(value[: len(bounds)]))
+    return [
+        *(
+            f"{name}_bucket{_labels([*labels, ('le', bound)])} {count}"
+            for bound, count in zip(bounds, counts)
+        ),
+        f"{name}_sum{_labels(labels)} {value[-1]:.6f}",
+        f"{name}_count{_labels(labels)} {counts[-1]}",
+    ]
+
+
+def _process_metrics() -> list[str]:
+    """What every Prometheus client tells of its process, under the same names; see
+    https://prometheus.io/docs/instrumenting/writing_clientlibs/#process-metrics"""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    found: list[tuple[str, str, str, float]] = [
+        (
+            "cpu_seconds_total",
+            "counter",
+            "User and system CPU time.",
+            round(used.ru_utime + used.ru_stime, 3),
+        )
+    ]
+    with contextlib.suppress(OSError, ValueError, IndexError):  # no descriptor free, no /proc
+        fields = _read_proc("/proc/self/stat").rpartition(b") ")[2].split()
+        uptime = float(_read_proc("/proc/uptime").split()[0])
+        began = time.time() - uptime + int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        resident = int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
+        found += [
+            (
+                "start_time_seconds",
+                "gauge",
+                "Start of the process since the epoch.",
+                round(began, 2),
+            ),
+            ("virtual_memory_bytes", "gauge", "Virtual memory size.", int(fields[20])),
+            ("resident_memory_bytes", "gauge", "Resident memory size.", resident),
+            ("open_fds", "gauge", "Open file descriptors.", len(os.listdir("/proc/self/fd"))),
+        ]
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    found.append(("max_fds", "gauge", "Maximum of open file descriptors.", most))
+    return [
+        line
+        for name, kind, text, value in found
+        for line in (
+            f"# HELP process_{name} {text}",
+            f"# TYPE process_{name} {kind}",
+            f"process_{name} {value}",
+        )
+    ]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2643,6 +2772,12 @@ class Api:
             here = f": add it under jobs in {self.config.file}"
             hint = f', did you mean "{near[0]}"?' if near else here
             raise Refused(f'job handler "{name}" not found{hint}', "unknown_handler")
+        if not job.enabled:
+            raise Refused(
+                f'job handler "{job.name}" is disabled: jobs.{job.name}.enabled is false in'
+                f" {self.config.file}",
+                "disabled",
+            )
         return job
 
     def _script(self, trigger: Trigger, fields: dict, request: Request) -> JobConfig:
@@ -2863,6 +2998,12 @@ class Core(Watched):
         """What ended in earlier lives, the latest first."""
 
         def merge(value: typing.Any) -> None:
+            for run in reversed(past):  # a later one of this life stays
+                ended = run.began + (run.took or 0.0)
+                names = ["last_run", *(["last_success"] if run.code == SUCCESS else [])]
+                for name in names if run.label not in self._recent else ():
+                    metric = f"{name}_timestamp_seconds"
+                    self._metrics.set(metric, round(ended, 3), handler=run.label)
             for run in past:
                 recent = self._recent.setdefault(run.label, collections.deque(maxlen=RECENT))
                 if not recent and run.code != SUCCESS:
@@ -3255,8 +3396,13 @@ class Core(Watched):
     def _account(self, run: Run, result: Result) -> None:
         took = time.monotonic() - run.started if run.started else 0.0
         self._show(run.trigger, took, result)
-        self._metrics.count("runs_total", job=run.trigger.label, code=result.code)
-        self._metrics.observe("run_duration_seconds", took)
+        label = run.trigger.label
+        self._metrics.count("runs_total", handler=label, code=result.code)
+        self._metrics.observe("run_duration_seconds", took, handler=label)
+        self._metrics.set("last_run_timestamp_seconds", round(time.time(), 3), handler=label)
+        if result.code == SUCCESS:
+            now = round(time.time(), 3)
+            self._metrics.set("last_success_timestamp_seconds", now, handler=label)
         self._batch.lines.append(
             f"finished {run.trigger} code={result.code} in {seconds_text(took)}:"
             f" {result.message[:200]}"
@@ -3272,8 +3418,9 @@ ASIDE_LIMIT = 1000  # threads beside the supervisor; each run needs one at a tim
 # Seconds; tests/bench.py, shell: two threads that start processes give 1.1 times the runs of 32.
 CREW_PATIENCE = 0.05
 SERVER_LIMIT = 10.0  # seconds that a Python server may take to fork; it takes milliseconds
+PRELOAD_LIMIT = 60.0  # seconds; the same while it imports what a job wants preloaded
 STORE_LIMIT = 5.0  # seconds that a run which is out of time waits for that to be stored
-PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 4, 36  # <linux/prctl.h>
+PR_SET_DUMPABLE, PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 4, 15, 36  # <linux/prctl.h>
 M_MMAP_THRESHOLD = -3  # <malloc.h>
 _KEPT: dict[int, int] = {}  # {pid: start time} of what jobs with background: keep left
 _OWN: set[int] = (
@@ -3347,6 +3494,11 @@ def call_entry_point(entry_point: str, context: Context) -> str:
             import asyncio
 
             value = asyncio.run(value)
+        if inspect.isgenerator(value) or inspect.isasyncgen(value):
+            raise TypeError(
+                f"{entry_point} is a generator, of which nothing has run: take out the yield, or"
+                " iterate over it in the function"
+            )
         return "" if value is None else str(value)
     except MemoryError as error:
         traceback.clear_frames(
@@ -3474,7 +3626,23 @@ class Scripts:
 # -- the Python server: a process that imports nothing of the jobs and forks one child per run
 
 
-def serve_python(fd: int) -> typing.Callable[[], int] | None:
+def import_first(server: socket.socket, wanted: str) -> None:
+    """Import what jobs want preloaded, in the server, and tell the daemon what failed."""
+    modules, path = json.loads(wanted)
+    sys.path[:0] = path
+    problems = []
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except BaseException as error:  # whatever it does, the server goes on without it
+            told = traceback.format_exception_only(type(error), error)[-1].strip()
+            problems.append(f"cannot import {module}: {told}")
+    del sys.path[: len(path)]
+    with contextlib.suppress(OSError):  # the daemon is gone
+        server.sendall(json.dumps(problems).encode() + b"\n")
+
+
+def serve_python(fd: int, wanted: str = "") -> typing.Callable[[], int] | None:
     """Fork a child for every request on the socket `fd`; returns the work in each child.
 
     A request is one byte with three descriptors: `output`, `report` and `channel`. `report` is held
@@ -3486,6 +3654,8 @@ def serve_python(fd: int) -> typing.Callable[[], int] | None:
     """
     trim_memory()
     server = socket.socket(fileno=fd)
+    if wanted:
+        import_first(server, wanted)
     wake_read, wake_write = socket.socketpair()
     for end in (wake_read, wake_write):
         end.setblocking(False)
@@ -3586,6 +3756,7 @@ def _python_child(output: int, channel: int) -> int:
         os.chdir(request["cwd"])
         sys.path[:0] = [*request["pythonpath"], request["cwd"]]
         sys.argv = [request["entry_point"]]
+        _log_to_stdout()
         context = Context(request["context"], sys.stdout.write)
         message = call_entry_point(request["entry_point"], context)
         tell(message)
@@ -3600,6 +3771,15 @@ def _python_child(output: int, channel: int) -> int:
         tell(traceback.format_exception_only(type(error), error)[-1].strip())
         traceback.print_exception(type(error), error, _own_frames(error.__traceback__))
         return 1
+
+
+def _log_to_stdout() -> None:
+    """What a job logs is in its run's log, from INFO on and with the time, unless the job sets up
+    logging itself."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+    logging.lastResort = handler  # used while nothing else was set up, see the logging HOWTO
+    logging.getLogger().setLevel(logging.INFO)
 
 
 def _take_request(channel: int) -> dict | None:
@@ -3636,7 +3816,9 @@ def run_as_module(interpreter: str, *arguments: str) -> list[str]:
     """The command that runs this file as a module, see `run_compiled`, also by another version of
     CPython."""
     code = (
-        "import importlib.machinery, importlib.util, sys; spec ="
+        "import sys; sys.version_info < (3, 9) and sys.exit("
+        f"{OLD_STATUS});"
+        " import importlib.machinery, importlib.util; spec ="
         " importlib.util.spec_from_loader('xxl_executor',"
         " importlib.machinery.SourceFileLoader('xxl_executor', sys.argv[1])); module ="
         " sys.modules['xxl_executor'] = importlib.util.module_from_spec(spec);"
@@ -3658,6 +3840,18 @@ def trim_memory() -> None:
 def exit_status(found) -> int:
     """What waitid() found as an exit status, negative for a signal."""
     return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+
+
+def memory_kills() -> int:
+    """How many processes of this control group the kernel has killed for want of memory; 0 where
+    that is not told."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        for line in _read_proc("/proc/self/cgroup").decode().splitlines():
+            number, _, group = line.split(":", 2)
+            if number == "0":
+                events = _read_proc(f"/sys/fs/cgroup{group}/memory.events").decode()
+                return int(dict(map(str.split, events.splitlines()))["oom_kill"])
+    return 0
 
 
 def require_kernel() -> None:
@@ -3775,16 +3969,28 @@ class ForkedChild:
 
 
 class PythonServer:
-    """A warm interpreter that forks the processes of `python` jobs; the supervisor's thread."""
+    """A warm interpreter that forks the processes of `python` jobs; the supervisor's thread.
 
-    def __init__(self, interpreter: str, environment: dict[str, str]):
-        """Raises OSError when the interpreter cannot be started."""
-        self._children, self._retired = 0, False
+    `fd` is readable when it tells of what it has imported beforehand, see `listen`."""
+
+    def __init__(
+        self,
+        interpreter: str,
+        environment: dict[str, str],
+        preload: typing.Sequence[str] = (),
+        path: typing.Sequence[str] = (),
+    ):
+        """`preload`: modules to import first, found in `path` too. Raises OSError when the
+        interpreter cannot be started."""
+        self._children, self._retired, self._told = 0, False, b""
+        self.ready = not preload  # whether it has imported them, or could not
         self._socket, theirs = socket.socketpair()
+        self.fd = self._socket.fileno()
+        wanted = [json.dumps([preload, path])] if preload else []
         with theirs:
             try:
                 self._popen = subprocess.Popen(
-                    run_as_module(interpreter, "--serve-python", str(theirs.fileno())),
+                    run_as_module(interpreter, "--serve-python", str(theirs.fileno()), *wanted),
                     cwd="/",
                     pass_fds=[theirs.fileno()],
                     env=environment,
@@ -3796,6 +4002,19 @@ class PythonServer:
                 raise
         _OWN.add(self._popen.pid)
         self._socket.setblocking(False)
+
+    def listen(self) -> list[str] | None:
+        """What it could not import; None at its end."""
+        try:
+            data = self._socket.recv(_CHUNK)
+        except BlockingIOError:
+            return []
+        except OSError:
+            return None
+        *lines, self._told = (self._told + data).split(b"\n")
+        if lines:
+            self.ready = True
+        return [problem for line in lines for problem in json.loads(line)] if data else None
 
     def alive(self) -> bool:
         """Whether it may be asked."""
@@ -3829,6 +4048,10 @@ class PythonServer:
             self._retired = True
             if not self._children:
                 self.close(0)
+
+    def too_old(self) -> bool:
+        """Of a retired one without children: whether its interpreter runs no Python job."""
+        return self._popen.poll() == OLD_STATUS
 
     def kill(self) -> None:
         self._popen.kill()
@@ -4311,7 +4534,9 @@ class Supervisor(Watched):
             raise ExecutorError(
                 f"cannot become the reaper of orphans: {os.strerror(ctypes.get_errno())}"
             )
-        self._servers: dict[str, PythonServer] = {}
+        self._memory_kills = memory_kills()
+        # by (interpreter, preload, where that is found)
+        self._servers: dict[tuple, PythonServer] = {}
         self._runs: dict[int, ProcessRun] = {}  # by logId
         self._inbox: collections.deque[typing.Callable[[], None]] = collections.deque()
         self._handlers: dict[int, typing.Callable[[], None]] = {}  # by descriptor
@@ -4435,14 +4660,40 @@ class Supervisor(Watched):
 
     def server(self, job: JobConfig) -> PythonServer:
         """The Python server of the interpreter that `job` wants. Raises OSError."""
-        interpreter = job.interpreter or sys.executable
-        server = self._servers.get(interpreter)
+        # What is imported beforehand is shared by those that would find the same.
+        path = job.pythonpath + (job.cwd,) if job.preload else ()
+        key = (job.interpreter or sys.executable, job.preload, path)
+        server = self._servers.get(key)
         if server is None or not server.alive():
             if server is not None:
-                server.retire()
+                self._end_server(server)
             marked = {**self.environment, MARKER: f"{self._identity}-{'server':0>20}"}
-            server = self._servers[interpreter] = PythonServer(interpreter, marked)
+            server = self._servers[key] = PythonServer(key[0], marked, job.preload, path)
+            self.watch(server.fd, functools.partial(self._told_by, server, job.name))
         return server
+
+    def _end_server(self, server: PythonServer) -> None:
+        """It gets no further request."""
+        self.unwatch(server.fd)
+        server.retire()
+
+    def _told_by(self, server: PythonServer, name: str) -> None:
+        """What a Python server says of what it imports; the end of it is seen when it is used."""
+        problems = server.listen()
+        if problems is None:
+            self.unwatch(server.fd)
+        for problem in problems or ():
+            log.warning("jobs.%s.preload: %s", name, printable(problem))
+
+    def memory_kill(self) -> str:
+        """Of a process that was killed by signal 9: by the kernel, for want of memory, if that has
+        happened since the last call."""
+        before, self._memory_kills = self._memory_kills, memory_kills()
+        if self._memory_kills <= before:
+            return ""
+        return (
+            ": the kernel ended it for want of memory, of the host or of this service or container"
+        )
 
     def end_silent(self, server: PythonServer) -> None:
         """It was retired because it did not answer: it goes on for what it has started, until an
@@ -4459,6 +4710,8 @@ class Supervisor(Watched):
         return f"{self._identity}{'+' if keep else '-'}{log_id:020d}"
 
     def _prepare(self, jobs: list[JobConfig]) -> None:
+        for key in [key for key in self._servers if key[1]]:  # for what was edited meanwhile
+            self._end_server(self._servers.pop(key))
         for job in jobs:
             try:
                 self.server(job)
@@ -4651,7 +4904,8 @@ class ProcessRun:
         if self._child.pid:
             self._run()
         else:
-            self._wait(SERVER_LIMIT, self._silent)
+            ready = not isinstance(self._child, ForkedChild) or self._child.server.ready
+            self._wait(SERVER_LIMIT if ready else PRELOAD_LIMIT, self._silent)
 
     def _environment(self) -> dict[str, str]:
         trigger, job = self.trigger, self._job
@@ -4730,11 +4984,14 @@ class ProcessRun:
         elif child.lost:
             child.server.retire()  # its end is seen before it can be waited for
             self._give_back_child()
-            self._try_again()
+            self._try_again(child.server.too_old())
 
-    def _try_again(self) -> None:
+    def _try_again(self, old: bool) -> None:
         """A server that had died is noticed at the latest when it is used."""
         lost = ConnectionError(errno.ECONNRESET, "the Python server ended unexpectedly")
+        if old:
+            self._cannot_start(f"cannot start: {OLD_PYTHON.format(self._job.interpreter, 'old')}")
+            return
         if self._attempts > 1:
             self._cannot_start(self._spawn_failure(lost))
             return
@@ -4990,7 +5247,8 @@ class ProcessRun:
         if status == 0:
             return Result(SUCCESS, message or self.out.last_line(), 0)
         if status < 0:
-            return Result(FAILURE, f"killed by signal {-status}", _shell_status(status))
+            why = self._supervisor.memory_kill() if status == -signal.SIGKILL else ""
+            return Result(FAILURE, f"killed by signal {-status}{why}", _shell_status(status))
         if message:
             return Result(FAILURE, message, status)
         last = self.out.last_line()
@@ -5149,6 +5407,12 @@ def fitting(data: bytes, limit: int, step: int = 1) -> int:
 
 
 @functools.lru_cache(2)
+def timestamp(seconds: float) -> str:
+    """Seconds since the epoch as ISO 8601 with milliseconds and the offset from UTC."""
+    at = datetime.datetime.fromtimestamp(seconds).astimezone()
+    return at.isoformat(timespec="milliseconds")
+
+
 def stamp(second: int) -> str:
     """Seconds since the epoch in local time; most notes of a second are written in a row."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
@@ -5264,10 +5528,11 @@ class JobLogs:
         echo: typing.Callable[[bytes], None] | None = None,
         full: typing.Callable[[], bool] = lambda: False,
         lost: typing.Callable[[int], None] = lambda size: None,
+        as_json: bool = False,
     ):
         """`echo(data)`: where the output of all runs goes too; `full`, `lost`: see RunLog."""
         self.directory, self._limit, self._retention = directory, limit, retention
-        self._echo, self._full, self._lost = echo, full, lost
+        self._echo, self._full, self._lost, self._as_json = echo, full, lost, as_json
         make_directory(directory)
         self._lock = threading.Lock()
         # the directory of a day that was used last: (path, device, inode), and a descriptor of it
@@ -5332,17 +5597,28 @@ class JobLogs:
         except (OSError, Refused) as error:
             log.error("cannot open the log of %s, its output is dropped: %s", trigger, error)
             fd = -1
-        prefix = f"logId={trigger.log_id} ".encode()
 
         def echo(lines: list[bytes]) -> None:
             if self._echo is not None:
-                self._echo(b"".join(prefix + line + b"\n" for line in lines))
+                self._echo(b"".join(self._dressed(trigger, line) for line in lines))
 
         out = RunLog(fd, self._limit, None if self._echo is None else echo, self._full, self._lost)
         size = os.fstat(fd).st_size if fd >= 0 else 0
         if size and os.pread(fd, 1, size - 1) != b"\n":  # where a crash cut it
             out.write(b"\n")
         return out
+
+    def _dressed(self, trigger: Trigger, line: bytes) -> bytes:
+        """A line of output as it goes to stdout."""
+        if not self._as_json:
+            return f"{trigger.handler} logId={trigger.log_id} ".encode() + line + b"\n"
+        fields = {
+            "time": timestamp(time.time()),
+            "job": trigger.handler,
+            "logId": trigger.log_id,
+            "message": line.decode("utf-8", "replace"),
+        }
+        return json.dumps(fields, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
 
     def page(
         self,
@@ -6559,7 +6835,11 @@ class _Link:
         # Once, not for each request: the environment's proxies and CA bundle; .netrc has no
         # business with an admin.
         self._session.trust_env = False
-        self._session.proxies = requests.utils.get_environ_proxies(url)
+        here = is_loopback(urllib.parse.urlsplit(url).hostname or "")
+        self._session.proxies = {} if here else requests.utils.get_environ_proxies(url)
+        proxy = requests.utils.select_proxy(url, self._session.proxies)
+        # for messages, without a password
+        self.via = f" (through the proxy {proxy.rpartition('@')[2]})" if proxy else ""
         self._session.verify = (
             os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
         )
@@ -6650,7 +6930,7 @@ class _Link:
                 if self._expired
                 else root_cause(error)
             )
-            raise AdminUnreachable(f"{self._url}{path}: {reason}") from None
+            raise AdminUnreachable(f"{self._url}{path}{self.via}: {reason}") from None
         finally:
             timer.cancel()
 
@@ -6729,6 +7009,7 @@ class AdminClient:
 
     def use_token(self, token: str | None) -> None:
         """Send `token` from now on."""
+        self._token = token
         self._headers = {
             "Content-Type": "application/json;charset=UTF-8",
             "XXL-JOB-APPNAME": self._config.executor.app_name,
@@ -6817,7 +7098,8 @@ class AdminClient:
                 return
             if code is None and eager:  # a heartbeat; a callback may be refused for what it holds
                 self._miss(address)
-            failure = AdminRefused(f"{address.url}{path}: {message}")
+            message += self._advice(status, message)
+            failure = AdminRefused(f"{address.url}{path}{link.via}: {message}")
             address.last_error = str(failure)
             if code is not None:  # one cluster: the others would say the same
                 break
@@ -6847,6 +7129,27 @@ class AdminClient:
                 max(0.0, min(a.tried_at for a in waiting) + 1.0 - time.monotonic())
             ):
                 raise AdminUnreachable("the executor stops")
+
+    def _advice(self, status: int, message: str) -> str:
+        """What to do about such an answer, "" when nobody knows."""
+        said = message.lower()
+        if status == 404:
+            return (
+                "; nothing is there: up to 3.4.0 the address ends with /xxl-job-admin unless the"
+                " admin was told otherwise, from 3.4.1 it has no path"
+            )
+        if status in range(300, 400):
+            return "; that is a page: give the admin's root, such as http://HOST:8080/xxl-job-admin"
+        if "accesstoken or appname" in said:
+            return (
+                "; a 3.5 wants the AccessToken of this AppName on its executor's page instead of"
+                " xxl.job.accessToken, and takes 30 s to notice a new one"
+                + ("; admin.access_token is empty here" if not self._token else "")
+            )
+        if "access token" in said or "accesstoken" in said:
+            own = "admin.access_token here" + (", which is empty" if not self._token else "")
+            return f"; give both the same: xxl.job.accessToken there, {own}"
+        return ""
 
     @staticmethod
     def _verdict(status: int, reply: bytes) -> tuple[int | None, str]:
@@ -6882,6 +7185,9 @@ class AdminClient:
 # --------------------------------------------------------------------------------------------------
 # 12 registration
 # --------------------------------------------------------------------------------------------------
+OUTAGE_INTERVAL = 600.0  # seconds between two lines of the log while the admin is away
+
+
 def facing_address(url: str, seconds: float) -> str:
     """The IP address of the interface that faces `url`. Raises OSError while it cannot be told."""
     parts = urllib.parse.urlsplit(url)
@@ -6901,6 +7207,7 @@ class RegistrationHooks(typing.NamedTuple):
     answered: typing.Callable[[bool], None]  # the admin answers; whether it did not before
     recall: typing.Callable[[str], str]
     learn: typing.Callable[[str, str], None]
+    waiting: typing.Callable[[], int] = lambda: 0  # results that wait for the admin
 
 
 class Registration:
@@ -6919,6 +7226,7 @@ class Registration:
         self._port, self._hooks = port, hooks
         self._draining, self._closed = threading.Event(), threading.Event()
         self._failures = 0
+        self._since, self._told_at = 0.0, 0.0  # monotonic: of the first failure, of the last line
         # once known never changed: the admin compares it as text with where it sent its runs
         self.address = ""
         self._parked: list[str] = []  # other addresses, of earlier lives; when draining, this one
@@ -7025,13 +7333,24 @@ class Registration:
     def _failed(self, error: Exception) -> float:
         self._failures += 1
         self._metrics.count("registration_failures_total")
-        wait = backoff(self._failures)
+        wait, now = backoff(self._failures), time.monotonic()
+        if self._failures == 1:
+            self._since = self._told_at = now
         if not isinstance(error, (OSError, ExecutorError)):
             log.exception(
                 "the registration thread goes on after an unexpected error, please report it"
             )
         elif self._failures == 1:
             log.warning("cannot register at the admin, trying again until it works: %s", error)
+        elif now >= self._told_at + OUTAGE_INTERVAL:
+            self._told_at = now
+            log.warning(
+                "the admin has not taken a registration for %s, since %s; %s: %s",
+                seconds_text(now - self._since),
+                stamp(int(time.time() - (now - self._since))),
+                f"{counted(self._hooks.waiting(), 'result')} waiting",
+                error,
+            )
         return wait
 
 
@@ -7381,6 +7700,7 @@ class Daemon:
         self._stopping = threading.Event()
         self._pruning: threading.Thread | None = None
         self._remembered = False  # what earlier lives ran, for `status`
+        self._reload_error = ""  # why the last reload changed nothing
         self._reap_at: float | None = None
         self._housekeeping_at = time.monotonic()
         self._watch_at = self._housekeeping_at if config.executor.watch_config else None
@@ -7416,6 +7736,7 @@ class Daemon:
                 self._stdout.write if self._stdout is not None else None,
                 lambda: self._journal.reserve.lost,
                 functools.partial(self.metrics.count, "log_dropped_bytes_total"),
+                config.executor.log_format == "json",
             )
             undo.callback(self._logs.close)
             self._processes = Supervisor(
@@ -7458,6 +7779,7 @@ class Daemon:
                 answered=self._callbacks.retry,
                 recall=self._journal.fact,
                 learn=self._journal.learn,
+                waiting=lambda: self._journal.counts()["undelivered"],
             )
             self._registration = Registration(config, self._admin, self.metrics, self.port, hooks)
             self._api = Api(
@@ -7475,7 +7797,11 @@ class Daemon:
             self.metrics.gauge("undelivered_results", lambda: self._journal.counts()["undelivered"])
             self.metrics.gauge("oldest_undelivered_seconds", self._journal.oldest)
             self.metrics.gauge("dead_results", lambda: self._journal.counts()["dead"])
-            self.metrics.gauge("start_time_seconds", lambda: self._started)
+            self.metrics.gauge("max_running", lambda: most)
+            self.metrics.gauge("config_last_reload_successful", lambda: int(not self._reload_error))
+            self.metrics.gauge(
+                "output_dropped_bytes", lambda: sum(output.lost for output in Output.all)
+            )
             undo.pop_all()
         self._processes.start_thread()
         self._prepare(config)
@@ -7534,8 +7860,9 @@ class Daemon:
 
     def _summary(self) -> str:
         found, counts = self._core.snapshot(), self._journal.counts()
+        failed = "RELOAD FAILED, the old jobs stay, " if self._reload_error else ""
         return (
-            f"{len(found['running'])} running, {sum(found['queued'].values())} queued,"
+            f"{failed}{len(found['running'])} running, {sum(found['queued'].values())} queued,"
             f" {counts['undelivered']} undelivered"
         )
 
@@ -7569,6 +7896,7 @@ class Daemon:
             "connections": self._http.connections,
             "oldestUndelivered": round(self._journal.oldest(), 1) or None,
             "lastFailure": self._callbacks.last_error,
+            "reloadError": self._reload_error,
             "admins": addresses,
         }
 
@@ -7668,12 +7996,11 @@ class Daemon:
             refuse_unsafe(dataclasses.replace(old, admin=new.admin))
         except ConfigError as error:
             first, *more = str(error).splitlines()
-            log.error(
-                "reload failed, the old jobs stay: %s%s",
-                first,
-                f" (and {len(more)} more, see check)" if more else "",
-            )
+            first += f" (and {len(more)} more, see check)" if more else ""
+            log.error("reload failed, the old jobs stay: %s", first)
+            self._reload_error = f"{stamp(int(time.time()))}: {first}"
         else:
+            self._reload_error = ""
             admin = dataclasses.replace(old.admin, access_token=new.admin.access_token)
             if admin != old.admin:
                 self._admin.use_token(admin.access_token)
@@ -8049,8 +8376,13 @@ def table(
 
 def cmd_run(arguments: argparse.Namespace) -> int:
     signals = Signals(*Daemon.SIGNALS)  # first: what comes from now on waits for `serve`
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # what does it do just now?
     require_modules()
-    daemon = Daemon(load_config(find_config(arguments.config)), signals)
+    config = load_config(find_config(arguments.config))
+    if config.executor.log_format == "json":
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(_Json())
+    daemon = Daemon(config, signals)
     daemon.start()
     daemon.serve()
     return 0
@@ -8434,7 +8766,10 @@ def _status_head(seen: Look) -> list[str]:
         )
     )
     place = f"{found['address']}  pid {found['pid']}  up {seconds_text(found['uptime'])}"
-    return [f"{found['app']}  {state}", f"{place}  version {found['version']}", ""]
+    lines = [f"{found['app']}  {state}", f"{place}  version {found['version']}"]
+    if found["reloadError"]:
+        lines.append(f"RELOAD FAILED, the old jobs stay: {found['reloadError']}")
+    return [*lines, ""]
 
 
 def _running_lines(found: dict) -> list[str]:
@@ -8761,59 +9096,72 @@ exit status: 0 fine, 1 failed, 2 bad usage or configuration""",
     return top
 
 
-def set_up_logging(output: Output) -> None:
-    """One line an event to `output`; under systemd with a priority and without the time, which the
-    journal has."""
+class _Handler(logging.Handler):
+    """One line an event to an Output; what a job in a thread logs goes into its run's log."""
 
-    class Handler(logging.Handler):
-        def handle(self, record):
-            self.emit(record)  # without its lock: a run's log on a slow disk must not hold it
+    def __init__(self, output: Output):
+        super().__init__()
+        self.output, self._for_jobs = output, _OneLine(with_time=True)
 
-        def emit(self, record):
-            line = self.format(record) + "\n"
-            stream = sys.stderr  # another one for a job in a thread
-            if isinstance(stream, ThreadOutput) and stream.captures():
-                stream.write(line)
-            else:
-                output.write(line.encode("utf-8", "backslashreplace"))
+    def handle(self, record):
+        self.emit(record)  # without its lock: a run's log on a slow disk must not hold it
 
-    class OneLine(logging.Formatter):
-        second, stamp = 0, ""
+    def emit(self, record):
+        stream = sys.stderr  # another one for a job in a thread
+        if isinstance(stream, ThreadOutput) and stream.captures():
+            stream.write(self._for_jobs.format(record) + "\n")
+        else:
+            self.output.write((self.format(record) + "\n").encode("utf-8", "backslashreplace"))
 
-        def formatTime(self, record, datefmt=None):
-            if int(record.created) != self.second:
-                self.second, self.stamp = (
-                    int(record.created),
-                    time.strftime(datefmt, time.localtime(record.created)),
-                )
-            return self.stamp
 
-        def formatMessage(self, record):
-            """Without control characters: a name from the network must not forge lines."""
-            if isinstance(record.msg, Lines):
-                record.message = ""
-                before = super().formatMessage(record)
-                return "\n".join(before + printable(line) for line in record.msg)
-            return printable(super().formatMessage(record))
+class _OneLine(logging.Formatter):
+    """Without control characters: a name from the network must not forge lines."""
 
-    class Journald(OneLine):
-        def format(self, record):
-            level = (
-                3
-                if record.levelno >= logging.ERROR
-                else 4
-                if record.levelno >= logging.WARNING
-                else 6
-            )
-            return f"<{level}>" + super().format(record).replace("\n", f"\n<{level}>")
+    def __init__(self, with_time: bool):
+        """Without the time for systemd, whose journal has it, and with the priority instead."""
+        head = "%(asctime)s.%(msecs)03d %(levelname)-7s " if with_time else ""
+        super().__init__(head + "%(message)s", "%Y-%m-%d %H:%M:%S")
+        self._with_time, self._second, self._stamp = with_time, 0, ""
 
-    handler = Handler()
-    if os.environ.get("JOURNAL_STREAM"):
-        handler.setFormatter(Journald("%(message)s"))
-    else:
-        handler.setFormatter(
-            OneLine("%(asctime)s.%(msecs)03d %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S")
+    def formatTime(self, record, datefmt=None):
+        if int(record.created) != self._second:
+            self._second = int(record.created)
+            self._stamp = time.strftime(datefmt, time.localtime(record.created))
+        return self._stamp
+
+    def formatMessage(self, record):
+        if isinstance(record.msg, Lines):
+            record.message = ""
+            before = super().formatMessage(record)
+            return "\n".join(before + printable(line) for line in record.msg)
+        return printable(super().formatMessage(record))
+
+    def format(self, record):
+        text = super().format(record)
+        if self._with_time:
+            return text
+        level = 3 if record.levelno >= logging.ERROR else 4
+        level = level if record.levelno >= logging.WARNING else 6
+        return f"<{level}>" + text.replace("\n", f"\n<{level}>")
+
+
+class _Json(logging.Formatter):
+    """One object a line, for programs."""
+
+    def format(self, record):
+        trace = self.formatException(record.exc_info) if record.exc_info else None
+        lines = record.msg if isinstance(record.msg, Lines) else [record.getMessage()]
+        head = {"time": timestamp(record.created), "level": record.levelname}
+        more = {"trace": trace} if trace else {}
+        return "\n".join(
+            json.dumps({**head, "message": line, **more}, ensure_ascii=False) for line in lines
         )
+
+
+def set_up_logging(output: Output) -> None:
+    """One line an event to `output`; under systemd with a priority and without the time."""
+    handler = _Handler(output)
+    handler.setFormatter(_OneLine(with_time=not os.environ.get("JOURNAL_STREAM")))
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = (
         False  # not shown, so not looked up
     )
@@ -8823,13 +9171,27 @@ def set_up_logging(output: Output) -> None:
     logging.getLogger("urllib3").setLevel(logging.ERROR)
 
 
+def show_command(words: typing.Sequence[str]) -> None:
+    """Have ps, top and systemctl show `words`, which take the place of the longer command by which
+    `run_compiled` and `run_as_module` start this program; proc(5), arg_start."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        fields = _read_proc("/proc/self/stat").rpartition(b") ")[2].split()
+        start, end = int(fields[45]), int(fields[46])  # numbers 48 and 49 of the whole line
+        shown = b"".join(os.fsencode(word) + b"\0" for word in words)
+        if 0 < start and len(shown) <= end - start:
+            ctypes.memmove(start, shown.ljust(end - start, b"\0"), end - start)
+            LIBC.prctl(PR_SET_NAME, b"xxl-executor", 0, 0, 0)
+
+
 def main(argv: typing.Sequence[str] | None = None) -> int:
+    if argv is not None and __name__ != "__main__" and sys.argv[:1] == ["-c"]:
+        show_command([sys.executable, os.path.abspath(__file__), *argv])
     argv = sys.argv[1:] if argv is None else list(argv)
     sys.modules.setdefault("xxl_executor", sys.modules[__name__])  # for a job that imports Context
     if argv[:1] == ["--serve-python"]:
         with contextlib.suppress(ValueError):  # with PYTHONSAFEPATH it is not there
             sys.path.remove("")  # of -c
-        work = serve_python(int(argv[1]))
+        work = serve_python(int(argv[1]), *argv[2:])
         return work() if work is not None else 0
     output = Output(2)
     try:
