@@ -919,6 +919,9 @@ class ExecutorConfig:
     watch_config: bool = _option(_flag, "false")
 
 
+PLACEHOLDERS = ("param", "shard_index", "shard_total")  # of `command`
+
+
 @dataclasses.dataclass(frozen=True)
 class GlueConfig:
     enabled: bool = _option(_flag, "false")
@@ -958,15 +961,84 @@ class JobConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ScriptsConfig:
+    """Directories in which each executable file is a job by its name; looked up at the trigger, so
+    that a new script needs no reload. What may read a directory may wait for its disk."""
+
+    directories: tuple
+    template: JobConfig  # the keys of all these jobs
+
+    def job(self, name: str) -> JobConfig | None:
+        """The job of this name, None when there is no such file. Raises Refused for a file that
+        must not run."""
+        if not name or name[0] == "." or set(name) & set("/{}\0"):
+            return None
+        for directory in self.directories:
+            file = os.path.join(directory, name)
+            if os.path.lexists(file):
+                problem = self._unfit(directory, file)
+                if problem:
+                    raise Refused(f'script "{name}" is not run: {problem}', "script")
+                command = (file, *(f"{{{word}}}" for word in PLACEHOLDERS))
+                return dataclasses.replace(self.template, name=name, command=command)
+        return None
+
+    def look(self) -> tuple[dict[str, JobConfig], list[str]]:
+        """({name: job} of all files, why others are no jobs)."""
+        jobs: dict[str, JobConfig] = {}
+        problems = []
+        for directory in self.directories:
+            try:
+                names = sorted(os.listdir(directory))
+            except OSError as error:
+                problems.append(f"{directory}: {error.strerror}")
+                continue
+            for name in names:
+                try:
+                    job = None if name in jobs else self.job(name)
+                except Refused as error:
+                    problems.append(str(error))
+                    continue
+                if job is not None:
+                    jobs[name] = job
+        return jobs, problems
+
+    def _unfit(self, directory: str, file: str) -> str:
+        """Why `file` must not run, "" when it may: whoever can write it, or put another one there,
+        could do what these jobs can."""
+        trusted = {0, os.geteuid()}
+        with contextlib.suppress(KeyError):
+            trusted.add(pwd.getpwnam(self.template.user or "").pw_uid)
+        try:
+            for place in (directory, file):
+                found = os.stat(place) if place is directory else os.lstat(place)
+                if place is file and not stat.S_ISREG(found.st_mode):
+                    return f"{file} is no regular file"
+                if found.st_mode & 0o022:
+                    return f"others may write {place}: chmod go-w {place}"
+                if not os.geteuid() and found.st_uid not in trusted:
+                    return f"{place} belongs to another user, who could change it: chown root"
+        except OSError as error:
+            return f"{file}: {error.strerror}"
+        return "" if os.access(file, os.X_OK) else f"{file} is not executable: chmod +x {file}"
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     file: str
     admin: AdminConfig
     executor: ExecutorConfig
     glue: GlueConfig
+    scripts: ScriptsConfig
     jobs: dict[str, JobConfig]
     files: tuple = ()  # patterns of all that were read, or would be if they existed
     # where each key stands, such as {"jobs.hello.cwd": "config.yaml:14"}
     places: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def job(self, name: str) -> JobConfig | None:
+        """A job by its name, of `jobs` or a script; may wait for the disk of scripts. Raises
+        Refused."""
+        return self.jobs.get(name) or self.scripts.job(name)
 
     def told(self, key: str, text: str, *others: str) -> str:
         """`text` on `key`, with the file and line of it, of what it belongs to, or of `others`."""
@@ -1195,6 +1267,12 @@ class _YamlReader:
         return self.yaml.ScalarNode(tag, text, mark, mark) if text else None
 
 
+_NOT_OF_SCRIPTS = (
+    *("shell", "command", "python", "isolation", "interpreter", "pythonpath", "preload"),
+    *("description", "enabled"),
+)
+
+
 class _ConfigReader(_YamlReader):
     """Knows what a configuration holds."""
 
@@ -1253,7 +1331,8 @@ class _ConfigReader(_YamlReader):
         root = self.document(self.file)
         if root is None:
             return None
-        parts = {"admin": None, "executor": None, "glue": None, "include": None, "jobs": None}
+        names = ("admin", "executor", "glue", "scripts", "include", "jobs")
+        parts: dict[str, typing.Any] = dict.fromkeys(names)
         for key, value in self.pairs(root):
             if key.value in parts:
                 parts[key.value] = value
@@ -1269,11 +1348,34 @@ class _ConfigReader(_YamlReader):
         admin = dataclasses.replace(admin, access_token=self.token)
         executor = self.section(ExecutorConfig, parts["executor"], "executor")
         glue = self.section(GlueConfig, parts["glue"], "glue")
+        scripts = self.scripts(parts["scripts"])
         jobs: dict[str, JobConfig] = {}
         where: dict[str, str] = {}
         self.jobs(parts["jobs"], jobs, where)
         self._include(parts["include"], jobs, where)
-        return Config(self.file, admin, executor, glue, jobs, tuple(self.files), self.places)
+        files = tuple(self.files)
+        return Config(self.file, admin, executor, glue, scripts, jobs, files, self.places)
+
+    def scripts(self, node) -> ScriptsConfig:
+        """`directories`, and the keys of a job but its kind."""
+        directories: tuple = ()
+        rest = node
+        if not _absent(node) and node.id == "mapping":
+            others = []
+            for key, value in self.pairs(node, "scripts"):
+                if key.value in _NOT_OF_SCRIPTS:
+                    self.problem(key, f"scripts.{key.value}: not for scripts: remove it")
+                elif key.value != "directories":
+                    others.append((key, value))
+                else:
+                    try:
+                        directories = _list(_path)(self, value)
+                    except _Bad as error:
+                        self.problem(error.node, f"scripts.directories: {error}")
+            rest = self.yaml.MappingNode(node.tag, others, node.start_mark, node.end_mark)
+            if not directories:
+                self.problem(node, "scripts.directories: expected a list such as [/opt/scripts]")
+        return ScriptsConfig(directories, self.section(JobConfig, rest, "scripts", name=""))
 
     def _credential(self, file: str) -> None:
         """The token that systemd passes (LoadCredential=token:...), when none is configured."""
@@ -1355,9 +1457,6 @@ def load_config(file: str) -> Config:
     return config
 
 
-PLACEHOLDERS = ("param", "shard_index", "shard_total")  # of `command`
-
-
 class HostCheck:
     """Finds what a configuration names and this host lacks, before a run fails for it. Nothing of a
     job is run, and nothing of it is imported; any thread, it takes some ms for each job."""
@@ -1369,7 +1468,9 @@ class HostCheck:
     def warnings(self) -> list[str]:
         """One `file:line: key: problem` for each."""
         config, found = self._config, []
-        if not config.jobs and not config.glue.enabled:
+        scripts, problems = config.scripts.look()
+        found += [config.told("scripts", problem) for problem in problems]
+        if not config.jobs and not scripts and not config.glue.enabled:
             found.append(config.told("jobs", "there are none: every trigger will be refused"))
         for job in config.jobs.values():
             for key, text in self._job(job):
@@ -2660,7 +2761,9 @@ class Api:
         if path == "/log":
             return Route.PAGE
         # A long body takes a while to decode, and a script is written to the disk first.
-        if len(request.body) > SMALL_BODY or b"GLUE" in request.body:
+        # So is a script looked up.
+        looks = self.config.scripts.directories and path in ("/run", "/trigger")
+        if len(request.body) > SMALL_BODY or b"GLUE" in request.body or looks:
             return Route.POOL if path == "/idleBeat" else Route.LONG
         return Route.DIRECT if path == "/idleBeat" else Route.CORE
 
@@ -2765,7 +2868,7 @@ class Api:
 
     def _job(self, handler: str) -> JobConfig:
         """Raises Refused."""
-        job = self.config.jobs.get(handler)
+        job = self.config.job(handler)
         if job is None:
             name = handler[:100]  # whatever a request holds, the answer and the log stay short
             near = difflib.get_close_matches(name, self.config.jobs, 1)
@@ -3642,8 +3745,8 @@ def import_first(server: socket.socket, wanted: str) -> None:
         server.sendall(json.dumps(problems).encode() + b"\n")
 
 
-def serve_python(fd: int, wanted: str = "") -> typing.Callable[[], int] | None:
-    """Fork a child for every request on the socket `fd`; returns the work in each child.
+def serve_python(server: socket.socket) -> typing.Callable[[], int] | None:
+    """Fork a child for every request on the socket `server`; returns the work in each child.
 
     A request is one byte with three descriptors: `output`, `report` and `channel`. `report` is held
     by this process and the daemon alone and gets a line of JSON with the PID, and one with the exit
@@ -3653,9 +3756,6 @@ def serve_python(fd: int, wanted: str = "") -> typing.Callable[[], int] | None:
     Ends when the daemon closes the socket.
     """
     trim_memory()
-    server = socket.socket(fileno=fd)
-    if wanted:
-        import_first(server, wanted)
     wake_read, wake_write = socket.socketpair()
     for end in (wake_read, wake_write):
         end.setblocking(False)
@@ -7556,16 +7656,18 @@ def recover(
     logs: JobLogs,
     core: Core,
     scripts: Scripts,
-    jobs: dict[str, JobConfig],
+    find_job: typing.Callable[[str], JobConfig | None],
 ) -> list[int]:
     """Runs that the last executor did not finish: start again, or report. Returns the logIds of
     those that start again."""
     resumed = []
     for trigger, state, age, starts, cancelled in journal.unfinished():
-        job = jobs.get(trigger.handler) if trigger.glue_type == "BEAN" else None
-        if trigger.glue_type in GLUE:
-            with contextlib.suppress(Refused):  # not enabled any more
+        job = None
+        with contextlib.suppress(Refused):  # not enabled any more
+            if trigger.glue_type in GLUE:
                 job = scripts.job(trigger)
+            elif trigger.glue_type == "BEAN":
+                job = find_job(trigger.handler)
         message, again = "", False
         if cancelled is not None:
             log.warning("failed %s: %s", trigger, cancelled.message)
@@ -7719,7 +7821,7 @@ class Daemon:
                 undo.callback(listener.close)
                 self._inherited = listener.getsockname()[:2]
             config = self.config = self._bound(self.config)
-            refuse_unsafe(config)
+            refuse_unsafe(config, self._inherited is not None)
             room = provide_limits(config.executor)
             if listener is None:
                 listener = listen(config.executor.bind)
@@ -7805,7 +7907,7 @@ class Daemon:
             undo.pop_all()
         self._processes.start_thread()
         self._prepare(config)
-        self._resumed = recover(self._journal, self._logs, self._core, self._scripts, config.jobs)
+        self._resumed = recover(self._journal, self._logs, self._core, self._scripts, config.job)
         self._core.start()
         self._core.flush(STORE_LIMIT)
         self._http.start()
@@ -7816,7 +7918,8 @@ class Daemon:
         self._registration.start()
         self._callbacks.start()
         log.info(
-            "listening on %s, %s, %s",
+            "listening on %s%s, %s, %s",
+            "the socket unit's " if self._inherited else "",
             authority(config.executor.bind[0], self.port),
             counted(len(config.jobs), "job"),
             "admin " + ", ".join(config.admin.addresses) if config.admin.addresses else "no admin",
@@ -7889,7 +7992,7 @@ class Daemon:
             "address": self._registration.address or self.url,
             "draining": self._api.draining,
             "registered": self._registration.registered.is_set(),
-            "jobs": sorted(self.config.jobs),
+            "jobs": sorted({*self.config.jobs, *self.config.scripts.look()[0]}),
             **self._core.snapshot(),
             "undelivered": counts["undelivered"],
             "dead": counts["dead"],
@@ -7976,7 +8079,8 @@ class Daemon:
         try:
             if not self._remembered:
                 self._remembered = True
-                self._core.remember(journal.latest(self._started, [*self.config.jobs, "glue"]))
+                names = {*self.config.jobs, *self.config.scripts.look()[0], "glue"}
+                self._core.remember(journal.latest(self._started, names))
             journal.save_clock()
             logs = self._logs.prune(journal.known_for, journal.forget, stop)
             runs = journal.prune(stop, self.config.executor.log_retention)
@@ -7993,7 +8097,7 @@ class Daemon:
         old = self.config
         try:
             new = self._bound(self._files.load())
-            refuse_unsafe(dataclasses.replace(old, admin=new.admin))
+            refuse_unsafe(dataclasses.replace(old, admin=new.admin), self._inherited is not None)
         except ConfigError as error:
             first, *more = str(error).splitlines()
             first += f" (and {len(more)} more, see check)" if more else ""
@@ -8022,7 +8126,9 @@ class Daemon:
                 for name in old.jobs.keys() & new.jobs.keys()
                 if old.jobs[name] != new.jobs[name]
             )
-            self.config = self._api.config = dataclasses.replace(old, admin=admin, jobs=new.jobs)
+            self.config = self._api.config = dataclasses.replace(
+                old, admin=admin, jobs=new.jobs, scripts=new.scripts
+            )
             self._prepare(new)
             self._check_host(new)
             log.info(
@@ -8168,15 +8274,18 @@ def provide_limits(config: ExecutorConfig) -> int:
     return room
 
 
-def refuse_unsafe(config: Config) -> None:
+def refuse_unsafe(config: Config, inherited: bool = False) -> None:
     """Raises ConfigError when anybody on the network could run jobs; warns of the token that every
-    attacker knows."""
+    attacker knows. `inherited`: the address is that of a socket unit."""
     token = config.admin.access_token
     host = config.executor.bind[0]
     if not token and not config.executor.allow_no_token and not is_loopback(host):
+        bind, own = f"executor.bind {host}", "bind to 127.0.0.1"
+        if inherited:
+            bind, own = f"ListenStream of the socket unit, {host}", "listen on 127.0.0.1 there"
         told = (
-            f"is empty, and executor.bind {host} is open to the network: set a token, bind to"
-            " 127.0.0.1, or set executor.allow_no_token: true when a firewall keeps others out"
+            f"is empty, and {bind} is open to the network: set a token, {own}, or set"
+            " executor.allow_no_token: true when a firewall keeps others out"
         )
         raise ConfigError(config.told("admin.access_token", told, "executor.bind"))
     if config.glue.enabled and token in (None, "", "default_token"):
@@ -8407,8 +8516,10 @@ def cmd_check(arguments: argparse.Namespace) -> int:
         if error.config is None:
             raise
         config, problems = error.config, str(error).splitlines()
-    if config.jobs:
-        print("\n".join(map(fit, table(("JOB", "KIND", "TIMEOUT", "DESCRIPTION"), _rows(config)))))
+    jobs = [*config.jobs.values()]
+    jobs += [job for job in config.scripts.look()[0].values() if job.name not in config.jobs]
+    if jobs:
+        print("\n".join(map(fit, table(("JOB", "KIND", "TIMEOUT", "DESCRIPTION"), _rows(jobs)))))
         sys.stdout.flush()
     try:
         if config.executor.bind is not None and "access_token" not in "".join(problems):
@@ -8421,20 +8532,25 @@ def cmd_check(arguments: argparse.Namespace) -> int:
         print(f"warning: {warning}", file=sys.stderr)
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
-    print(f"\n{config.file} is fine: {counted(len(config.jobs), 'job')}")
+    print(f"\n{config.file} is fine: {counted(len(jobs), 'job')}")
     return 0
 
 
-def _rows(config: Config) -> list[tuple[str, ...]]:
+def _rows(jobs: list[JobConfig]) -> list[tuple[str, ...]]:
     """The table of `check`."""
+    kinds = [
+        ("shell" if job.shell else "command" if job.command else f"python ({job.isolation})")
+        + ("" if job.enabled else ", disabled")
+        for job in jobs
+    ]
     return [
         (
             job.name,
-            "shell" if job.shell else "command" if job.command else f"python ({job.isolation})",
+            kind,
             seconds_text(job.timeout) if job.timeout else "-",
             job.description or job.what,
         )
-        for job in config.jobs.values()
+        for job, kind in zip(jobs, kinds)
     ]
 
 
@@ -8477,7 +8593,8 @@ class _Progress:
 
 def cmd_demo(arguments: argparse.Namespace) -> int:
     config = load_config(find_config(arguments.config))
-    if not config.jobs:
+    names = [job.name for job in config.jobs.values() if job.enabled]
+    if not names:
         raise ConfigError(f"{config.file}: jobs: expected at least one job to show")
     logging.getLogger().setLevel(logging.WARNING)
     with (
@@ -8504,12 +8621,12 @@ def cmd_demo(arguments: argparse.Namespace) -> int:
         if not admin.wait(lambda: admin.registry, 30):
             raise ExecutorError("the executor did not register within 30 s")
         print(
-            f"\n{config.executor.app_name} has registered. {counted(len(config.jobs), 'job')} of"
+            f"\n{config.executor.app_name} has registered. {counted(len(names), 'job')} of"
             f" {config.file}:\n",
             flush=True,
         )
         runs = {}
-        for number, name in enumerate(config.jobs, 1):
+        for number, name in enumerate(names, 1):
             log_id, reply = admin.trigger(daemon.url, name, jobId=number)
             if reply["code"] != SUCCESS:
                 raise ExecutorError(f"the trigger of {name} was refused: {reply['msg']}")
@@ -8574,12 +8691,10 @@ class _Terminal:
 
 def cmd_exec(arguments: argparse.Namespace) -> int:
     config = load_config(find_config(arguments.config))
-    job = config.jobs.get(arguments.job)
+    job = config.job(arguments.job)
     if job is None:
-        raise ConfigError(
-            f'{config.file}: there is no job "{arguments.job}": known are'
-            f" {', '.join(config.jobs) or 'none'}"
-        )
+        known = ", ".join([*config.jobs, *config.scripts.look()[0]]) or "none"
+        raise ConfigError(f'{config.file}: there is no job "{arguments.job}": known are {known}')
     logging.getLogger().setLevel(logging.WARNING)
     shard, total = arguments.shard
     trigger = Trigger(
@@ -9178,7 +9293,7 @@ def show_command(words: typing.Sequence[str]) -> None:
         fields = _read_proc("/proc/self/stat").rpartition(b") ")[2].split()
         start, end = int(fields[45]), int(fields[46])  # numbers 48 and 49 of the whole line
         shown = b"".join(os.fsencode(word) + b"\0" for word in words)
-        if 0 < start and len(shown) <= end - start:
+        if start > 0 and len(shown) <= end - start:
             ctypes.memmove(start, shown.ljust(end - start, b"\0"), end - start)
             LIBC.prctl(PR_SET_NAME, b"xxl-executor", 0, 0, 0)
 
@@ -9191,7 +9306,10 @@ def main(argv: typing.Sequence[str] | None = None) -> int:
     if argv[:1] == ["--serve-python"]:
         with contextlib.suppress(ValueError):  # with PYTHONSAFEPATH it is not there
             sys.path.remove("")  # of -c
-        work = serve_python(int(argv[1]), *argv[2:])
+        server = socket.socket(fileno=int(argv[1]))
+        if argv[2:]:
+            import_first(server, argv[2])
+        work = serve_python(server)
         return work() if work is not None else 0
     output = Output(2)
     try:
