@@ -170,7 +170,7 @@ MARKER = (  # environment variable that names the data_dir and the run of every 
 )
 FAILPOINT = "XXL_EXECUTOR_FAILPOINT"  # environment variable of the tests, see `failpoint`
 OLD_STATUS = 39  # exit status of a Python server whose interpreter is too old
-OLD_PYTHON = "{} is Python {}, and a python job needs 3.9: use command: [python, script] for it"
+OLD_PYTHON = "{} is too old a Python, a python job needs 3.9: use command: [python, script] for it"
 SECRETS = re.compile(
     "XXL_JOB_ACCESS_TOKEN|NOTIFY_SOCKET|WATCHDOG_.*|LISTEN_.*|CREDENTIALS_DIRECTORY"
     f"|{MARKER}|{FAILPOINT}"
@@ -1368,6 +1368,7 @@ class _ConfigReader(_YamlReader):
                 elif key.value != "directories":
                     others.append((key, value))
                 else:
+                    self.place("scripts.directories", key)
                     try:
                         directories = _list(_path)(self, value)
                     except _Bad as error:
@@ -1469,7 +1470,7 @@ class HostCheck:
         """One `file:line: key: problem` for each."""
         config, found = self._config, []
         scripts, problems = config.scripts.look()
-        found += [config.told("scripts", problem) for problem in problems]
+        found += [config.told("scripts.directories", problem) for problem in problems]
         if not config.jobs and not scripts and not config.glue.enabled:
             found.append(config.told("jobs", "there are none: every trigger will be refused"))
         for job in config.jobs.values():
@@ -1567,7 +1568,7 @@ class HostCheck:
             except (OSError, ValueError, subprocess.TimeoutExpired):
                 raise ExecutorError(f"{interpreter} is no Python that runs") from None
             if (major, minor) < (3, 9):
-                raise ExecutorError(OLD_PYTHON.format(interpreter, f"{major}.{minor}"))
+                raise ExecutorError(OLD_PYTHON.format(interpreter))
             self._paths[interpreter] = path
         return self._paths[interpreter]
 
@@ -3856,7 +3857,7 @@ def _python_child(output: int, channel: int) -> int:
         os.chdir(request["cwd"])
         sys.path[:0] = [*request["pythonpath"], request["cwd"]]
         sys.argv = [request["entry_point"]]
-        _log_to_stdout()
+        _JobLogging()
         context = Context(request["context"], sys.stdout.write)
         message = call_entry_point(request["entry_point"], context)
         tell(message)
@@ -3873,13 +3874,29 @@ def _python_child(output: int, channel: int) -> int:
         return 1
 
 
-def _log_to_stdout() -> None:
-    """What a job logs is in its run's log, from INFO on and with the time, unless the job sets up
-    logging itself."""
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
-    logging.lastResort = handler  # used while nothing else was set up, see the logging HOWTO
-    logging.getLogger().setLevel(logging.INFO)
+class _JobLogging(logging.StreamHandler):
+    """What a job in a process logs is in its run's log, from INFO on and with the time, unless the
+    job has set up logging itself."""
+
+    def __init__(self):
+        super().__init__(sys.stdout)
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+        root, set_up = logging.getLogger(), logging.basicConfig
+        root.addHandler(self)
+        root.setLevel(logging.INFO)
+
+        def make_room(**options):
+            root.removeHandler(self)
+            set_up(**options)
+
+        logging.basicConfig = make_room  # which does nothing where there is a handler
+
+    def filter(self, record):
+        """Whether nobody else handles it."""
+        logger = logging.getLogger(record.name)
+        while logger.parent is not None and not logger.handlers:
+            logger = logger.parent
+        return logger.handlers == [self]
 
 
 def _take_request(channel: int) -> dict | None:
@@ -3947,10 +3964,15 @@ def memory_kills() -> int:
     that is not told."""
     with contextlib.suppress(OSError, ValueError, KeyError):
         for line in _read_proc("/proc/self/cgroup").decode().splitlines():
-            number, _, group = line.split(":", 2)
-            if number == "0":
-                events = _read_proc(f"/sys/fs/cgroup{group}/memory.events").decode()
-                return int(dict(map(str.split, events.splitlines()))["oom_kill"])
+            number, controllers, group = line.split(":", 2)
+            if controllers == "memory":  # version 1, whose line comes before that of version 2
+                file = f"/sys/fs/cgroup/memory{group}/memory.oom_control"
+            elif number == "0":
+                file = f"/sys/fs/cgroup{group}/memory.events"
+            else:
+                continue
+            words = _read_proc(file).split()
+            return int(words[words.index(b"oom_kill") + 1])
     return 0
 
 
@@ -5090,7 +5112,7 @@ class ProcessRun:
         """A server that had died is noticed at the latest when it is used."""
         lost = ConnectionError(errno.ECONNRESET, "the Python server ended unexpectedly")
         if old:
-            self._cannot_start(f"cannot start: {OLD_PYTHON.format(self._job.interpreter, 'old')}")
+            self._cannot_start(f"cannot start: {OLD_PYTHON.format(self._job.interpreter)}")
             return
         if self._attempts > 1:
             self._cannot_start(self._spawn_failure(lost))

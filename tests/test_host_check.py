@@ -120,7 +120,9 @@ def test_an_old_python(host):
     old.chmod(old.stat().st_mode | stat.S_IXUSR)
     text = f'executor: {{bind: "127.0.0.1:0"}}\njobs: {{a: {{python: "good:main", interpreter: {old}}}}}\n'
     (host / "config.yaml").write_text(text)
-    told = f"{old} is Python 3.6, and a python job needs 3.9: use command: [python, script] for it"
+    told = (
+        f"{old} is too old a Python, a python job needs 3.9: use command: [python, script] for it"
+    )
     assert check(host, "check").stderr == f"warning: ./config.yaml:2: jobs.a.interpreter: {told}\n"
 
 
