@@ -742,9 +742,12 @@ def amount(text: str, pattern: str, units: dict) -> float | None:
     return (float(found[1]) if "." in found[1] else int(found[1])) * units[found[2]]
 
 
+LEAST_RETENTION = 3600.0  # seconds; `log_retention: 30` meant 30 s, and the logs were gone
+
+
 def _retention(reader, node) -> float:
     value = _positive_duration(reader, node)
-    if value < 3600:
+    if value < LEAST_RETENTION:
         hint = f", did you mean {node.value}d?" if node.value.isdecimal() else ""
         raise _Bad(f"expected 1h or more, got {seconds_text(value)}{hint}", node)
     return value
@@ -1683,7 +1686,7 @@ _METRICS = {  # name: (type, help, names of labels)
         "gauge",
         "Whether the last reload worked, or none was asked.",
     ),
-    "output_dropped_bytes": ("gauge", "Bytes for stdout and stderr that nobody read, so far."),
+    "output_dropped_bytes_total": ("counter", "Bytes for stdout and stderr that nobody read."),
     "connections": ("gauge", "Open HTTP connections."),
     "last_heartbeat_timestamp_seconds": ("gauge", "When the admin last acknowledged a heartbeat."),
 }
@@ -7220,7 +7223,8 @@ class AdminClient:
                 return
             if code is None and eager:  # a heartbeat; a callback may be refused for what it holds
                 self._miss(address)
-            message += self._advice(status, message)
+            advice = self._advice(status, message)
+            message = f"{message.rstrip('.')}; {advice}" if advice else message
             failure = AdminRefused(f"{address.url}{path}{link.via}: {message}")
             address.last_error = str(failure)
             if code is not None:  # one cluster: the others would say the same
@@ -7257,20 +7261,20 @@ class AdminClient:
         said = message.lower()
         if status == 404:
             return (
-                "; nothing is there: up to 3.4.0 the address ends with /xxl-job-admin unless the"
+                "nothing is there: up to 3.4.0 the address ends with /xxl-job-admin unless the"
                 " admin was told otherwise, from 3.4.1 it has no path"
             )
         if status in range(300, 400):
-            return "; that is a page: give the admin's root, such as http://HOST:8080/xxl-job-admin"
+            return "that is a page: give the admin's root, such as http://HOST:8080/xxl-job-admin"
         if "accesstoken or appname" in said:
             return (
-                "; a 3.5 wants the AccessToken of this AppName on its executor's page instead of"
+                "a 3.5 wants the AccessToken of this AppName on its executor's page instead of"
                 " xxl.job.accessToken, and takes 30 s to notice a new one"
                 + ("; admin.access_token is empty here" if not self._token else "")
             )
         if "access token" in said or "accesstoken" in said:
             own = "admin.access_token here" + (", which is empty" if not self._token else "")
-            return f"; give both the same: xxl.job.accessToken there, {own}"
+            return f"give both the same: xxl.job.accessToken there, {own}"
         return ""
 
     @staticmethod
@@ -7924,7 +7928,7 @@ class Daemon:
             self.metrics.gauge("max_running", lambda: most)
             self.metrics.gauge("config_last_reload_successful", lambda: int(not self._reload_error))
             self.metrics.gauge(
-                "output_dropped_bytes", lambda: sum(output.lost for output in Output.all)
+                "output_dropped_bytes_total", lambda: sum(output.lost for output in Output.all)
             )
             undo.pop_all()
         self._processes.start_thread()
@@ -8304,7 +8308,7 @@ def refuse_unsafe(config: Config, inherited: bool = False) -> None:
     if not token and not config.executor.allow_no_token and not is_loopback(host):
         bind, own = f"executor.bind {host}", "bind to 127.0.0.1"
         if inherited:
-            bind, own = f"ListenStream of the socket unit, {host}", "listen on 127.0.0.1 there"
+            bind, own = f"ListenStream {host} of the socket unit", "listen on 127.0.0.1 there"
         told = (
             f"is empty, and {bind} is open to the network: set a token, {own}, or set"
             " executor.allow_no_token: true when a firewall keeps others out"
@@ -8445,10 +8449,11 @@ class LoopbackAdmin:
         data = json.dumps(body).encode() if body is not None else b""
         if self.token:
             headers.setdefault("XXL-JOB-ACCESS-TOKEN", self.token)
-        with requests.post(
-            address.rstrip("/") + path, data=data, headers=headers, timeout=10
-        ) as reply:
-            return reply.json()
+        with requests.Session() as session:
+            session.trust_env = False  # no proxy stands before this host
+            url = address.rstrip("/") + path
+            with session.post(url, data=data, headers=headers, timeout=10) as reply:
+                return reply.json()
 
     def trigger(self, address: str, handler: str, **fields: typing.Any) -> tuple[int, dict]:
         """Trigger `handler` with defaults for all that `fields` leaves out; returns (logId, the
@@ -8530,6 +8535,8 @@ def require_modules() -> None:
 
 def cmd_check(arguments: argparse.Namespace) -> int:
     """Show the jobs, then everything that is wrong."""
+    require_kernel()
+    require_modules()
     problems: list[str] = []
     file = find_config(arguments.config)
     try:
@@ -8548,8 +8555,6 @@ def cmd_check(arguments: argparse.Namespace) -> int:
             refuse_unsafe(config)
     except ConfigError as error:
         problems.append(str(error))
-    require_kernel()
-    require_modules()
     for warning in HostCheck(config).warnings() if not problems else []:
         print(f"warning: {warning}", file=sys.stderr)
     if problems:
@@ -8660,7 +8665,15 @@ def cmd_demo(arguments: argparse.Namespace) -> int:
         )
         if not arguments.once:
             assert daemon.signals  # from now on Ctrl-C waits for `wait`
-            print(f"Still serving on {daemon.url}; Ctrl-C ends it.", flush=True)
+            program = os.path.relpath(__file__)
+            trigger = json.dumps({"jobId": 1, "logId": 0, "executorHandler": names[0]})
+            trigger = trigger.replace('"logId": 0', "\"logId\": '$(date +%s)'")
+            print(
+                "Still serving; Ctrl-C ends it. In another terminal, to run a job again and to"
+                f" look:\n  curl -d '{trigger}' {daemon.url}run\n"
+                f"  python3 {program} status --data-dir {data_dir}",
+                flush=True,
+            )
             daemon.wait()
     return 0
 

@@ -4,10 +4,13 @@ operators' paths."""
 import http.client
 import itertools
 import json
+import os
 import re
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from conftest import Executor, run_job, wait_until
@@ -108,7 +111,7 @@ class Caller:
         return {
             labels[1][1]: int(value)
             for (name, labels), value in samples.items()
-            if name == "xxl_executor_runs_total" and dict(labels)["job"] == handler
+            if name == "xxl_executor_runs_total" and dict(labels)["handler"] == handler
         }
 
     def lines(self, name):
@@ -768,16 +771,17 @@ def parse_metrics(text):
         samples[found[1], labels] = float(found[3])
     assert helped == kinds.keys()
     for family in [name for name, kind in kinds.items() if kind == "histogram"]:
-        buckets = [
-            (float(dict(labels)["le"]), value)
-            for (name, labels), value in samples.items()
-            if name == family + "_bucket"
-        ]
-        if buckets:
+        series = {}
+        for (name, labels), value in samples.items():
+            if name == family + "_bucket":
+                bound = float(dict(labels)["le"])
+                series.setdefault(labels[:-1], []).append((bound, value))
+        for labels, buckets in series.items():
             bounds, counts = zip(*buckets)
             assert list(bounds) == sorted(set(bounds)) and bounds[-1] == float("inf")
             assert list(counts) == sorted(counts), "buckets are cumulative"
-            assert counts[-1] == samples[family + "_count", ()] and (family + "_sum", ()) in samples
+            assert counts[-1] == samples[family + "_count", labels]
+            assert (family + "_sum", labels) in samples
     return kinds, samples
 
 
@@ -797,14 +801,21 @@ def test_metrics_are_prometheus_text_and_say_nothing_of_parameters(executor, adm
         if name == "xxl_executor_runs_total"
     }
     assert runs == {
-        (("job", 'say "\\"\n'), ("code", "200")): 2,
-        (("job", "count"), ("code", "200")): 3,
-        (("job", "secret"), ("code", "200")): 1,
-        (("job", "secret"), ("code", "500")): 1,
+        (("handler", 'say "\\"\n'), ("code", "200")): 2,
+        (("handler", "count"), ("code", "200")): 3,
+        (("handler", "secret"), ("code", "200")): 1,
+        (("handler", "secret"), ("code", "500")): 1,
     }
-    assert samples["xxl_executor_run_duration_seconds_count", ()] == 7
+    for handler, count in (('say "\\"\n', 2), ("count", 3), ("secret", 2)):
+        label = (("handler", handler),)
+        assert samples["xxl_executor_run_duration_seconds_count", label] == count
+        assert 0 < samples["xxl_executor_run_duration_seconds_sum", label] < count * 60
+        last, success = (
+            samples[f"xxl_executor_last_{what}_timestamp_seconds", label]
+            for what in ("run", "success")
+        )
+        assert (last > success) == (handler == "secret") and time.time() - 120 < success <= last
     assert samples["xxl_executor_run_wait_seconds_count", ()] == 7
-    assert 0 < samples["xxl_executor_run_duration_seconds_sum", ()] < 7 * 60
     assert samples["xxl_executor_refused_triggers_total", (("reason", "unknown_handler"),)] == 1
     assert [
         samples[f"xxl_executor_{name}", ()] for name in ("running", "queued", "stuck_threads")
@@ -825,12 +836,27 @@ def test_metrics_of_a_daemon_that_has_done_nothing(executor):
     needs the 0 before the first failure."""
     daemon = executor()
     kinds, samples = parse_metrics(daemon.session.get(daemon.url + "/metrics", timeout=20).text)
-    assert all(name.startswith("xxl_executor_") for name in kinds)
+    assert all(name.startswith(("xxl_executor_", "process_")) for name in kinds)
+    pid, ticks = daemon.process.pid, os.sysconf("SC_CLK_TCK")
+    began = int(Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[19]) / ticks
+    booted = time.time() - float(Path("/proc/uptime").read_text().split()[0])
+    assert abs(samples["process_start_time_seconds", ()] - booted - began) < 5
+    assert 10 << 20 < samples["process_resident_memory_bytes", ()] < 200 << 20
+    assert 10 < samples["process_open_fds", ()] < samples["process_max_fds", ()]
+    assert 0 < samples["process_cpu_seconds_total", ()] < 60
+    assert samples["xxl_executor_max_running", ()] == 32
+    assert samples["xxl_executor_config_last_reload_successful", ()] == 1
     assert (
         samples["xxl_executor_connections", ()] == 1
         and samples["xxl_executor_undelivered_results", ()] == 0
     )
-    labelled = {"xxl_executor_runs_total", "xxl_executor_refused_triggers_total"}
+    labelled = {
+        f"xxl_executor_{name}"
+        for name in (
+            *("runs_total", "refused_triggers_total", "run_duration_seconds_count"),
+            *("last_run_timestamp_seconds", "last_success_timestamp_seconds"),
+        )
+    }
     assert {
         name + ("_count" if kind == "histogram" else "") for name, kind in kinds.items()
     } - labelled - {"xxl_executor_build_info"} == {
@@ -860,7 +886,13 @@ def test_the_official_client_reads_the_metrics(executor, admin):
     runs = {key[1:]: value for key, value in samples.items() if key[0] == "xxl_executor_runs_total"}
     assert runs == {('say "\\"\n', "200"): 1, ("count", "200"): 2, ("secret", "500"): 1}
     assert samples["xxl_executor_refused_triggers_total", "unknown_handler"] == 1
-    for name in ("xxl_executor_run_duration_seconds", "xxl_executor_run_wait_seconds"):
+    counted = {
+        key[1]: value
+        for key, value in samples.items()
+        if key[0] == "xxl_executor_run_duration_seconds_count"
+    }
+    assert counted == {'say "\\"\n': 1, "count": 2, "secret": 1}
+    for name in ("xxl_executor_run_wait_seconds",):
         buckets = [value for key, value in samples.items() if key[0] == name + "_bucket"]
         assert (
             buckets == sorted(buckets)
@@ -873,14 +905,14 @@ def test_the_official_client_reads_the_metrics(executor, admin):
     }
     assert (
         samples["xxl_executor_last_heartbeat_timestamp_seconds",]
-        >= samples["xxl_executor_start_time_seconds",]
+        >= samples["process_start_time_seconds",]
         > 1_700_000_000
     )
     for family in families.values():
         assert family.type in ("counter", "gauge", "histogram") and family.documentation.endswith(
             "."
         ), family
-        assert re.fullmatch(r"xxl_executor_[a-z_]+", family.name) and not re.search(
+        assert re.fullmatch(r"(xxl_executor|process)_[a-z_]+", family.name) and not re.search(
             "_(ms|millis|minutes|mib|kb)$", family.name
         ), family
         # The parser takes _total off the name of a counter; only counters may end so.

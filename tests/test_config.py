@@ -23,8 +23,8 @@ SIZE = "expected a size such as 4096, 512KiB or 64MiB, got"
 ADDRESS = "expected an address such as http://10.0.0.5:8080/xxl-job-admin, got"
 BIND = 'expected host:port such as "0.0.0.0:9999" or "[::]:9999", got'
 JOB_KEYS = (
-    "description, shell, command, python, isolation, timeout, kill_grace, cwd, env, user,"
-    " interpreter, pythonpath, max_delay, queue_limit, on_crash, background"
+    "description, enabled, shell, command, python, isolation, timeout, kill_grace, cwd, env, user,"
+    " interpreter, pythonpath, preload, max_delay, queue_limit, on_crash, background"
 )
 
 
@@ -74,6 +74,7 @@ KEYS = [  # (section, key, default, as written, value); {} is the directory of t
     ("executor", "drain_timeout", 30, "0", 0),
     ("executor", "max_connections", 1024, "8", 8),
     ("executor", "log_limit", 64 << 20, "4KiB", 4096),
+    ("executor", "log_format", "text", "json", "json"),
     ("executor", "log_retention", 30 * 86_400, "2d", 2 * 86_400),
     ("executor", "allow_no_token", False, "true", True),
     ("executor", "log_to_stdout", False, "true", True),
@@ -107,6 +108,8 @@ def test_key(load, tmp_path, section, key, default, written, value):
 
 JOB = [  # (other keys, key, default, as written, value)
     ("shell: x", "description", None, "Says hello", "Says hello"),
+    ("shell: x", "enabled", True, "false", False),
+    ("python: a:b", "preload", (), "[json, xml.dom]", ("json", "xml.dom")),
     ("", "shell", None, "echo hello", "echo hello"),
     (
         "",
@@ -204,6 +207,8 @@ jobs:
         command=("find", "/var/tmp/app", "-mtime", "+7", "-delete"),
         isolation="process",
         timeout=600,
+        enabled=True,
+        preload=(),
         kill_grace=5,
         cwd=str(tmp_path),
         env={},
@@ -623,7 +628,10 @@ def test_entry_point(load, value):
     [
         ("executr: {}", ['1: executr: unknown key, did you mean "executor"?']),
         ("jbs: {}", ['1: jbs: unknown key, did you mean "jobs"?']),
-        ("zzz: {}", ["1: zzz: unknown key, known keys: admin, executor, glue, include, jobs"]),
+        (
+            "zzz: {}",
+            ["1: zzz: unknown key, known keys: admin, executor, glue, scripts, include, jobs"],
+        ),
         (
             "admin:\n  adresses: []\n  zzz: 5",
             [

@@ -4,12 +4,13 @@ valid."""
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 import yaml
-from conftest import ROOT, Executor
+from conftest import ROOT, Executor, run_job
 
 import xxl_executor
 
@@ -218,6 +219,33 @@ def test_every_alert_says_what_happened_and_what_to_do(rule):
     assert "{{ $labels." in summary and re.search(r"[:,] ", summary) and rule["labels"]["severity"]
 
 
+@pytest.fixture
+def promtool():
+    program = shutil.which("promtool")
+    if program is None:
+        pytest.skip("needs promtool (Debian: prometheus)")
+
+    def check(what, *arguments, **options):
+        found = subprocess.run(
+            [program, "check", what, *arguments], text=True, capture_output=True, **options
+        )
+        assert found.returncode == 0, found.stdout + found.stderr
+
+    return check
+
+
+def test_prometheus_takes_the_rules(promtool):
+    promtool("rules", str(ROOT / "examples" / "prometheus-alerts.yaml"))
+
+
+def test_prometheus_takes_the_metrics(promtool, executor, admin):
+    daemon = executor({"ok": {"shell": "true"}, "bad": {"shell": "false"}}, admin=admin)
+    for handler in ("ok", "bad"):
+        run_job(daemon, admin, handler)
+    text = daemon.session.get(daemon.url + "/metrics", timeout=20).text
+    promtool("metrics", input=text)
+
+
 def test_the_alerts_cover_what_goes_wrong():
     assert len({rule["alert"] for rule in RULES}) == len(RULES)
     assert any(rule["expr"].startswith("up{") for rule in RULES)
@@ -230,6 +258,8 @@ def test_the_alerts_cover_what_goes_wrong():
         "stuck_threads",
         "refused_triggers_total",
         "log_dropped_bytes_total",
+        "last_success_timestamp_seconds",
+        "config_last_reload_successful",
     } <= named
 
 

@@ -161,7 +161,7 @@ def test_without_a_token_of_its_own_it_does_not_start(executor, token, shown):
     ).start(wait=False)
     assert daemon.wait() == 2
     assert (
-        "config.yaml: glue.enabled: whoever knows the token can run any script here, and"
+        "glue.enabled: whoever knows the token can run any script here, and"
         f" admin.access_token is {shown}: set another one there and in the admin, or set"
         " glue.enabled: false" in daemon.log
     )

@@ -627,8 +627,9 @@ def test_output_also_goes_to_stdout(executor, admin):
     )
     log_id, _ = run_job(daemon, admin, "two")
     quiet, _ = run_job(daemon, admin, "quiet")
-    assert f"\nlogId={log_id} one\n" in daemon.log and f"\nlogId={log_id} two\n" in daemon.log
-    assert f"\nlogId={quiet} \n" not in daemon.log
+    for word in ("one", "two"):
+        assert f"\ntwo logId={log_id} {word}\n" in daemon.log
+    assert f"\nquiet logId={quiet} \n" not in daemon.log
 
 
 @pytest.fixture

@@ -743,7 +743,7 @@ def test_the_daemon_prunes_what_is_too_old_by_both_clocks(executor, admin):
     daemon = executor(
         admin=admin,
         executor={"log_retention": "1s"},
-        env=launch(HOUSEKEEPING=0.5),
+        env=launch(HOUSEKEEPING=0.5, LEAST_RETENTION=1.0),
         program=LAUNCH,
         start=False,
     )

@@ -219,7 +219,7 @@ def test_a_reload_does_not_take_the_inherited_address_for_a_change(activated):
     with socket.create_server(("::1", 0), family=socket.AF_INET6) as listener:
         daemon = activated(listener, jobs, executor={"bind": "127.0.0.1:1"}).start()
         port = listener.getsockname()[1]
-        wait_until(lambda: f"listening on [::1]:{port}, 1 job, " in daemon.log)
+        wait_until(lambda: f"listening on the socket unit's [::1]:{port}, 1 job, " in daemon.log)
         daemon.process.send_signal(signal.SIGHUP)
         wait_until(lambda: "reloaded " in daemon.log)
         assert "takes effect at a restart" not in daemon.log
@@ -231,8 +231,8 @@ def test_an_inherited_socket_that_is_open_to_the_network_needs_a_token(activated
         daemon = activated(listener, {}).start(wait=False)
         assert daemon.wait() == 2
         assert (
-            "admin.access_token: is empty, and executor.bind 0.0.0.0 is open to the network"
-            in daemon.log
+            "admin.access_token: is empty, and ListenStream 0.0.0.0 of the socket unit is open to"
+            " the network: set a token, listen on 127.0.0.1 there, or" in daemon.log
         )
 
 

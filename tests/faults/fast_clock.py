@@ -1,4 +1,4 @@
-"""Run the daemon with a clock that runs $FAST_CLOCK times as fast, until SIGUSR1 has it go on at
+"""Run the daemon with a clock that runs $FAST_CLOCK times as fast, until SIGUSR2 has it go on at
 real speed.
 
 Fast are time.time, time.monotonic, Event.wait (so threading.Timer too) and select.poll, which is
@@ -99,5 +99,5 @@ for name in ("REQUEST_TIMEOUT", "IDLE_TIMEOUT", "KILL_LIMIT"):
     vars(xxl_executor)[name] *= speed
 vars(xxl_executor).update(json.loads(os.environ.pop("LAUNCH_CONSTANTS", "{}")))
 sys.addaudithook(note)
-signal.signal(signal.SIGUSR1, back_to_real)
+signal.signal(signal.SIGUSR2, back_to_real)
 sys.exit(xxl_executor.main())

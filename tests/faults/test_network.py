@@ -194,7 +194,7 @@ def test_six_hours_of_refused_connections(executor, loopback, port, tmp_path):
         2 * seconds + 60,
         "the end of six hours",
     )
-    daemon.signal(signal.SIGUSR1)
+    daemon.signal(signal.SIGUSR2)
     (until,) = wait_until(lambda: attempts(file, "real"))
     grown = rss(daemon.process.pid, "VmHWM") - before
     beats = [moment for moment in attempts(file, "registration") if moment <= until]

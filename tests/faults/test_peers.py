@@ -20,6 +20,7 @@ from tools import Ledger, forget_peak, rounds, rss, traced
 import xxl_executor
 
 TOKEN = "secret"
+HELLO = {"hello": {"shell": "true"}}
 GUARDED = {"admin_options": {"access_token": TOKEN}}
 SHOWN = b"XXL-JOB-ACCESS-TOKEN: secret"
 WRONG = b"XXL-JOB-ACCESS-TOKEN: Secret"
@@ -1021,7 +1022,7 @@ def lines_of_the_start(daemon):
 def test_refused_triggers_do_not_flood_the_log(executor):
     """A stranger must not fill the disk: one line a second for a reason, with the number of those
     that it stands for."""
-    daemon = executor(**GUARDED)
+    daemon = executor(HELLO, **GUARDED)
     lines, whole = lines_of_the_start(daemon), request(b"POST", b"/run", WRONG, body=trigger())
     began = time.monotonic()
     refused = 0
@@ -1065,7 +1066,7 @@ def test_refused_triggers_do_not_flood_the_log(executor):
 )
 def test_control_characters_from_the_network_are_shown_escaped(executor, fields, body):
     """Who reads the log in a terminal must not be at the mercy of who sends a name."""
-    daemon = executor()
+    daemon = executor(HELLO)
     lines = lines_of_the_start(daemon)
     with Client(daemon.port) as client:
         client.send(request(b"POST", b"/run", *fields, body=body))
