@@ -1346,7 +1346,7 @@ class _ConfigReader(_YamlReader):
                 self.unknown(key, key.value, parts)
         admin = self.section(AdminConfig, parts["admin"], "admin")
         credentials = os.environ.get("CREDENTIALS_DIRECTORY")
-        if credentials and not self.token and "admin.access_token" not in self.places:
+        if credentials and not self.token and "admin.access_token_file" not in self.places:
             self._credential(os.path.join(credentials, "token"))
         admin = dataclasses.replace(admin, access_token=self.token)
         executor = self.section(ExecutorConfig, parts["executor"], "executor")

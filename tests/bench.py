@@ -413,8 +413,19 @@ class Bench:
 
     def python_start(self):
         """Acceptance of a trigger to the first line of the function, in a process of its own."""
+        self.start_of("python-start", {}, "bench_jobs")
+
+    def preload(self):
+        """The same of a module that imports another one for 0.5 s, which is preloaded."""
+        (self.directory / "bench_slow.py").write_text("import time\ntime.sleep(0.5)\n")
+        text = "import time\nimport bench_slow\ndef started():\n    return time.time_ns()\n"
+        (self.directory / "bench_heavy.py").write_text(text)
+        self.start_of("preload", {"preload": ["bench_slow"]}, "bench_heavy")
+
+    def start_of(self, name, fields, module):
         fresh, accepted, sent = [], [], []
-        jobs = {"started": {"python": "bench_jobs:started", "pythonpath": [str(self.directory)]}}
+        job = {"python": f"{module}:started", "pythonpath": [str(self.directory)], **fields}
+        jobs = {"started": job}
         with self.admin("3.5") as admin, self.executor(admin, jobs) as (_, url, _):
             connection = http.client.HTTPConnection(url.partition("//")[2], timeout=10)
             for number in range(210):
@@ -459,7 +470,7 @@ class Bench:
 
         value = statistics.median(accepted)
         self.row(
-            "python-start",
+            name,
             "<= 6 ms",
             f"{value:.1f} ms",
             value <= 6,
@@ -723,7 +734,7 @@ def machine(directory):
 
 
 def main():
-    names = ("shell", "python-start", "thread", "beat", "memory", "logs")
+    names = ("shell", "python-start", "preload", "thread", "beat", "memory", "logs")
     parser = argparse.ArgumentParser(description=textwrap.fill(__doc__.splitlines()[0]))
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(names))
     parser.add_argument(

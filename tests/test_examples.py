@@ -185,7 +185,7 @@ def test_the_probes_ask_for_the_health_at_the_port_of_the_executor(load):
 def test_the_pod_and_the_image_agree():
     image = dict(re.findall(r"(\w+)=(\S+)", " ".join(instructions("ENV"))))
     assert image.items() <= environment().items()
-    security = POD["securityContext"]
+    security = SIDECAR["securityContext"]
     assert f"{security['runAsUser']}:{security['runAsGroup']}" == instructions("USER")[0]
 
 

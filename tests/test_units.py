@@ -37,6 +37,22 @@ def unit():
     return parse(UNITS / "xxl-executor.service")
 
 
+def test_the_unit_of_several_executors_differs_in_nothing_but_names():
+    one, several = ((UNITS / name).read_text() for name in (NAMES[0], "xxl-executor@.service"))
+    changed = [
+        (old, new)
+        for old, new in zip(reversed(one.splitlines()), reversed(several.splitlines()))
+        if old != new and "=" in old and not old.startswith("#")
+    ]
+    assert [new for _, new in reversed(changed)] == [
+        "Description=XXL-JOB executor %i",
+        "ExecStart=/usr/bin/python3 /opt/xxl-executor/xxl_executor.py -c /etc/xxl-executor/%i.yaml run",
+        "StateDirectory=xxl-executor/%i",
+        "LoadCredential=token:/etc/xxl-executor/%i.token",
+        "EnvironmentFile=-/etc/xxl-executor/%i.environment",
+    ]
+
+
 @pytest.fixture(scope="module")
 def service(unit):
     return unit["Service"]
@@ -223,22 +239,33 @@ def test_the_socket_listens_where_the_daemon_does_by_default(tmp_path):
     )
 
 
-def test_the_token_is_found_with_and_without_systemd(tmp_path, monkeypatch):
-    """What the unit tells to write into the configuration works in the service, and for root's
-    `check` and `status`."""
-    text = (UNITS / "xxl-executor.service").read_text(encoding="utf-8")
-    [line] = re.findall(r"admin\.access_token_file: (\S+)", text)
-    for directory, token in (("credentials", "copy"), ("etc", "original")):
+def test_the_token_of_the_unit_is_found(tmp_path, monkeypatch):
+    """With the configuration of the README's ten minutes as it stands, and with none at all; a
+    token that is configured is another one's business."""
+    for directory in ("credentials", "etc"):
         (tmp_path / directory).mkdir()
-        (tmp_path / directory / "token").write_text(token + "\n")
-    assert line == "${CREDENTIALS_DIRECTORY:-/etc/xxl-executor}/token"
+        (tmp_path / directory / "token").write_text(directory + "\n")
+    monkeypatch.delenv("XXL_JOB_ACCESS_TOKEN", raising=False)
+    monkeypatch.setenv("STATE_DIRECTORY", "/var/lib/here")
     file = tmp_path / "config.yaml"
-    line = line.replace("/etc/xxl-executor", str(tmp_path / "etc"))
-    file.write_text(f"admin: {{access_token_file: '{line}'}}\njobs: {{}}")
-    monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
-    assert xxl_executor.load_config(str(file)).admin.access_token == "original"
-    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path / "credentials"))
-    assert xxl_executor.load_config(str(file)).admin.access_token == "copy"
+
+    def found(admin):
+        file.write_text(f"admin: {admin}\njobs: {{}}")
+        config = xxl_executor.load_config(str(file))
+        assert config.executor.data_dir == "/var/lib/here"
+        return config.admin.access_token
+
+    ten_minutes = "{access_token: '${XXL_JOB_ACCESS_TOKEN:-}'}"
+    for admin in (ten_minutes, "{}"):
+        monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
+        assert not found(admin)
+        monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path / "credentials"))
+        assert found(admin) == "credentials"
+    assert found(f"{{access_token_file: {tmp_path}/etc/token}}") == "etc"
+    monkeypatch.setenv("XXL_JOB_ACCESS_TOKEN", "own")
+    assert found(ten_minutes) == "own"
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    assert not found("{}"), "there is none"
 
 
 def test_jobs_do_not_inherit_where_the_token_is():
