@@ -733,6 +733,10 @@ def machine(directory):
     ]
 
 
+def show(head, rows):
+    print("\n".join(["", *xxl_executor.table(head, rows)]))
+
+
 def main():
     names = ("shell", "python-start", "preload", "thread", "beat", "memory", "logs")
     parser = argparse.ArgumentParser(description=textwrap.fill(__doc__.splitlines()[0]))
@@ -766,12 +770,8 @@ def main():
                 failed += 1
                 bench.rows.append((name, "", "", "FAILED", " ".join(str(error).split())[:200]))
                 print(f"{name} failed: {error}", file=sys.stderr, flush=True)
-    print()
-    xxl_executor.print_table(("BENCH", "TARGET", "MEASURED", "", "DETAILS"), bench.rows)
-    print()
-    xxl_executor.print_table(
-        ("MACHINE", ""), [*figures, ("took", f"{time.monotonic() - began:.0f} s")]
-    )
+    show(("BENCH", "TARGET", "MEASURED", "", "DETAILS"), bench.rows)
+    show(("MACHINE", ""), [*figures, ("took", f"{time.monotonic() - began:.0f} s")])
     return 1 if failed or any(row[3] == "MISSED" for row in bench.rows) else 0
 
 
