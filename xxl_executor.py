@@ -1498,12 +1498,17 @@ class HostCheck:
         if job.command:
             yield from self._arguments(job)
         elif job.shell:
-            checked = subprocess.run(
-                ["/bin/sh", "-n", "-c", job.shell], stdin=subprocess.DEVNULL, capture_output=True
-            )
-            if checked.returncode:
-                told = checked.stderr.decode("utf-8", "replace").strip().partition("\n")[0]
-                yield "shell", printable(f"the shell cannot read it: {told}")
+            with contextlib.suppress(
+                OSError
+            ):  # as much too long, or a process too many: a run tells
+                checked = subprocess.run(
+                    ["/bin/sh", "-n", "-c", job.shell],
+                    stdin=subprocess.DEVNULL,
+                    capture_output=True,
+                )
+                if checked.returncode:
+                    told = checked.stderr.decode("utf-8", "replace").strip().partition("\n")[0]
+                    yield "shell", printable(f"the shell cannot read it: {told}")
         else:
             yield from self._entry_point(job)
 
@@ -7975,8 +7980,11 @@ class Daemon:
         answer."""
 
         def check() -> None:
-            for warning in HostCheck(config).warnings():
-                log.warning("%s", warning)
+            try:
+                for warning in HostCheck(config).warnings():
+                    log.warning("%s", warning)
+            except Exception:
+                log.exception("cannot look for what this host lacks, please report it")
 
         with contextlib.suppress(RuntimeError):  # no more threads: the first run will tell
             threading.Thread(target=check, name="host-check", daemon=True).start()

@@ -46,7 +46,7 @@ sys.path.insert(0, str(ROOT))
 
 import xxl_executor  # noqa: E402
 
-PYXXL = "0.4.7"
+PYXXL = "0.4.8"
 LANES = 64  # jobIds in turn: one run at a time for each jobId is then no limit
 WINDOW = (
     256  # runs between trigger and result: more than two batches of callbacks, four for each lane
