@@ -30,6 +30,7 @@ slot-N         Crew, on need        a job with isolation: thread          the pr
 callback       Callbacks.start      a result, the next attempt            close(), after at most 5 s
 registration   Registration.start   30 s, or a retry                      close(), registryRemove
 (pruning)      Daemon, each hour    the disk                              all is removed, or a stop
+(host-check)   Daemon, at a reload  programs that tell what is missing    all is looked at
 (output)       Output, on need      who reads stdout or stderr            nothing waits any more
 (Timer)        11 and 14            a deadline of an exchange, of a stop  that ends first
 (resolver)     11                   the name of an admin                  the resolver gives up
@@ -2770,11 +2771,18 @@ class Api:
         if path == "/log":
             return Route.PAGE
         # A long body takes a while to decode, and a script is written to the disk first.
-        # So is a script looked up.
-        looks = self.config.scripts.directories and path in ("/run", "/trigger")
-        if len(request.body) > SMALL_BODY or b"GLUE" in request.body or looks:
+        if len(request.body) > SMALL_BODY or b"GLUE" in request.body or self._looks(path, request):
             return Route.POOL if path == "/idleBeat" else Route.LONG
         return Route.DIRECT if path == "/idleBeat" else Route.CORE
+
+    def _looks(self, path: str, request: Request) -> bool:
+        """Whether a script may have to be looked up, on a disk that may not answer."""
+        if not self.config.scripts.directories or path not in ("/run", "/trigger"):
+            return False
+        try:
+            return text(decode(request.body), "executorHandler") not in self.config.jobs
+        except Refused:  # whoever decodes it again will tell
+            return False
 
     def _path(self, request: Request) -> str:
         """Without the prefix of the advertised address."""
@@ -4101,7 +4109,8 @@ class ForkedChild:
 class PythonServer:
     """A warm interpreter that forks the processes of `python` jobs; the supervisor's thread.
 
-    `fd` is readable when it tells of what it has imported beforehand, see `listen`."""
+    `fd` is readable when it tells of what it has imported beforehand, see `listen`; -1 once nobody
+    listens."""
 
     def __init__(
         self,
@@ -4796,22 +4805,28 @@ class Supervisor(Watched):
         server = self._servers.get(key)
         if server is None or not server.alive():
             if server is not None:
-                self._end_server(server)
+                self.retire(server)
             marked = {**self.environment, MARKER: f"{self._identity}-{'server':0>20}"}
             server = self._servers[key] = PythonServer(key[0], marked, job.preload, path)
             self.watch(server.fd, functools.partial(self._told_by, server, job.name))
         return server
 
-    def _end_server(self, server: PythonServer) -> None:
+    def retire(self, server: PythonServer) -> None:
         """It gets no further request."""
-        self.unwatch(server.fd)
+        self._leave(server)
         server.retire()
+
+    def _leave(self, server: PythonServer) -> None:
+        """Once: its descriptor may soon be that of something else."""
+        if server.fd >= 0:
+            self.unwatch(server.fd)
+            server.fd = -1
 
     def _told_by(self, server: PythonServer, name: str) -> None:
         """What a Python server says of what it imports; the end of it is seen when it is used."""
         problems = server.listen()
         if problems is None:
-            self.unwatch(server.fd)
+            self._leave(server)
         for problem in problems or ():
             log.warning("jobs.%s.preload: %s", name, printable(problem))
 
@@ -4841,7 +4856,7 @@ class Supervisor(Watched):
 
     def _prepare(self, jobs: list[JobConfig]) -> None:
         for key in [key for key in self._servers if key[1]]:  # for what was edited meanwhile
-            self._end_server(self._servers.pop(key))
+            self.retire(self._servers.pop(key))
         for job in jobs:
             try:
                 self.server(job)
@@ -5112,7 +5127,7 @@ class ProcessRun:
             self._give_back_child()
             self._cannot_start(self._spawn_failure(OSError(errno.EAGAIN, child.error)))
         elif child.lost:
-            child.server.retire()  # its end is seen before it can be waited for
+            self._supervisor.retire(child.server)  # its end is seen before it can be waited for
             self._give_back_child()
             self._try_again(child.server.too_old())
 
@@ -5144,7 +5159,7 @@ class ProcessRun:
         """The Python server does not answer: the next run gets a new one."""
         assert isinstance(self._child, ForkedChild)
         server = self._child.server
-        server.retire()
+        self._supervisor.retire(server)
         self._supervisor.timers.after(SERVER_LIMIT, lambda: self._supervisor.end_silent(server))
         self._give_back_child()  # without a request its process ends
         silent = TimeoutError(errno.ETIMEDOUT, "the Python server does not answer")
@@ -6537,16 +6552,17 @@ class Journal:
         return bool(self._read("SELECT 1 FROM runs WHERE log_id = ?", log_id))
 
     def latest(self, before: float, handlers: typing.Iterable[str]) -> list[PastRun]:
-        """The RECENT latest runs of each of `handlers` that ended before the time `before`, the
-        latest first; reads with a connection of its own. Raises JournalError."""
+        """The RECENT latest runs of each handler that ended before the time `before`, the latest
+        first, at least until all of `handlers` have so many; reads with a connection of its own.
+        Raises JournalError."""
         missing, found = dict.fromkeys(handlers, RECENT), []
         with contextlib.closing(read_journal(self._file)) as db:
             for run in itertools.islice(past_runs(db), LOOK_BACK):
-                wanted = missing.get(run.label, 0)
+                wanted = missing.get(run.label, RECENT)
                 if wanted and run.code is not None and run.began + (run.took or 0.0) < before:
                     found.append(run)
                     missing[run.label] = wanted - 1
-                    if wanted == 1 and not any(missing.values()):
+                    if not any(missing.values()):
                         break
         return found
 
@@ -8026,7 +8042,7 @@ class Daemon:
             "address": self._registration.address or self.url,
             "draining": self._api.draining,
             "registered": self._registration.registered.is_set(),
-            "jobs": sorted({*self.config.jobs, *self.config.scripts.look()[0]}),
+            "jobs": sorted(self.config.jobs),
             **self._core.snapshot(),
             "undelivered": counts["undelivered"],
             "dead": counts["dead"],
@@ -8113,8 +8129,7 @@ class Daemon:
         try:
             if not self._remembered:
                 self._remembered = True
-                names = {*self.config.jobs, *self.config.scripts.look()[0], "glue"}
-                self._core.remember(journal.latest(self._started, names))
+                self._core.remember(journal.latest(self._started, self.config.jobs))
             journal.save_clock()
             logs = self._logs.prune(journal.known_for, journal.forget, stop)
             runs = journal.prune(stop, self.config.executor.log_retention)
@@ -8883,12 +8898,12 @@ def cmd_status(arguments: argparse.Namespace) -> int:
                 indent = None if arguments.watch else 2
                 print(json.dumps(seen.found, ensure_ascii=False, indent=indent), flush=True)
             elif live:
-                lines = status_lines(seen, shutil.get_terminal_size().lines - 1)
+                lines = map(printable, status_lines(seen, shutil.get_terminal_size().lines - 1))
                 # line by line, so that nothing flickers; then whatever an earlier one left below
                 drawn = "".join(f"{fit(line)}\x1b[K\n" for line in lines)
                 print(f"\x1b[H{drawn}\x1b[J", end="", flush=True)
             else:
-                print("\n".join(map(fit, status_lines(seen))), flush=True)
+                print("\n".join(map(fit, map(printable, status_lines(seen)))), flush=True)
             if not arguments.watch or threading.Event().wait(WATCH_INTERVAL):
                 break
     return 1 if seen.trouble else 0

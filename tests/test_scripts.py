@@ -45,7 +45,7 @@ def test_a_script_is_a_job_without_a_reload(executor, admin, scripts):
     assert run_job(daemon, admin, "report.sh")[1]["handleMsg"] == "timed out after 1 s"
     write(scripts, "listed", "#!/bin/sh\necho of the directory\n")
     assert run_job(daemon, admin, "listed")[1]["handleMsg"] == "listed", "an entry of jobs wins"
-    assert "report.sh" in daemon.status()["jobs"]
+    assert daemon.status()["recent"]["report.sh"] == [200, 502]
     (scripts / "report.sh").unlink()
     assert "not found" in refused(daemon, admin, "report.sh")
 

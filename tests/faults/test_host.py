@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import LAUNCH, PROGRAM, alive, launch, result_of, wait_until
+from conftest import LAUNCH, PROGRAM, alive, launch, result_of, run_job, wait_until
 from tools import Ledger, Proxy, need_root, rounds
 
 import xxl_executor
@@ -735,4 +735,25 @@ def test_a_job_whose_directory_does_not_answer_holds_up_nobody(executor, admin, 
             end()
         found = result_of(admin, ids["hangs"])
         assert found["handleCode"] == 500 and found["handleMsg"].startswith("cannot start")
+        assert daemon.stop() == 0
+
+
+def test_scripts_on_a_disk_that_does_not_answer_hold_up_no_other_job(executor, admin, tmp_path):
+    need_root()
+    place = tmp_path / "hung"
+    place.mkdir()
+    with silent_mount(place) as end:
+        daemon = executor(
+            {"listed": {"shell": "echo listed"}},
+            admin=admin,
+            scripts={"directories": [str(place / "sub")]},
+        )
+        try:
+            for number in range(2):
+                _, reply = admin.trigger(daemon.url, "report.sh", jobId=10 + number)
+                assert reply["code"] == 500 and "within 2.5 s" in reply["msg"]
+            assert run_job(daemon, admin, "listed")[1]["handleMsg"] == "listed"
+            assert daemon.status()["recent"] == {"listed": [200]}
+        finally:
+            end()
         assert daemon.stop() == 0
