@@ -60,7 +60,7 @@ def run_compiled(flags: list[str]) -> None:
         " code = marshal.loads(os.pread(fd, os.fstat(fd).st_size, 0)); os.close(fd);"
         " module = sys.modules['xxl_executor'] = type(sys)('xxl_executor');"
         " module.__file__ = code.co_filename; exec(code, vars(module));"
-        " sys.exit(module.main(sys.argv[3:]))"
+        " module.show_command(sys.argv[3:]); sys.exit(module.main(sys.argv[3:]))"
     )
     fd = os.memfd_create("xxl_executor.py", 0)
     os.write(fd, marshal.dumps(sys._getframe(1).f_code))
@@ -3955,7 +3955,8 @@ def run_as_module(interpreter: str, *arguments: str) -> list[str]:
         " importlib.util.spec_from_loader('xxl_executor',"
         " importlib.machinery.SourceFileLoader('xxl_executor', sys.argv[1])); module ="
         " sys.modules['xxl_executor'] = importlib.util.module_from_spec(spec);"
-        " spec.loader.exec_module(module); sys.exit(module.main(sys.argv[2:]))"
+        " spec.loader.exec_module(module); module.show_command(sys.argv[2:]);"
+        " sys.exit(module.main(sys.argv[2:]))"
     )
     return [interpreter, "-c", code, os.path.abspath(__file__), *arguments]
 
@@ -9344,9 +9345,10 @@ def set_up_logging(output: Output) -> None:
     logging.getLogger("urllib3").setLevel(logging.ERROR)
 
 
-def show_command(words: typing.Sequence[str]) -> None:
-    """Have ps, top and systemctl show `words`, which take the place of the longer command by which
-    `run_compiled` and `run_as_module` start this program; proc(5), arg_start."""
+def show_command(arguments: typing.Sequence[str]) -> None:
+    """Have ps, top and systemctl show this program with its arguments, in place of the longer
+    command by which `run_compiled` and `run_as_module` start it; proc(5), arg_start."""
+    words = [sys.executable, os.path.abspath(__file__), *arguments]
     with contextlib.suppress(OSError, ValueError, IndexError):
         fields = _read_proc("/proc/self/stat").rpartition(b") ")[2].split()
         start, end = int(fields[45]), int(fields[46])  # numbers 48 and 49 of the whole line
@@ -9357,8 +9359,6 @@ def show_command(words: typing.Sequence[str]) -> None:
 
 
 def main(argv: typing.Sequence[str] | None = None) -> int:
-    if argv is not None and __name__ != "__main__" and sys.argv[:1] == ["-c"]:
-        show_command([sys.executable, os.path.abspath(__file__), *argv])
     argv = sys.argv[1:] if argv is None else list(argv)
     sys.modules.setdefault("xxl_executor", sys.modules[__name__])  # for a job that imports Context
     if argv[:1] == ["--serve-python"]:

@@ -2,10 +2,12 @@
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import pty
 import re
+import shlex
 import signal
 import socket
 import struct
@@ -999,16 +1001,23 @@ def test_demo_needs_jobs(place):
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 0), (signal.SIGTERM, None)])
 def test_demo_serves_until_ctrl_c(place, number, status):
     with place.ended(place.write(DEMO).start("demo")) as process:
-        for line in process.stdout:
-            if line.startswith("Still serving on "):
-                break
-        url = re.fullmatch(
-            r"Still serving on (http://127\.0\.0\.1:\d+/); Ctrl-C ends it\.\n", line
-        )[1]
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
-            url + "health", timeout=20
-        ) as reply:
-            assert reply.status == 200
+        # The three lines work as they are.
+        lines = itertools.dropwhile(
+            lambda line: not line.startswith("Still serving"), process.stdout
+        )
+        serving, trigger, look = itertools.islice(lines, 3)
+        assert serving == (
+            "Still serving; Ctrl-C ends it. In another terminal, to run a job again and to look:\n"
+        )
+        words = shlex.split(trigger.replace("$(date +%s)", "12345"))
+        assert words[:2] == ["curl", "-d"]
+        request = urllib.request.Request(words[3], words[2].encode())
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as reply:
+            assert json.load(reply)["code"] == 200
+        words = shlex.split(look)
+        assert words[0] == "python3" and Path(place.directory, words[1]).resolve() == PROGRAM
+        status, shown, _ = place.run(*words[2:])
+        assert status == 0 and shown.startswith("shown  registered\n")
         os.killpg(process.pid, number)  # a terminal sends it to all of them
         out, err = process.communicate(timeout=20)
     assert (out, err) == ("", "")
