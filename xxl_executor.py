@@ -1554,7 +1554,8 @@ class HostCheck:
         except ExecutorError as error:
             yield "interpreter", str(error)
             return
-        problem = self._no_function(job.python, [*job.pythonpath, job.cwd, *path])
+        own = interpreter == sys.executable
+        problem = self._no_function(job.python, [*job.pythonpath, job.cwd, *path], own)
         if problem:
             yield "python", problem
 
@@ -1608,8 +1609,9 @@ class HostCheck:
             return str(error)
         return ""
 
-    def _no_function(self, entry_point: str, path: list[str]) -> str:
-        """Why `module:function` cannot be called, "" when it can or nobody knows."""
+    def _no_function(self, entry_point: str, path: list[str], own: bool) -> str:
+        """Why `module:function` cannot be called, "" when it can or nobody knows, as with the
+        syntax of an interpreter that is not this program's `own`."""
         module, _, function = entry_point.partition(":")
         try:
             spec = self._find_module(module, path)
@@ -1621,7 +1623,7 @@ class HostCheck:
             with open(spec.origin, "rb") as stream:
                 tree = ast.parse(stream.read())
         except SyntaxError as error:
-            return f"{spec.origin}:{error.lineno}: {error.msg}"
+            return f"{spec.origin}:{error.lineno}: {error.msg}" if own else ""
         except (OSError, ValueError, RecursionError):
             return ""
         names: set[str] = set()
@@ -6217,7 +6219,13 @@ class Journal:
                 (settled.state.value, self.clock.now(), log_id, settled.before.value)
                 for log_id in settled.log_ids
             ]
-            query = "UPDATE runs SET state = ?, finished = ? WHERE log_id = ? AND state = ?"
+            # Of what is only a memory the beginning will do: there may be very many.
+            short = ", message = substr(message, 1, 500)"
+            query = (
+                "UPDATE runs SET state = ?, finished = ?"
+                f"{short if settled.state is RunState.DELIVERED else ''}"
+                " WHERE log_id = ? AND state = ?"
+            )
             count = db.executemany(query, rows).rowcount
             if settled.before is RunState.FINISHED:
                 counts["finished"] -= count
@@ -6601,7 +6609,7 @@ class Journal:
             "SELECT finished FROM runs WHERE state = 'delivered' ORDER BY finished DESC LIMIT 1"
             f" OFFSET {KEPT_RUNS}"
         )
-        if newest:
+        if newest and isinstance(newest[0][0], float):  # else a damaged row
             keep = min(keep, max(self.clock.now() - newest[0][0], REPEAT_WINDOW))
         removed = self._remove("state = 'delivered'", keep, stop)
         for state in (RunState.ACKNOWLEDGED, RunState.RESENT):

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import PROGRAM, result_of, run_job, wait_until
+from conftest import LAUNCH, PROGRAM, launch, result_of, run_job, wait_until
 
 program = PROGRAM
 AT = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
@@ -336,3 +336,54 @@ def test_whoever_reads_only_the_beginning(executor):
         assert process.stdout.readline()
         process.stdout.close()
         assert process.stderr.read() == b""
+
+
+def test_many_delivered_runs_are_kept_as_far_as_they_are_young(executor, admin):
+    """At most KEPT_RUNS, but none that may still be repeated; of each the beginning of its
+    message."""
+    daemon = executor({"ok": {"shell": "true"}}, admin=admin)
+    assert daemon.stop() == 0
+    long = "why " * 3000
+    with contextlib.closing(sqlite3.connect(daemon.data / "journal.db")) as db:
+        (now,) = db.execute("SELECT value FROM facts WHERE name = 'clock'").fetchone()
+        kept = json.dumps(
+            {
+                "handler": "ok",
+                "glue_type": "BEAN",
+                "shard_index": 0,
+                "shard_total": 1,
+                "began": time.time() - 5 * 86_400,
+                "took": 1.5,
+            }
+        )
+        rows = [
+            (number, 1, "delivered", 0.0, kept, 500, long, float(now) - age * 3600)
+            for number, age in enumerate([24 * 40] * 3 + [*range(60, 50, -1)] + [1] * 10, 1)
+        ]
+        db.executemany(
+            "INSERT INTO runs (log_id, log_date_time, state, accepted, trigger, code, message,"
+            " finished) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            rows,
+        )
+        db.commit()
+    daemon.program = LAUNCH
+    daemon.env.update(launch(KEPT_RUNS=15))
+    daemon.start()
+    wait_until(lambda: "pruned 0 logs and 8 runs" in daemon.log)
+    found = json.loads(said(daemon, "runs", "-n", "100", "--json"))
+    assert [run["logId"] for run in found] == [*range(9, 24)]
+    assert daemon.status()["failures"][0]["logId"] == 23
+
+
+def test_of_a_delivered_run_the_beginning_of_its_message_is_kept(executor, tmp_path):
+    """Without an admin a result is delivered at once."""
+    daemon = executor({"ok": {"shell": "printf '%02000d' 0"}})
+    body = {"jobId": 1, "logId": 7, "executorHandler": "ok"}
+    assert daemon.post("/run", body)["code"] == 200
+    wait_until(lambda: daemon.status()["recent"] == {"ok": [200]})
+
+    def message():
+        (run,) = json.loads(said(daemon, "runs", "--json"))
+        return run["state"] == "delivered" and run["message"]
+
+    assert wait_until(message) == "0" * 500
