@@ -3521,9 +3521,9 @@ class Core(Watched):
         label = run.trigger.label
         self._metrics.count("runs_total", handler=label, code=result.code)
         self._metrics.observe("run_duration_seconds", took, handler=label)
-        self._metrics.set("last_run_timestamp_seconds", round(time.time(), 3), handler=label)
+        now = round(time.time(), 3)
+        self._metrics.set("last_run_timestamp_seconds", now, handler=label)
         if result.code == SUCCESS:
-            now = round(time.time(), 3)
             self._metrics.set("last_success_timestamp_seconds", now, handler=label)
         self._batch.lines.append(
             f"finished {run.trigger} code={result.code} in {seconds_text(took)}:"

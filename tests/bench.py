@@ -188,9 +188,12 @@ def output_of(code):
 
 
 def children_of(pid):
-    """Of any of its threads."""
-    found = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for file in found for child in file.read_text().split()]
+    """The processes that its threads have started."""
+    found = []
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError):  # a thread that has just ended
+            found += map(int, file.read_text().split())
+    return found
 
 
 def cpu_seconds(pid):
