@@ -586,6 +586,10 @@ class Output:
             with self._lock:
                 del self._waiting[:written]
 
+    def fileno(self) -> int:
+        """What it writes to, a pipe or a terminal without waiting."""
+        return self._fd
+
     def flush(self, seconds: float) -> None:
         """Wait until nothing waits any more, at most `seconds`."""
         self._idle.wait(seconds)
@@ -832,6 +836,12 @@ def _path(reader, node) -> str:
     return os.path.normpath(os.path.join(base, os.path.expanduser(_text(reader, node))))
 
 
+def _data_dir(reader, node) -> str:
+    if node.value == os.environ.get("STATE_DIRECTORY"):  # of several the first
+        node = reader.scalar(node.value.partition(":")[0], node)
+    return _path(reader, node)
+
+
 def _program(reader, node) -> str:
     return _path(reader, node) if "/" in _text(reader, node) else node.value
 
@@ -910,7 +920,7 @@ class ExecutorConfig:
     app_name: str = _option(_header, "xxl-job-executor-sample")
     bind: tuple = _option(_bind, "0.0.0.0:9999")
     address: str = _option(_url)
-    data_dir: str = _option(_path, "${STATE_DIRECTORY:-./data}")
+    data_dir: str = _option(_data_dir, "${STATE_DIRECTORY:-./data}")
     max_running: int = _option(_whole(1, 1024), "32")
     max_queued: int = _option(_whole(1, 1_000_000), "10000")
     drain_timeout: float = _option(_duration, "30s")
@@ -1022,9 +1032,35 @@ class ScriptsConfig:
                     return f"others may write {place}: chmod go-w {place}"
                 if not os.geteuid() and found.st_uid not in trusted:
                     return f"{place} belongs to another user, who could change it: chown root"
+            above = os.path.realpath(directory)
+            while above != os.path.dirname(above):
+                above = os.path.dirname(above)
+                found = os.stat(above)
+                moved = found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX
+                if moved or not os.geteuid() and found.st_uid not in trusted:
+                    return f"others may write {above} and so put another {directory} there"
         except OSError as error:
             return f"{file}: {error.strerror}"
-        return "" if os.access(file, os.X_OK) else f"{file} is not executable: chmod +x {file}"
+        if not os.access(file, os.X_OK):
+            return f"{file} is not executable: chmod +x {file}"
+        return self._no_interpreter(file)
+
+    @staticmethod
+    def _no_interpreter(file: str) -> str:
+        """Why the kernel would not start `file`, "" when it would or who reads may not look."""
+        try:
+            with open(file, "rb") as stream:
+                first = stream.read(256).split(b"\n")[0]
+        except OSError:
+            return ""
+        if first.startswith(b"\x7fELF"):
+            return ""
+        if not first.startswith(b"#!"):
+            return f'{file} has no "#!" line: let it begin with #!/bin/sh or the like'
+        if first.endswith(b"\r"):
+            return f"{file} has the line ends of Windows: dos2unix {file}"
+        program = os.fsdecode(first[2:].split()[0]) if first[2:].split() else ""
+        return "" if os.path.exists(program) else f"{file} begins with #!{program}: there is none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1408,6 +1444,9 @@ class _ConfigReader(_YamlReader):
                 self.problem(item, f"include: {item.value} does not exist: remove it, or write it")
             self.files.append(pattern)
             for file in files:
+                if os.path.isdir(file):
+                    self.problem(item, f"include: {file} is a directory: write {file}/*.yaml")
+                    continue
                 root = self.document(file)
                 for key, value in self.pairs(root) if root is not None else ():
                     if key.value == "jobs":
@@ -1462,12 +1501,20 @@ def load_config(file: str) -> Config:
     return config
 
 
+SOURCE_LIMIT = 1 << 20  # bytes; a longer module is not looked into
+
+
 class HostCheck:
     """Finds what a configuration names and this host lacks, before a run fails for it. Nothing of a
-    job is run, and nothing of it is imported; any thread, it takes some ms for each job."""
+    job is run, and nothing of it is imported, but a job's interpreter tells where it looks for
+    modules; any thread, it takes some ms for each job."""
 
-    def __init__(self, config: Config):
-        self._config = config
+    def __init__(self, config: Config, deep: bool = False):
+        """`deep`: parse the modules of Python jobs too, which would hold up a daemon."""
+        self._config, self._deep = config, deep
+        self._environment = {
+            name: value for name, value in os.environ.items() if not SECRETS.fullmatch(name)
+        }
         self._paths: dict[str, list[str]] = {}  # by interpreter, see _module_path
 
     def warnings(self) -> list[str]:
@@ -1475,6 +1522,9 @@ class HostCheck:
         config, found = self._config, []
         scripts, problems = config.scripts.look()
         found += [config.told("scripts.directories", problem) for problem in problems]
+        for name in sorted(scripts.keys() & config.jobs.keys()):
+            told = f"the script {scripts[name].command[0]} has the same name and does not run"
+            found.append(config.told(f"jobs.{name}", told))
         if not config.jobs and not scripts and not config.glue.enabled:
             found.append(config.told("jobs", "there are none: every trigger will be refused"))
         for job in config.jobs.values():
@@ -1506,6 +1556,7 @@ class HostCheck:
                     ["/bin/sh", "-n", "-c", job.shell],
                     stdin=subprocess.DEVNULL,
                     capture_output=True,
+                    env=self._environment,
                 )
                 if checked.returncode:
                     told = checked.stderr.decode("utf-8", "replace").strip().partition("\n")[0]
@@ -1572,6 +1623,7 @@ class HostCheck:
                     capture_output=True,
                     timeout=10,
                     cwd="/",
+                    env=self._environment,
                 )
                 version, *path = os.fsdecode(found.stdout).splitlines()
                 major, minor = json.loads(version)
@@ -1621,24 +1673,38 @@ class HostCheck:
             return ""
         try:
             with open(spec.origin, "rb") as stream:
-                tree = ast.parse(stream.read())
+                source = stream.read(SOURCE_LIMIT)
+        except OSError:
+            return ""
+        if len(source) == SOURCE_LIMIT:
+            return ""
+        if not self._deep:
+            found = re.search(rb"\b%s\b|import \*|__getattr__" % function.encode(), source)
+            return "" if found else f"{spec.origin} has no function {function}"
+        try:
+            names = self._names(source)
         except SyntaxError as error:
             return f"{spec.origin}:{error.lineno}: {error.msg}" if own else ""
-        except (OSError, ValueError, RecursionError):
+        except (ValueError, RecursionError, MemoryError):  # nested too deeply to tell
             return ""
+        if function in names or {"*", "__getattr__"} & names:
+            return ""
+        near = difflib.get_close_matches(function, sorted(names), 1)
+        hint = f', did you mean "{near[0]}"?' if near else ""
+        return f"{spec.origin} has no function {function}{hint}"
+
+    @staticmethod
+    def _names(source: bytes) -> set[str]:
+        """What a module defines or imports, wherever it does."""
         names: set[str] = set()
-        for node in ast.walk(tree):
+        for node in ast.walk(ast.parse(source)):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
                 names.add(node.name)
             elif isinstance(node, (ast.Import, ast.ImportFrom)):
                 names.update((alias.asname or alias.name).partition(".")[0] for alias in node.names)
             elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                 names.add(node.id)
-        if function in names or {"*", "__getattr__"} & names:
-            return ""
-        near = difflib.get_close_matches(function, sorted(names), 1)
-        hint = f', did you mean "{near[0]}"?' if near else ""
-        return f"{spec.origin} has no function {function}{hint}"
+        return names
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1787,6 +1853,14 @@ def _histogram(name: str, labels: tuple, value: list) -> list[str]:
     ]
 
 
+@functools.lru_cache(1)  # else it would change a little with each look, as if it had restarted
+def _process_began() -> float:
+    """When this process began, in seconds since the epoch. Raises OSError."""
+    ticks = int(_read_proc("/proc/self/stat").rpartition(b") ")[2].split()[19])
+    uptime = float(_read_proc("/proc/uptime").split()[0])
+    return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
+
+
 def _process_metrics() -> list[str]:
     """What every Prometheus client tells of its process, under the same names; see
     https://prometheus.io/docs/instrumenting/writing_clientlibs/#process-metrics"""
@@ -1801,8 +1875,7 @@ def _process_metrics() -> list[str]:
     ]
     with contextlib.suppress(OSError, ValueError, IndexError):  # no descriptor free, no /proc
         fields = _read_proc("/proc/self/stat").rpartition(b") ")[2].split()
-        uptime = float(_read_proc("/proc/uptime").split()[0])
-        began = time.time() - uptime + int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        began = _process_began()
         resident = int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
         found += [
             (
@@ -3978,20 +4051,25 @@ def exit_status(found) -> int:
     return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
 
 
-def memory_kills() -> int:
-    """How many processes of this control group the kernel has killed for want of memory; 0 where
-    that is not told."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
+@functools.lru_cache(1)
+def _memory_events() -> str:
+    """The file that counts what the kernel has killed in this control group, "" for none."""
+    with contextlib.suppress(OSError, ValueError):
         for line in _read_proc("/proc/self/cgroup").decode().splitlines():
             number, controllers, group = line.split(":", 2)
             if controllers == "memory":  # version 1, whose line comes before that of version 2
-                file = f"/sys/fs/cgroup/memory{group}/memory.oom_control"
-            elif number == "0":
-                file = f"/sys/fs/cgroup{group}/memory.events"
-            else:
-                continue
-            words = _read_proc(file).split()
-            return int(words[words.index(b"oom_kill") + 1])
+                return f"/sys/fs/cgroup/memory{group}/memory.oom_control"
+            if number == "0":
+                return f"/sys/fs/cgroup{group}/memory.events"
+    return ""
+
+
+def memory_kills() -> int:
+    """How many processes of this control group the kernel has killed for want of memory; 0 where
+    that is not told."""
+    with contextlib.suppress(OSError, ValueError):
+        words = _read_proc(_memory_events()).split()
+        return int(words[words.index(b"oom_kill") + 1])
     return 0
 
 
@@ -4205,7 +4283,8 @@ class PythonServer:
             self._popen.wait(seconds)
         except subprocess.TimeoutExpired:
             self._popen.kill()
-            self._popen.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # its disk does not answer
+                self._popen.wait(0.2)
         _OWN.discard(self._popen.pid)
 
 
@@ -4577,9 +4656,9 @@ class Timers:
 
 class Crew:
     """At most `limit` threads that call what they are given, in order; started when none is idle,
-    they end when they are idle for `idle` seconds. With `timers` more than two only when none of
-    them has got anywhere for CREW_PATIENCE. `do`: any thread. Daemons: one that never returns
-    cannot hold the exit back."""
+    they end when they are idle for `idle` seconds. With `timers` more than two only when a call has
+    waited for CREW_PATIENCE. `do`: any thread. Daemons: one that never returns cannot hold the exit
+    back."""
 
     def __init__(
         self, name: str, limit: int, idle: float | None = None, timers: Timers | None = None
@@ -4589,7 +4668,8 @@ class Crew:
         self._lock = threading.Lock()  # guards the others
         self._threads = 0
         self._spare = 0  # idle threads; below 0: so many calls wait for one
-        self._done, self._looking = 0, False  # calls; whether `_look` will come
+        self._since: collections.deque[float] = collections.deque()  # of the calls that wait
+        self._looking = False  # whether `_look` will come
 
     def do(self, call: typing.Callable[[], typing.Any]) -> None:
         """`call` must not raise."""
@@ -4600,21 +4680,22 @@ class Crew:
                 elif not self._looking:
                     self._look_later()
             self._spare -= 1
-        self._queue.put(call)
+            self._since.append(time.monotonic())
+            self._queue.put(call)
 
     def _look_later(self) -> None:
         assert self._timers is not None
         self._looking = True
-        self._timers.after(CREW_PATIENCE, functools.partial(self._look, self._done))
+        self._timers.after(CREW_PATIENCE, self._look)
 
-    def _look(self, done: int) -> None:
+    def _look(self) -> None:
         """Many threads that all get on would only be in each other's way."""
         with self._lock:
             self._looking = False
-            if self._done == done:
-                for _ in range(min(-self._spare, self._limit - self._threads)):
+            if self._since and time.monotonic() - self._since[0] >= CREW_PATIENCE:
+                for _ in range(min(len(self._since), self._limit - self._threads)):
                     self._grow()
-            if self._spare < 0:
+            if self._since:
                 self._look_later()
 
     def begin(self) -> None:
@@ -4649,10 +4730,10 @@ class Crew:
                         self._spare -= 1
                         return
                 continue
+            self._since.popleft()
             call()
             with self._lock:
                 self._spare += 1
-                self._done += 1
 
 
 class Supervisor(Watched):
@@ -4676,7 +4757,6 @@ class Supervisor(Watched):
             raise ExecutorError(
                 f"cannot become the reaper of orphans: {os.strerror(ctypes.get_errno())}"
             )
-        self._memory_kills = memory_kills()
         # by (interpreter, preload, where that is found)
         self._servers: dict[tuple, PythonServer] = {}
         self._runs: dict[int, ProcessRun] = {}  # by logId
@@ -4833,16 +4913,6 @@ class Supervisor(Watched):
         for problem in problems or ():
             log.warning("jobs.%s.preload: %s", name, printable(problem))
 
-    def memory_kill(self) -> str:
-        """Of a process that was killed by signal 9: by the kernel, for want of memory, if that has
-        happened since the last call."""
-        before, self._memory_kills = self._memory_kills, memory_kills()
-        if self._memory_kills <= before:
-            return ""
-        return (
-            ": the kernel ended it for want of memory, of the host or of this service or container"
-        )
-
     def end_silent(self, server: PythonServer) -> None:
         """It was retired because it did not answer: it goes on for what it has started, until an
         end of that is not told."""
@@ -4943,6 +5013,7 @@ class ProcessRun:
         # {pid: start time} of its tree as found so far: one of them may clear its environment and
         # lose its parent
         self._seen: dict[int, int] = {}
+        self._memory_kills = 0  # of the control group, when it began
         self._aside = False  # its own thread is at work
         self._timer: list | None = None
         self._blank: list | None = None  # the timer of the start note
@@ -5010,6 +5081,7 @@ class ProcessRun:
     def _make(self) -> str:
         """In this run's thread, for its directory or a directory service may not answer: what the
         process needs, and itself unless a Python server forks it. Returns why it cannot start."""
+        self._memory_kills = memory_kills()
         try:
             if self._job.user:
                 user = pwd.getpwnam(self._job.user)
@@ -5395,7 +5467,12 @@ class ProcessRun:
         if status == 0:
             return Result(SUCCESS, message or self.out.last_line(), 0)
         if status < 0:
-            why = self._supervisor.memory_kill() if status == -signal.SIGKILL else ""
+            why = ""
+            if status == -signal.SIGKILL and memory_kills() > self._memory_kills:
+                why = (
+                    ": the kernel ended it for want of memory, of the host or of this service or"
+                    " container"
+                )
             return Result(FAILURE, f"killed by signal {-status}{why}", _shell_status(status))
         if message:
             return Result(FAILURE, message, status)
@@ -5554,13 +5631,13 @@ def fitting(data: bytes, limit: int, step: int = 1) -> int:
     return count
 
 
-@functools.lru_cache(2)
 def timestamp(seconds: float) -> str:
     """Seconds since the epoch as ISO 8601 with milliseconds and the offset from UTC."""
     at = datetime.datetime.fromtimestamp(seconds).astimezone()
     return at.isoformat(timespec="milliseconds")
 
 
+@functools.lru_cache(2)
 def stamp(second: int) -> str:
     """Seconds since the epoch in local time; most notes of a second are written in a row."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
@@ -6654,7 +6731,10 @@ def read_journal(file: str) -> sqlite3.Connection:
         db.text_factory = lambda data: data.decode("utf-8", "replace")
         db.execute("SELECT 1 FROM runs LIMIT 1")
     except FileNotFoundError:
-        raise JournalError(f"{file} does not exist: no executor has used this data_dir") from None
+        raise JournalError(
+            f"{file} does not exist: no executor has used this data_dir: name another one with"
+            " --data-dir"
+        ) from None
     except (OSError, sqlite3.Error) as error:
         told = getattr(error, "strerror", None) or error
         raise JournalError(
@@ -8137,8 +8217,9 @@ class Daemon:
         journal, stop = self._journal, self._stopping.is_set
         try:
             if not self._remembered:
-                self._remembered = True
-                self._core.remember(journal.latest(self._started, self.config.jobs))
+                with contextlib.suppress(JournalError):  # the next time, then
+                    self._core.remember(journal.latest(self._started, self.config.jobs))
+                    self._remembered = True
             journal.save_clock()
             logs = self._logs.prune(journal.known_for, journal.forget, stop)
             runs = journal.prune(stop, self.config.executor.log_retention)
@@ -8523,9 +8604,14 @@ def columns(text: str) -> int:
 def fit(text: str) -> str:
     """`text` cut to the width of the terminal, when stdout is one."""
     most = shutil.get_terminal_size().columns - 1 if sys.stdout.isatty() else sys.maxsize
+    return cut(text, most)
+
+
+def cut(text: str, most: int) -> str:
+    """`text` in at most `most` columns."""
     if columns(text) <= most:
         return text
-    while columns(text) > most - 3:
+    while text and columns(text) > most - 3:
         text = text[:-1]
     return text + "..."
 
@@ -8534,7 +8620,7 @@ def table(
     head: typing.Sequence[str], rows: typing.Iterable[typing.Sequence[typing.Any]]
 ) -> list[str]:
     """Lines of aligned columns, the last of which may be long."""
-    cells = [list(map(str, row)) for row in [head, *rows]]
+    cells = [[printable(str(cell)) for cell in row] for row in [head, *rows]]
     widths = [max(columns(row[i]) for row in cells) for i in range(len(head))]
     return [
         "  ".join(cell + " " * (width - columns(cell)) for cell, width in zip(row, widths)).rstrip()
@@ -8544,7 +8630,8 @@ def table(
 
 def cmd_run(arguments: argparse.Namespace) -> int:
     signals = Signals(*Daemon.SIGNALS)  # first: what comes from now on waits for `serve`
-    faulthandler.register(signal.SIGUSR1, all_threads=True)  # what does it do just now?
+    # What does it do just now? Past a reader who does not read, and with stderr closed.
+    faulthandler.register(signal.SIGUSR1, file=Output.all[0].fileno(), all_threads=True)
     require_modules()
     config = load_config(find_config(arguments.config))
     if config.executor.log_format == "json":
@@ -8587,11 +8674,13 @@ def cmd_check(arguments: argparse.Namespace) -> int:
             refuse_unsafe(config)
     except ConfigError as error:
         problems.append(str(error))
-    for warning in HostCheck(config).warnings() if not problems else []:
-        print(f"warning: {warning}", file=sys.stderr)
+    warnings = HostCheck(config, deep=True).warnings() if jobs or not problems else []
+    for warning in warnings:
+        print(printable(f"warning: {warning}"), file=sys.stderr)
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
-    print(f"\n{config.file} is fine: {counted(len(jobs), 'job')}")
+    verdict = f"has no mistakes, but {counted(len(warnings), 'warning')}" if warnings else "is fine"
+    print(f"\n{config.file} {verdict}: {counted(len(jobs), 'job')}")
     return 0
 
 
@@ -8699,10 +8788,12 @@ def cmd_demo(arguments: argparse.Namespace) -> int:
             assert daemon.signals  # from now on Ctrl-C waits for `wait`
             program = os.path.relpath(__file__)
             trigger = json.dumps({"jobId": 1, "logId": 0, "executorHandler": names[0]})
-            trigger = trigger.replace('"logId": 0', "\"logId\": '$(date +%s)'")
+            trigger = trigger.replace("'", "\\u0027").replace(
+                '"logId": 0', "\"logId\": '$(date +%s)'"
+            )
             print(
                 "Still serving; Ctrl-C ends it. In another terminal, to run a job again and to"
-                f" look:\n  curl -d '{trigger}' {daemon.url}run\n"
+                f" look:\n  curl -d '{trigger}' {daemon.url}run; echo\n"
                 f"  python3 {program} status --data-dir {data_dir}",
                 flush=True,
             )
@@ -8833,7 +8924,7 @@ class Look(typing.NamedTuple):
 def look(path: str, config: Config | None) -> Look:
     """What the running executor tells, or what the last one has left. Raises ExecutorError."""
     owner = DataDir.owner(path)
-    trouble = f"no executor has used data_dir {path}"
+    trouble = f"no executor has used data_dir {path}: name another one with --data-dir"
     if owner is not None and owner.url:
         try:
             return Look(ask_status(owner), "")
@@ -8883,16 +8974,16 @@ def _look_back(path: str, found: dict) -> None:
 def ask_status(owner: Owner) -> dict:
     """What the running daemon tells: without a proxy, and where `requests` may be missing. Raises
     ExecutorError."""
-    connection = http.client.HTTPConnection(urllib.parse.urlsplit(owner.url).netloc, timeout=5)
     try:
-        with contextlib.closing(connection):
+        place = urllib.parse.urlsplit(owner.url).netloc
+        with contextlib.closing(http.client.HTTPConnection(place, timeout=5)) as connection:
             connection.request("GET", "/status", headers={"Authorization": f"Bearer {owner.key}"})
             found = json.loads(connection.getresponse().read())
     except (OSError, http.client.HTTPException, ValueError) as error:
         told = getattr(error, "strerror", None) or error
         raise ExecutorError(f"pid {owner.pid} on {owner.url} does not answer: {told}") from None
-    if "version" not in found:
-        raise ExecutorError(f"what listens on {owner.url} is another executor: {found.get('msg')}")
+    if not isinstance(found, dict) or found.get("pid") != owner.pid or "reloadError" not in found:
+        raise ExecutorError(f"what listens on {owner.url} is not the executor of pid {owner.pid}")
     return found
 
 
@@ -8914,24 +9005,29 @@ def cmd_status(arguments: argparse.Namespace) -> int:
             else:
                 print("\n".join(map(fit, map(printable, status_lines(seen)))), flush=True)
             if not arguments.watch or threading.Event().wait(WATCH_INTERVAL):
-                break
-    return 1 if seen.trouble else 0
+                return 1 if seen.trouble else 0
+    return 0
 
 
 def status_lines(seen: Look, most: int = sys.maxsize) -> list[str]:
     """What `status` shows, in at most `most` lines: first what runs and what has failed."""
     found = seen.found
     head, tail = _status_head(seen), _status_tail(found)
-    urgent_ = _running_lines(found) + _failure_lines(found)
-    left = most - len(head) - len(tail)
-    return head + _cut(urgent_, left) + _job_lines(found, left - len(urgent_)) + tail
+    left = most - len(head) - len(tail) - _JOB_LINES
+    running = _cut(_running_lines(found), left)
+    failed = _cut(_failure_lines(found), left - len(running))
+    jobs = _job_lines(found, left + _JOB_LINES - len(running) - len(failed))
+    return (head + running + failed + jobs + tail)[:most]
+
+
+_JOB_LINES = 4  # that the table of jobs takes at least
 
 
 def _cut(lines: list[str], most: int) -> list[str]:
     if len(lines) <= most:
         return lines
-    shown = max(0, most - 1)
-    return lines[:shown] + [f"... and {len(lines) - shown} lines more"]
+    shown = max(0, most - 2)
+    return [*lines[:shown], f"... and {len(lines) - 1 - shown} more", ""][: max(0, most)]
 
 
 def _status_head(seen: Look) -> list[str]:
@@ -8971,7 +9067,7 @@ def _failure_lines(found: dict) -> list[str]:
         return []
     rows = [
         (run["job"], stamp(int(_end_of(run))), run["logId"], printable(run["message"]))
-        for run in sorted(found["failures"], key=_end_of)
+        for run in sorted(found["failures"], key=_end_of, reverse=True)
     ]
     return [*table(("FAILED", "AT", "LOGID", "MESSAGE"), rows), ""]
 
@@ -9056,32 +9152,42 @@ def cmd_runs(arguments: argparse.Namespace) -> int:
             failed = run.code is not None and run.code != SUCCESS
             wanted = not arguments.job or run.handler == arguments.job
             if wanted and (failed or not arguments.failed):
-                runs.insert(0, run)
+                runs.append(run)
                 if len(runs) == arguments.n:
                     break
+    runs.reverse()
     if arguments.job and not runs and arguments.job not in handlers:
         raise unknown_run(arguments.job, handlers, path)
     if arguments.json:
         found = [{**run.shown(), "outcome": _outcome(run, alive)} for run in runs]
         print(json.dumps(found, ensure_ascii=False, indent=2))
     elif not runs:
-        print(f"no {'failed ' if arguments.failed else ''}run is known in {path}")
+        of = f' of "{arguments.job}"' if arguments.job else ""
+        print(f"no {'failed ' if arguments.failed else ''}run{of} is known in {path}")
     else:
-        rows = [
-            (
-                stamp(int(run.began)),
-                run.handler,
-                run.log_id,
-                f"{run.shard_index}/{run.shard_total}" if run.shard_total > 1 else "-",
-                _outcome(run, alive),
-                _took(run, alive),
-                printable(" ".join(run.message.split())),
-            )
-            for run in runs
-        ]
-        head = ("BEGAN", "JOB", "LOGID", "SHARD", "RESULT", "TOOK", "MESSAGE")
-        print("\n".join(map(fit, table(head, rows))))
+        print("\n".join(map(fit, _run_lines(runs, alive))))
     return 0
+
+
+def _run_lines(runs: list[PastRun], alive: bool) -> list[str]:
+    """The table of `runs`; on a terminal long names of jobs are cut, for the messages matter."""
+    most = 24 if sys.stdout.isatty() else sys.maxsize
+    shards = any(run.shard_total > 1 for run in runs)
+    head = ("BEGAN", "JOB", "LOGID", *(["SHARD"] if shards else []), "RESULT", "TOOK", "MESSAGE")
+    rows = [
+        (
+            stamp(int(run.began)),
+            cut(run.handler, most),
+            run.log_id,
+            *([f"{run.shard_index}/{run.shard_total}"] if shards and run.shard_total > 1 else []),
+            *(["-"] if shards and run.shard_total <= 1 else []),
+            _outcome(run, alive),
+            _took(run, alive),
+            " ".join(run.message.split()),
+        )
+        for run in runs
+    ]
+    return table(head, rows)
 
 
 def _took(run: PastRun, alive: bool) -> str:
@@ -9093,14 +9199,15 @@ def _took(run: PastRun, alive: bool) -> str:
 
 def cmd_logs(arguments: argparse.Namespace) -> int:
     path, config = find_data(arguments)
-    db = read_journal(os.path.join(path, "journal.db"))
-    with contextlib.closing(db):
+    file = os.path.join(path, "journal.db")
+    with contextlib.closing(read_journal(file)) as db:
         log_id = _find_run(arguments.run, path, config, db)
         place = os.path.join(glob.escape(os.path.join(path, "logs")), "????-??-??")
 
         def ended() -> bool:
             """Whether nothing will be added any more."""
-            found = next(past_runs(db, log_id), None)
+            with contextlib.closing(read_journal(file)) as now:  # an executor may have started
+                found = next(past_runs(now, log_id), None)
             owner = DataDir.owner(path)
             alive = owner is not None and owner.alive()
             return found is None or found.code is not None or not alive
@@ -9111,6 +9218,8 @@ def cmd_logs(arguments: argparse.Namespace) -> int:
             if files or over:
                 break
             threading.Event().wait(FOLLOW_INTERVAL)
+        if not files and next(past_runs(db, log_id), None) is None:
+            raise ExecutorError(f"no run {log_id} is known in {path}: a refused trigger is none")
         if not files:
             raise ExecutorError(
                 f"run {log_id} has no log in {path}: it has not begun, or its log was removed after"
@@ -9131,7 +9240,8 @@ def _find_run(wanted: str, path: str, config: Config | None, db: sqlite3.Connect
         handlers.add(run.handler)
         if run.handler == wanted and run.state != RunState.ACCEPTED.value:
             return run.log_id
-    if re.fullmatch(r"-?\d{1,19}", wanted, re.ASCII) and wanted not in handlers:
+    number = re.fullmatch(r"-?\d{1,19}", wanted, re.ASCII)
+    if number and int(wanted) in INT64 and wanted not in handlers:
         return int(wanted)
     raise unknown_run(wanted, handlers, path)
 
@@ -9378,6 +9488,8 @@ def main(argv: typing.Sequence[str] | None = None) -> int:
         work = serve_python(server)
         return work() if work is not None else 0
     output = Output(2)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # of a locale that has not all characters
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         arguments = parser().parse_args(argv)
         arguments.config = getattr(arguments, "config", None)
@@ -9386,13 +9498,18 @@ def main(argv: typing.Sequence[str] | None = None) -> int:
             signal.signal(signal.SIGHUP, HANGUP)
         set_up_logging(output)
         status = function(arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return status
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        print("\n".join(map(printable, str(error).split("\n"))), file=sys.stderr)
         return 2
     except BrokenPipeError:  # `status | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except OSError as error:  # /dev/full, a disk that is
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        print(f"xxl-executor: {error}", file=sys.stderr)
         return 1
     except ExecutorError as error:
         print(f"xxl-executor: {error}", file=sys.stderr)

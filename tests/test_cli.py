@@ -276,7 +276,7 @@ report   python (process)  90 s     reports:main
 ticker   python (thread)   -        滴答
 短       shell             2h       x
 
-./config.yaml is fine: 5 jobs
+./config.yaml has no mistakes, but 2 warnings: 5 jobs
 """,
         "".join(
             f"warning: ./config.yaml:{line}: jobs.{job}.python: there is no module {module} in"
@@ -763,8 +763,8 @@ RUNNING  LOGID +FOR
 waits    {held[0]}  [\d.e-]+ s
 
 FAILED  AT +LOGID +MESSAGE
-bad     {at}  {ran[1]}  exit status 3
 late    {at}  {ran[2]}  timed out after 0.2 s
+bad     {at}  {ran[1]}  exit status 3
 
 JOB    LAST RESULTS  RUNNING  WAITING
 bad    F             0        0
@@ -1011,7 +1011,7 @@ def test_demo_serves_until_ctrl_c(place, number, status):
         )
         words = shlex.split(trigger.replace("$(date +%s)", "12345"))
         assert words[:2] == ["curl", "-d"]
-        request = urllib.request.Request(words[3], words[2].encode())
+        request = urllib.request.Request(words[3].rstrip(";"), words[2].encode())
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as reply:
             assert json.load(reply)["code"] == 200
         words = shlex.split(look)

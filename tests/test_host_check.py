@@ -69,7 +69,8 @@ def host(tmp_path):
 def test_what_is_missing_is_told_with_its_line(host):
     before = sorted(os.listdir(host))
     found = check(host, "check")
-    assert found.returncode == 0 and "./config.yaml is fine: 21 jobs" in found.stdout
+    assert found.returncode == 0
+    assert "./config.yaml has no mistakes, but 17 warnings: 21 jobs" in found.stdout
     elsewhere = "in pythonpath, cwd or the interpreter's own path"
     wanted = {
         3: ("cwd.cwd", "the directory /nowhere does not exist"),
@@ -158,3 +159,36 @@ def test_without_requests(host, arguments):
         "xxl-executor: No module named 'requests': apt install python3-requests python3-yaml, or"
         " pip install requests PyYAML\n",
     )
+
+
+def test_an_interpreter_does_not_see_the_token(executor, tmp_path):
+    """It belongs to the job, which gets no secret of the executor either."""
+    seen, wrapper = tmp_path / "seen", tmp_path / "python"
+    wrapper.write_text(f'#!/bin/sh\nenv >> {seen}\nexec {sys.executable} "$@"\n')
+    wrapper.chmod(0o755)
+    jobs = {"a": {"python": "json:loads", "interpreter": str(wrapper)}, "b": {"shell": "true"}}
+    executor(jobs, env={"XXL_JOB_ACCESS_TOKEN": "s3cret"})
+    wait_until(lambda: seen.exists() and seen.read_text().count("PATH=") >= 2)
+    assert "s3cret" not in seen.read_text()
+
+
+@pytest.mark.parametrize(
+    "source", ["'-' * 200000 + '1'", "'x = 1\\n' * 400000"], ids=["deep", "long"]
+)
+def test_a_module_that_is_no_pleasure_to_parse(host, source):
+    (host / "good.py").write_text(eval(source))
+    (host / "config.yaml").write_text(
+        'executor: {bind: "127.0.0.1:0"}\njobs: {a: {python: "good:main"}, b: {shell: if}}\n'
+    )
+    found = check(host, "check")
+    assert found.returncode == 0 and "jobs.b.shell" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+def test_names_are_shown_escaped(host):
+    (host / "config.yaml").write_text(
+        'executor: {bind: "127.0.0.1:0"}\njobs: {"\\e[2J": {shell: x, cwd: /nowhere}}\n'
+    )
+    found = check(host, "check")
+    assert found.returncode == 0 and "\x1b" not in found.stdout + found.stderr
+    assert "\\x1b[2J" in found.stdout and "\\x1b[2J" in found.stderr

@@ -88,7 +88,10 @@ def test_runs(looked, tmp_path):
         str(late),
     ]
     assert said(daemon, "runs", "ok", "-n", "1").count("\n") == 2
-    assert said(daemon, "runs", "ok", "--failed") == f"no failed run is known in {daemon.data}\n"
+    assert (
+        said(daemon, "runs", "ok", "--failed")
+        == f'no failed run of "ok" is known in {daemon.data}\n'
+    )
     found = {run["logId"]: run for run in json.loads(said(daemon, "runs", "--json"))}
     assert found[bad] == {
         **found[bad],
@@ -113,7 +116,7 @@ def test_runs(looked, tmp_path):
     result_of(admin, behind)
     text = said(daemon, "runs", "waits")
     assert re.search("failed +- +executor restarted while the job ran, its outcome is unk", text)
-    assert re.search(rf"{behind} +- +succeeded +[\d.]+ s +end\n", text), text
+    assert re.search(rf"{behind} +succeeded +[\d.]+ s +end\n", text), text
     assert daemon.stop() == 0
     assert said(daemon, "runs", "waits") == text, "and without a daemon"
     assert not list(daemon.data.glob("journal.db-*")), "nothing is left by who reads"
@@ -130,7 +133,7 @@ def test_logs(looked, tmp_path):
     assert said(daemon, "logs", "ok", "-f") == said(daemon, "logs", str(second)), "it has ended"
     told = f'xxl-executor: no run of "late" is known in {daemon.data}\n'
     assert fails(daemon, "logs", "late") == told
-    assert "has no log in" in fails(daemon, "logs", "12345")
+    assert "no run 12345 is known in" in fails(daemon, "logs", "12345")
     arguments = [sys.executable, str(PROGRAM), "-c", str(daemon.file), "logs", "waits", "-f"]
     waits, _ = admin.trigger(daemon.url, "waits")
     wait_until(lambda: daemon.status(**TOKEN)["running"])
@@ -169,7 +172,9 @@ def test_status_says_how_it_ended(looked, executor):
     daemon, admin = looked
     never = executor({"ok": {"shell": "true"}}, start=False)
     text = said(never, "status", status=1)
-    assert text.splitlines()[0].endswith(f"  no executor has used data_dir {never.data}")
+    assert text.splitlines()[0].endswith(
+        f"  no executor has used data_dir {never.data}: name another one with --data-dir"
+    )
     run_job(daemon, admin, "ok")
     failed, _ = run_job(daemon, admin, "bad")
     pid = daemon.process.pid
@@ -296,7 +301,8 @@ def terminal(arguments, rows=24, columns=80):
         whole = [drawing for drawing in drawings if drawing.endswith("\x1b[J")]
         return whole[-1].removesuffix("\x1b[J").replace("\x1b[K", "").splitlines() if whole else []
 
-    with subprocess.Popen(arguments, stdout=slave, env={**os.environ, "TERM": "xterm"}) as process:
+    env = {name: value for name, value in os.environ.items() if name not in ("LINES", "COLUMNS")}
+    with subprocess.Popen(arguments, stdout=slave, env={**env, "TERM": "xterm"}) as process:
         os.close(slave)
         try:
             yield screen
@@ -316,7 +322,7 @@ def test_status_of_many_jobs_on_a_small_terminal(executor, admin, tmp_path):
     arguments = [sys.executable, str(PROGRAM), "-c", str(daemon.file), "status"]
     with terminal([*arguments, "--watch"]) as screen:
         lines = wait_until(screen)
-        assert len(lines) <= 23 and max(map(len, lines)) < 80
+        assert len(lines) <= 23 and max(map(len, lines)) < 80 and "registered" in lines[0]
         text = "\n".join(lines)
         assert re.search(r"RUNNING +LOGID +FOR\nzz-slow ", text)
         assert re.search(
@@ -327,6 +333,21 @@ def test_status_of_many_jobs_on_a_small_terminal(executor, admin, tmp_path):
         wait_until(lambda: "not running, it stopped at" in "\n".join(screen()))
         daemon.start()
         wait_until(lambda: screen()[0] == "xxl-job-executor-sample  registered")
+
+
+def test_status_of_many_failures_on_a_small_terminal(executor, admin):
+    """The head stays, and the latest failures."""
+    daemon = executor({f"job{number:02}": {"shell": "exit 3"} for number in range(30)}, admin=admin)
+    for number in range(30):
+        run_job(daemon, admin, f"job{number:02}", jobId=number + 1)
+    arguments = [sys.executable, str(PROGRAM), "-c", str(daemon.file), "status", "--watch"]
+    for rows in (24, 12):
+        with terminal(arguments, rows) as screen:
+            lines = wait_until(screen)
+        assert len(lines) <= rows - 1 and "registered" in lines[0], lines
+        if rows == 24:
+            assert lines[4].startswith("job29 ") and any("more" in line for line in lines)
+            assert any(line.startswith("JOB ") for line in lines)
 
 
 def test_whoever_reads_only_the_beginning(executor):
@@ -387,3 +408,12 @@ def test_of_a_delivered_run_the_beginning_of_its_message_is_kept(executor, tmp_p
         return run["state"] == "delivered" and run["message"]
 
     assert wait_until(message) == "0" * 500
+
+
+def test_output_for_another_encoding(executor, admin):
+    daemon = executor({"日报": {"shell": "echo 完成"}}, admin=admin)
+    run_job(daemon, admin, "日报")
+    for arguments in (["runs"], ["status"], ["check"]):
+        found = command(daemon, *arguments, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+        assert (found.returncode, found.stderr) == (0, ""), found
+        assert "\\u65e5" in found.stdout

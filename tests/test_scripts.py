@@ -56,6 +56,10 @@ def test_what_is_no_job(executor, admin, scripts, tmp_path):
     write(scripts, "open", "x", 0o757)
     write(scripts, "of-a-group", "x", 0o775)
     write(scripts, ".hidden", "#!/bin/sh\n")
+    write(scripts, "bare", "echo\n")
+    (scripts / "windows").write_bytes(b"#!/bin/sh\r\necho\r\n")
+    (scripts / "windows").chmod(0o755)
+    write(scripts, "none", "#!/no/such -x\n")
     write(scripts, "{param}", "#!/bin/sh\n")
     (scripts / "below").mkdir()
     write(scripts / "below", "deep", "#!/bin/sh\n")
@@ -63,6 +67,9 @@ def test_what_is_no_job(executor, admin, scripts, tmp_path):
     (scripts / "link").symlink_to(outside)
     os.mkfifo(scripts / "pipe", 0o755)
     for name, why in (
+        ("bare", f'{scripts}/bare has no "#!" line: let it begin with #!/bin/sh or the like'),
+        ("windows", f"{scripts}/windows has the line ends of Windows: dos2unix {scripts}/windows"),
+        ("none", f"{scripts}/none begins with #!/no/such: there is none"),
         ("plain", f"{scripts}/plain is not executable: chmod +x {scripts}/plain"),
         ("open", f"others may write {scripts}/open: chmod go-w {scripts}/open"),
         ("of-a-group", f"others may write {scripts}/of-a-group: chmod go-w {scripts}/of-a-group"),
@@ -97,7 +104,8 @@ def test_check_lists_them(executor, scripts, tmp_path):
     found = subprocess.run(
         [sys.executable, str(PROGRAM), "check"], cwd=tmp_path, text=True, capture_output=True
     )
-    assert found.returncode == 0 and "./config.yaml is fine: 1 job" in found.stdout
+    assert found.returncode == 0
+    assert "./config.yaml has no mistakes, but 2 warnings: 1 job" in found.stdout
     assert "\nreport.sh  command  5m " in found.stdout
     told = [line.partition("scripts.directories: ")[::2] for line in found.stderr.splitlines()]
     assert told == [
@@ -162,3 +170,15 @@ def test_a_disabled_job(executor, admin):
     daemon = executor({"off": {"shell": "x", "enabled": False}, "on": {"shell": "x"}}, admin=admin)
     told = f'job handler "off" is disabled: jobs.off.enabled is false in {daemon.file}'
     assert refused(daemon, admin, "off") == told
+
+
+def test_a_directory_that_others_can_put_another_in_place_of(executor, admin, tmp_path):
+    above = tmp_path / "above"
+    (above / "scripts").mkdir(parents=True)
+    for place in (above, above / "scripts"):
+        place.chmod(0o755)
+    write(above / "scripts", "fine", "#!/bin/sh\necho fine\n")
+    daemon = executor({}, admin=admin, scripts={"directories": [str(above / "scripts")]})
+    assert run_job(daemon, admin, "fine")[1]["handleMsg"] == "fine"
+    above.chmod(0o777)
+    assert f"others may write {above} and so put another" in refused(daemon, admin, "fine")

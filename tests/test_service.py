@@ -2,6 +2,8 @@
 and what the admin's refusals mean."""
 
 import contextlib
+import fcntl
+import http.server
 import json
 import os
 import re
@@ -9,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -216,3 +219,92 @@ def test_an_outage_is_told_again_from_time_to_time(executor, port):
     )
     wait_until(lambda: len(re.findall(line, daemon.log)) >= 2, 20)
     assert daemon.log.count("cannot register at the admin") == 1
+
+
+# -- what a hostile reader tried
+
+
+@pytest.mark.parametrize("closed", ["1", "2"])
+def test_with_a_stream_closed(executor, admin, closed):
+    """It starts, runs jobs and ends well with stdout or stderr closed."""
+    prefix = ["sh", "-c", f'exec "$@" {closed}>&-', "sh"]
+    daemon = executor(HELLO, admin=admin, prefix=prefix, program=PROGRAM)
+    run_job(daemon, admin, "hello")
+    assert daemon.stop() == 0
+
+
+def test_stacks_for_a_reader_who_does_not_read(executor, admin, tmp_path):
+    """SIGUSR1 holds up nothing, be the pipe full."""
+    read, write = os.pipe()
+    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
+    os.set_blocking(write, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(write, b"x" * 64)
+    os.set_blocking(write, True)
+    daemon = executor(
+        HELLO, admin=admin, prefix=["bash", "-c", f'exec "$@" 2>&{write}', "bash"], start=False
+    )
+    daemon.pass_fds = (write,)
+    try:
+        daemon.start()
+        daemon.signal(signal.SIGUSR1)
+        run_job(daemon, admin, "hello")
+        assert daemon.stop() == 0
+    finally:
+        os.close(read)
+        os.close(write)
+
+
+def test_the_start_time_stays(executor):
+    daemon = executor(HELLO)
+
+    def began():
+        text = daemon.session.get(daemon.url + "/metrics", timeout=20).text
+        return re.search(r"^process_start_time_seconds (\S+)$", text, re.M)[1]
+
+    assert len({began() for _ in range(30)}) == 1
+
+
+@pytest.mark.parametrize("answer", ["[1]", '{"version": 1}', '{"pid": 1, "reloadError": ""}'])
+def test_status_believes_no_stranger_on_the_port(executor, answer):
+    daemon = executor(HELLO)
+    port = daemon.port
+    daemon.kill()
+
+    class Stranger(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer.encode())
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", port), Stranger) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        arguments = [sys.executable, str(PROGRAM), "-c", str(daemon.file), "status"]
+        shown = subprocess.run(arguments, text=True, capture_output=True)
+        server.shutdown()
+        thread.join()
+    assert (shown.returncode, shown.stderr) == (1, "")
+    assert "it ended unexpectedly at about" in shown.stdout
+
+
+def test_a_number_that_no_run_can_have(executor):
+    daemon = executor(HELLO)
+    arguments = [sys.executable, str(PROGRAM), "-c", str(daemon.file), "logs", "9" * 19]
+    shown = subprocess.run(arguments, text=True, capture_output=True)
+    assert shown.returncode == 1 and shown.stderr.startswith("xxl-executor: no run of "), shown
+
+
+def test_an_output_that_is_full(executor):
+    daemon = executor(HELLO)
+    arguments = [sys.executable, str(PROGRAM), "-c", str(daemon.file), "status"]
+    with open("/dev/full", "w") as full:
+        shown = subprocess.run(arguments, text=True, stdout=full, stderr=subprocess.PIPE)
+    assert shown.returncode == 1 and shown.stderr == (
+        "xxl-executor: [Errno 28] No space left on device\n"
+    )
