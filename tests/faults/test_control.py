@@ -593,9 +593,8 @@ def fuzz(port, seed, first, count):
             found["answered"] += 1
             statuses[answer[0]] += 1
             if code == answer[0] == 200 and path in ("/run", "/trigger") and method == "POST":
-                target = re.sub(
-                    "/+", "/", head.split(b" ", 2)[1].decode("latin-1").partition("?")[0]
-                )
+                target = head.split(b" ", 2)[1].decode("latin-1").partition("?")[0]
+                target = re.sub("/+", "/", re.sub("^http://x(?=/)", "", target))
                 if target in ("/run", "/trigger"):
                     accepted.append(xxl_executor.number(xxl_executor.decode(body), "logId"))
             if (
