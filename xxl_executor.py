@@ -510,6 +510,11 @@ def printable(text: str) -> str:
     )
 
 
+def without_secrets() -> dict[str, str]:
+    """The environment for what is not this program."""
+    return {name: value for name, value in os.environ.items() if not SECRETS.fullmatch(name)}
+
+
 class Output:
     """Whole lines for stdout or stderr, which may be a pipe that nobody reads: no caller ever waits
     for its reader. Any thread.
@@ -1512,9 +1517,7 @@ class HostCheck:
     def __init__(self, config: Config, deep: bool = False):
         """`deep`: parse the modules of Python jobs too, which would hold up a daemon."""
         self._config, self._deep = config, deep
-        self._environment = {
-            name: value for name, value in os.environ.items() if not SECRETS.fullmatch(name)
-        }
+        self._environment = without_secrets()
         self._paths: dict[str, list[str]] = {}  # by interpreter, see _module_path
 
     def warnings(self) -> list[str]:
@@ -4024,8 +4027,7 @@ def run_as_module(interpreter: str, *arguments: str) -> list[str]:
     """The command that runs this file as a module, see `run_compiled`, also by another version of
     CPython."""
     code = (
-        "import sys; sys.version_info < (3, 9) and sys.exit("
-        f"{OLD_STATUS});"
+        f"import sys; sys.version_info < (3, 9) and sys.exit({OLD_STATUS});"
         " import importlib.machinery, importlib.util; spec ="
         " importlib.util.spec_from_loader('xxl_executor',"
         " importlib.machinery.SourceFileLoader('xxl_executor', sys.argv[1])); module ="
@@ -4748,9 +4750,7 @@ class Supervisor(Watched):
 
     def __init__(self, logs, identity: str, scratch: str, report):
         self.logs, self._identity, self._report = logs, identity, report
-        self.environment = {
-            name: value for name, value in os.environ.items() if not SECRETS.fullmatch(name)
-        }
+        self.environment = without_secrets()
         require_kernel()
         self.results = ResultFiles(scratch, identity)
         if LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
