@@ -706,54 +706,58 @@ def silent_mount(place):
         yield answering.close
 
 
-def test_a_job_whose_directory_does_not_answer_holds_up_nobody(executor, admin, tmp_path):
+@pytest.fixture
+def hung(tmp_path):
+    """(A directory on such a file system, what ends that.)"""
+    need_root()
+    place = tmp_path / "hung"
+    place.mkdir()
+    with silent_mount(place) as end:
+        yield str(place / "sub"), end
+
+
+def test_a_job_whose_directory_does_not_answer_holds_up_nobody(executor, admin, hung):
     """Its start hangs; others start, end, time out and are killed meanwhile."""
-    need_root()
-    place = tmp_path / "hung"
-    place.mkdir()
-    with silent_mount(place) as end:
-        daemon = executor(
-            {
-                "hangs": {"shell": "true", "cwd": str(place / "sub")},
-                "ok": {"shell": "echo hi"},
-                "slow": {"shell": "exec sleep 600", "timeout": "1s"},
-                "killed": {"shell": "exec sleep 600"},
-            },
-            admin=admin,
-        )
-        try:
-            ids = {}
-            for number, name in enumerate(("hangs", "slow", "killed", "ok"), 1):
-                ids[name], reply = admin.trigger(daemon.url, name, jobId=number)
-                assert reply["code"] == 200
-            assert result_of(admin, ids["ok"])["handleMsg"] == "hi"
-            assert result_of(admin, ids["slow"])["handleMsg"] == "timed out after 1 s"
-            assert admin.call(daemon.url, "/kill", {"jobId": 3})["code"] == 200
-            assert result_of(admin, ids["killed"])["handleMsg"] == "killed by the admin"
-            assert ids["hangs"] not in admin.results
-        finally:
-            end()
-        found = result_of(admin, ids["hangs"])
-        assert found["handleCode"] == 500 and found["handleMsg"].startswith("cannot start")
-        assert daemon.stop() == 0
+    directory, end = hung
+    daemon = executor(
+        {
+            "hangs": {"shell": "true", "cwd": directory},
+            "ok": {"shell": "echo hi"},
+            "slow": {"shell": "exec sleep 600", "timeout": "1s"},
+            "killed": {"shell": "exec sleep 600"},
+        },
+        admin=admin,
+    )
+    try:
+        ids = {}
+        for number, name in enumerate(("hangs", "slow", "killed", "ok"), 1):
+            ids[name], reply = admin.trigger(daemon.url, name, jobId=number)
+            assert reply["code"] == 200
+        assert result_of(admin, ids["ok"])["handleMsg"] == "hi"
+        assert result_of(admin, ids["slow"])["handleMsg"] == "timed out after 1 s"
+        assert admin.call(daemon.url, "/kill", {"jobId": 3})["code"] == 200
+        assert result_of(admin, ids["killed"])["handleMsg"] == "killed by the admin"
+        assert ids["hangs"] not in admin.results
+    finally:
+        end()
+    found = result_of(admin, ids["hangs"])
+    assert found["handleCode"] == 500 and found["handleMsg"].startswith("cannot start")
+    assert daemon.stop() == 0
 
 
-def test_scripts_on_a_disk_that_does_not_answer_hold_up_no_other_job(executor, admin, tmp_path):
-    need_root()
-    place = tmp_path / "hung"
-    place.mkdir()
-    with silent_mount(place) as end:
-        daemon = executor(
-            {"listed": {"shell": "echo listed"}},
-            admin=admin,
-            scripts={"directories": [str(place / "sub")]},
-        )
-        try:
-            for number in range(2):
-                _, reply = admin.trigger(daemon.url, "report.sh", jobId=10 + number)
-                assert reply["code"] == 500 and "within 2.5 s" in reply["msg"]
-            assert run_job(daemon, admin, "listed")[1]["handleMsg"] == "listed"
-            assert daemon.status()["recent"] == {"listed": [200]}
-        finally:
-            end()
-        assert daemon.stop() == 0
+def test_scripts_on_a_disk_that_does_not_answer_hold_up_no_other_job(executor, admin, hung):
+    directory, end = hung
+    daemon = executor(
+        {"listed": {"shell": "echo listed"}},
+        admin=admin,
+        scripts={"directories": [directory]},
+    )
+    try:
+        for number in range(2):
+            _, reply = admin.trigger(daemon.url, "report.sh", jobId=10 + number)
+            assert reply["code"] == 500 and "within 2.5 s" in reply["msg"]
+        assert run_job(daemon, admin, "listed")[1]["handleMsg"] == "listed"
+        assert daemon.status()["recent"] == {"listed": [200]}
+    finally:
+        end()
+    assert daemon.stop() == 0
