@@ -1552,9 +1552,7 @@ class HostCheck:
         if job.command:
             yield from self._arguments(job)
         elif job.shell:
-            with contextlib.suppress(
-                OSError
-            ):  # as much too long, or a process too many: a run tells
+            with contextlib.suppress(OSError):  # much too long, or a process too many: a run tells
                 checked = subprocess.run(
                     ["/bin/sh", "-n", "-c", job.shell],
                     stdin=subprocess.DEVNULL,
@@ -1590,9 +1588,9 @@ class HostCheck:
         return "" if executable else f"{file} is not executable: chmod +x"
 
     def _entry_point(self, job: JobConfig) -> typing.Iterator[tuple[str, str]]:
-        for module in job.preload:
+        for module in job.preload if not job.interpreter else ():
             problem = self._no_module(module, [*job.pythonpath, job.cwd, *sys.path])
-            if problem and not job.interpreter:
+            if problem:
                 yield "preload", problem
         for place in job.pythonpath:
             if not os.path.exists(place):
