@@ -8626,10 +8626,16 @@ def table(
     ]
 
 
+def dump_stacks(number: int, frame) -> None:
+    """The handler of SIGUSR1: what does every thread do just now? Past a reader who does not read,
+    and with stderr closed. Not by `faulthandler.register`: it reads the frames of threads that go
+    on running, and ended a busy daemon with a segmentation fault."""
+    faulthandler.dump_traceback(Output.all[0].fileno(), all_threads=True)
+
+
 def cmd_run(arguments: argparse.Namespace) -> int:
     signals = Signals(*Daemon.SIGNALS)  # first: what comes from now on waits for `serve`
-    # What does it do just now? Past a reader who does not read, and with stderr closed.
-    faulthandler.register(signal.SIGUSR1, file=Output.all[0].fileno(), all_threads=True)
+    signal.signal(signal.SIGUSR1, dump_stacks)
     require_modules()
     config = load_config(find_config(arguments.config))
     if config.executor.log_format == "json":

@@ -15,7 +15,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import LAUNCH, PROGRAM, launch, run_job, wait_until
+from conftest import LAUNCH, PROGRAM, launch, result_of, run_job, wait_until
 
 HELLO = {"hello": {"shell": "echo one; echo 'tw\"o'"}}
 
@@ -41,10 +41,23 @@ def test_json_lines(executor, admin):
 
 def test_stacks_on_sigusr1(executor, admin):
     daemon = executor(HELLO, admin=admin)
+    run_job(daemon, admin, "hello")
     daemon.signal(signal.SIGUSR1)
     wait_until(lambda: daemon.log.count("Thread 0x") + daemon.log.count("Current thread") >= 4)
-    assert "in _loop" in daemon.log
+    wait_until(lambda: "in _loop" in daemon.log)
     run_job(daemon, admin, "hello")
+
+
+def test_a_busy_daemon_outlives_many_sigusr1(executor, admin):
+    daemon = executor(HELLO, admin=admin)
+    for _ in range(100):
+        log_id, reply = admin.trigger(daemon.url, "hello")
+        assert reply["code"] == 200
+        for _ in range(4):
+            daemon.signal(signal.SIGUSR1)
+    wait_until(lambda: result_of(admin, log_id))
+    assert daemon.stop() == 0
+    assert "Fatal Python error" not in daemon.log
 
 
 # -- ps
