@@ -611,18 +611,34 @@ def failpoint(name: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-_CORE = {random.choice(sorted(os.sched_getaffinity(0)))}
+_CORES = os.sched_getaffinity(0)
+_SHARED = {random.choice(sorted(_CORES))}
+
+
+def _run_on(cores: set[int]) -> None:
+    with contextlib.suppress(OSError):  # a sandbox that forbids it
+        os.sched_setaffinity(0, cores)
 
 
 def share_core() -> None:
     """Keep the calling thread on the core that the threads of this daemon share.
 
     They exclude each other by the GIL anyway, and handing it from core to core costs more
-    (tests/bench.py, thread: 1.3 times the runs with 0.6 of the CPU; shell: the same). Not the
-    supervisor and the slots: what they start inherits where it may run.
+    (tests/bench.py, thread: 1.5 times the runs with 0.6 of the CPU, beside other load too; shell:
+    the same). What such a thread starts is started in `all_cores`.
     """
-    with contextlib.suppress(OSError):  # a sandbox that forbids it
-        os.sched_setaffinity(0, _CORE)
+    _run_on(_SHARED)
+
+
+@contextlib.contextmanager
+def all_cores() -> typing.Iterator[None]:
+    """Inside, the calling thread, which shares a core, may run anywhere, and so may the processes
+    and threads that begin there."""
+    _run_on(_CORES)
+    try:
+        yield
+    finally:
+        _run_on(_SHARED)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4207,7 +4223,7 @@ class PythonServer:
         self._socket, theirs = socket.socketpair()
         self.fd = self._socket.fileno()
         wanted = [json.dumps([preload, path])] if preload else []
-        with theirs:
+        with theirs, all_cores():
             try:
                 self._popen = subprocess.Popen(
                     run_as_module(interpreter, "--serve-python", str(theirs.fileno()), *wanted),
@@ -4720,6 +4736,7 @@ class Crew:
         self._spare += 1
 
     def _loop(self) -> None:
+        share_core()
         while True:
             try:
                 call = self._queue.get(timeout=self._idle)
@@ -4816,6 +4833,7 @@ class Supervisor(Watched):
     # -- the supervisor's thread
 
     def _loop(self) -> None:
+        share_core()
         while not self._closing:
             self._asleep = True
             left = min(self.timers.soonest() - time.monotonic(), 3600.0)
@@ -5163,18 +5181,19 @@ class ProcessRun:
         if self._user is not None:
             user, groups = self._user
             as_user = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": groups}
-        return Child(
-            subprocess.Popen(
+        environment = self._environment()
+        with all_cores():
+            popen = subprocess.Popen(
                 command,
                 cwd=job.cwd,
-                env=self._environment(),
+                env=environment,
                 stdin=self._supervisor.null,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
                 **as_user,
             )
-        )
+        return Child(popen)
 
     def _request(self) -> dict:
         """What the forked child is to run."""
@@ -5592,7 +5611,8 @@ class Slots:
         timer = self._timers.after(run.timeout, tell) if run.timeout else None
         blank = self._timers.after(0.5, run.out.flush)
         self._local.sink = run.write
-        result = run.cancelled or run.call()
+        with all_cores():
+            result = run.cancelled or run.call()
         self._local.sink = None
         for entry in (timer, blank):
             self._timers.cancel(entry)

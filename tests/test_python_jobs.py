@@ -45,18 +45,17 @@ def ending(daemon, admin, handler, **fields):
 
 def server_of(daemon):
     """The pid of the daemon's Python server."""
-    found = []
-    for pid in daemon.family():
-        words = (
-            Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        )  # what it forked has the same
-        if b"--serve-python" in words and xxl_executor._process_stat(pid)[1:3] == (
-            daemon.process.pid,
-            pid,
-        ):
-            found.append(pid)
-    assert len(found) == 1
-    return found[0]
+
+    def found():
+        for pid in daemon.family():
+            with contextlib.suppress(OSError, TypeError):  # it has just ended
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                own = (daemon.process.pid, pid)  # what it forked has the same words
+                if b"--serve-python" in words and xxl_executor._process_stat(pid)[1:3] == own:
+                    return pid
+        return None
+
+    return wait_until(found)
 
 
 # -- alike in a process and in a thread
@@ -808,3 +807,23 @@ def test_a_server_that_falls_silent_is_replaced(executor, admin, tmp_path):
     found = result_of(admin, log_id)
     assert (found["handleCode"], found["handleMsg"]) == (200, "went on")
     wait_until(lambda: not alive(int(silent)), what="the end of the silent server")
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is one core")
+def test_every_run_may_use_all_cores(executor, admin, tmp_path):
+    """The threads of the daemon share one; what they start inherits where it may run."""
+    source = "import os, time\ndef main():\n    time.sleep(0.2)\n    return sorted(os.sched_getaffinity(0))\n"
+    jobs = {
+        name: {"python": "cores:main", "pythonpath": [str(tmp_path)], "isolation": name}
+        for name in ("thread", "process")
+    }
+    (tmp_path / "cores.py").write_text(source)
+    jobs["command"] = {"command": [sys.executable, str(tmp_path / "cores.py")]}
+    (tmp_path / "cores.py").write_text(source + "if __name__ == '__main__':\n    print(main())\n")
+    daemon = executor(jobs, admin=admin)
+    ids = [
+        admin.trigger(daemon.url, name, jobId=job_id)[0]
+        for job_id, name in enumerate(sorted(jobs) * 8)  # at once: more threads than one start them
+    ]
+    shown = {result_of(admin, log_id)["handleMsg"] for log_id in ids}
+    assert shown == {str(sorted(os.sched_getaffinity(0)))}
