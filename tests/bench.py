@@ -3,8 +3,8 @@
 three minutes.
 
 Every speed is the ratio of two things that were measured in this run, in turns (A B A B ...),
-medians; nothing is compared with a number from another machine.  Two targets are times as such
-(python-start, the first registration), two are sizes (memory).  The load comes from wrk with Lua
+medians; nothing is compared with a number from another machine.  Some targets are times as such
+(python-start, preload, drop, the first registration), two are sizes (memory).  The load comes from wrk with Lua
 scripts that are written to a temporary directory.  The admin is the product's LoopbackAdmin, in
 this process, which does nothing else meanwhile.  All traffic stays on 127.0.0.1.
 
@@ -235,8 +235,8 @@ class Bench:
             admin.close()
 
     @contextlib.contextmanager
-    def executor(self, admin, jobs):
-        """The daemon, all options at their defaults; (process, URL, seconds from exec to its
+    def executor(self, admin, jobs, **options):
+        """The daemon, other `options` at their defaults; (process, URL, seconds from exec to its
         registration)."""
         self.executors += 1
         place = self.directory / f"executor{self.executors}"
@@ -244,7 +244,7 @@ class Bench:
         config = {
             "admin": {"addresses": [admin.url], "access_token": TOKEN},
             "jobs": jobs,
-            "executor": {"bind": "127.0.0.1:0", "data_dir": "./data"},
+            "executor": {"bind": "127.0.0.1:0", "data_dir": "./data", **options},
         }
         (place / "config.yaml").write_text(yaml.safe_dump(config))
         before = len(admin.registry)
@@ -424,6 +424,40 @@ class Bench:
         text = "import time\nimport bench_slow\ndef started():\n    return time.time_ns()\n"
         (self.directory / "bench_heavy.py").write_text(text)
         self.start_of("preload", {"preload": ["bench_slow"]}, "bench_heavy")
+
+    def drop(self):
+        """The answer to /kill of a job with 10,000 runs that wait."""
+        count = 10_000
+        job = {"shell": "sleep 600", "queue_limit": count, "kill_grace": 0}
+        with (
+            self.admin("3.5") as admin,
+            self.executor(admin, {"waits": job}, max_queued=count) as (_, url, _),
+        ):
+            connection = http.client.HTTPConnection(url.partition("//")[2], timeout=10)
+
+            def post(path, body):
+                connection.request("POST", path, json.dumps(body), {"XXL-JOB-ACCESS-TOKEN": TOKEN})
+                return json.loads(connection.getresponse().read())
+
+            answers = []
+            for _ in range(3):
+                before, first = len(admin.results), self.ids + 1
+                self.ids += count + 1
+                for log_id in range(first, first + count + 1):
+                    body = {"jobId": 1, "logId": log_id, "executorHandler": "waits"}
+                    if post("/trigger", body)["code"] != 200:
+                        raise BenchError(f"trigger {log_id} was refused")
+                began = time.monotonic()
+                told = post("/kill", {"jobId": 1})["msg"]
+                answers.append(time.monotonic() - began)
+                if told != f"killed 1 running, dropped {count} waiting":
+                    raise BenchError(f"the answer was {told}")
+                wait_until(lambda: len(admin.results) > before + count, LIMIT, "the last result")
+            connection.close()
+        shown = ", ".join(f"{1000 * value:.0f} ms" for value in answers)
+        took = statistics.median(answers)
+        detail = f"/kill of a job with {count:,} runs that wait, to the answer: {shown}"
+        self.row("drop", "<= 50 ms", f"{1000 * took:.0f} ms", took <= 0.05, detail)
 
     def start_of(self, name, fields, module):
         fresh, accepted, sent = [], [], []
@@ -741,7 +775,7 @@ def show(head, rows):
 
 
 def main():
-    names = ("shell", "python-start", "preload", "thread", "beat", "memory", "logs")
+    names = ("shell", "python-start", "preload", "thread", "beat", "drop", "memory", "logs")
     parser = argparse.ArgumentParser(description=textwrap.fill(__doc__.splitlines()[0]))
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(names))
     parser.add_argument(

@@ -5,6 +5,7 @@ import contextlib
 import http.client
 import json
 import re
+import signal
 import sqlite3
 import threading
 import time
@@ -313,6 +314,34 @@ def test_ten_thousand_are_dropped_at_once(executor, admin, tmp_path, how):
     assert outcome(admin, running) == (KILLED if how == "kill" else covered)
     assert {outcome(admin, log_id) for log_id in waiting} == {DROPPED if how == "kill" else covered}
     assert ledger.started() == [running] + [covering] * (how == "cover")
+
+
+@pytest.mark.parametrize("passage", [1, 4])
+def test_what_was_dropped_is_dropped_after_a_crash_too(executor, admin, tmp_path, passage):
+    """A kill -9 when 1,000 that waited are dropped, and when only some of them are finished: none
+    of them runs, and the admin gets a result of each."""
+    ledger, count = Ledger(admin, tmp_path), 1000
+    daemon = executor(
+        {"job": ledger.job("exec sleep 600", queue_limit=count)},
+        admin=admin,
+        env={"XXL_EXECUTOR_FAILPOINT": f"dropped:{passage}"},
+    )
+    running = ledger.trigger(daemon)
+    wait_until(lambda: ledger.started() == [running])
+    waiting = fill_lane(daemon, running + 1000, count)
+    ledger.accepted.update(waiting)
+    with contextlib.suppress(OSError):  # the answer, or the crash that comes right after it
+        assert daemon.post("/kill", {"jobId": 1})["code"] == 200
+    assert daemon.wait() == -signal.SIGKILL
+    dropped = set(map(states(daemon).get, waiting))
+    assert "accepted" in dropped and (len(dropped) == 1) == (passage == 1)
+    daemon.env.pop("XXL_EXECUTOR_FAILPOINT")
+    daemon.start()
+    ledger.settle(daemon, 60)
+    assert outcome(admin, running) == KILLED
+    assert {outcome(admin, log_id) for log_id in waiting} == {DROPPED}
+    assert ledger.started() == [running]
+    assert not stored(daemon, "SELECT * FROM facts WHERE name LIKE 'dropped%'")
 
 
 # -- a slow disk
