@@ -133,6 +133,7 @@ import tempfile
 import threading
 import time
 import traceback
+import types
 import typing
 import unicodedata
 import urllib.parse
@@ -654,7 +655,8 @@ _TAGS = {
     "str": 'the text "{}"',
     "timestamp": "the date {}",
 }
-_NULL = "tag:yaml.org,2002:null"
+_STR, _NULL = "tag:yaml.org,2002:str", "tag:yaml.org,2002:null"
+_EXPANDED = "${}"  # the style of a value that held a ${NAME}: text will do where text is expected
 _OTHER_WORDS = {  # what other programs call a key
     "cmd": "command",
     "exec": "command",
@@ -672,16 +674,20 @@ _OTHER_WORDS = {  # what other programs call a key
 }
 
 
+Node = typing.Any  # of PyYAML, composed; imported late, and without types
+Parse = typing.Callable[["_YamlReader", Node], typing.Any]  # raises _Bad
+
+
 class _Bad(Exception):
     """A value that does not fit: the text says what was expected, `node` where it stands, `key`
     which one of a mapping it is."""
 
-    def __init__(self, text: str, node, key: str = ""):
+    def __init__(self, text: str, node: Node, key: str = ""):
         super().__init__(text)
         self.node, self.key = node, key
 
 
-def _expected(what: str, node) -> _Bad:
+def _expected(what: str, node: Node) -> _Bad:
     kind = node.id if node.id != "scalar" else node.tag.rpartition(":")[2]
     got = {"mapping": "a mapping", "sequence": "a list", "null": "nothing"}.get(kind) or _TAGS.get(
         kind, "{}"
@@ -689,15 +695,14 @@ def _expected(what: str, node) -> _Bad:
     return _Bad(f"expected {what}, got {got}", node)
 
 
-def _absent(node) -> bool:
+def _absent(node: Node) -> bool:
     """Whether there is no value; a variable that holds the text "null" is one."""
-    return node is None or (node.tag == _NULL and (not node.value or not hasattr(node, "expanded")))
+    return node is None or (node.tag == _NULL and (not node.value or node.style != _EXPANDED))
 
 
-def _scalar(node, *tags: str, expected: str) -> str:
+def _scalar(node: Node, *tags: str, expected: str) -> str:
     if node.id != "scalar" or (
-        node.tag.rpartition(":")[2] not in tags
-        and not ("str" in tags and hasattr(node, "expanded"))
+        node.tag.rpartition(":")[2] not in tags and not ("str" in tags and node.style == _EXPANDED)
     ):
         error = _expected(expected, node)
         raise (
@@ -710,29 +715,29 @@ def _scalar(node, *tags: str, expected: str) -> str:
     return node.value
 
 
-def _text(reader, node) -> str:
+def _text(reader: _YamlReader, node: Node) -> str:
     return _scalar(node, "str", expected="text")
 
 
-def _header(reader, node) -> str:
+def _header(reader: _YamlReader, node: Node) -> str:
     value = _text(reader, node)
     if not re.fullmatch(r"[!-~]+", value):
         raise _Bad("expected printable ASCII without spaces, as an HTTP header carries it", node)
     return value
 
 
-def _token(reader, node) -> str:
+def _token(reader: _YamlReader, node: Node) -> str:
     if (
         node.id == "scalar"
         and node.tag.rpartition(":")[2] in ("int", "float", "bool", "timestamp")
-        and not hasattr(node, "expanded")
+        and node.style != _EXPANDED
     ):
         raise _Bad("expected text: put it in quotes", node)  # the usual words would show it
     reader.token = _text(reader, node) and _header(reader, node)
     return reader.token
 
 
-def _token_file(reader, node) -> str:
+def _token_file(reader: _YamlReader, node: Node) -> str:
     file = _path(reader, node)
     reader.files.append(glob.escape(file))
     if reader.token:
@@ -747,12 +752,12 @@ def _token_file(reader, node) -> str:
     return file
 
 
-def _flag(reader, node) -> bool:
+def _flag(reader: _YamlReader, node: Node) -> bool:
     return _scalar(node, "bool", expected="true or false").lower() in ("true", "yes", "on")
 
 
-def _choice(*values: str):
-    def parse(reader, node) -> str:
+def _choice(*values: str) -> Parse:
+    def parse(reader: _YamlReader, node: Node) -> str:
         if node.id != "scalar" or node.value not in values:
             raise _expected(" or ".join(values), node)
         return node.value
@@ -771,7 +776,7 @@ def amount(text: str, pattern: str, units: dict) -> float | None:
 LEAST_RETENTION = 3600.0  # seconds; `log_retention: 30` meant 30 s, and the logs were gone
 
 
-def _retention(reader, node) -> float:
+def _retention(reader: _YamlReader, node: Node) -> float:
     value = _positive_duration(reader, node)
     if value < LEAST_RETENTION:
         hint = f", did you mean {node.value}d?" if node.value.isdecimal() else ""
@@ -779,8 +784,8 @@ def _retention(reader, node) -> float:
     return value
 
 
-def _measure(pattern: str, units: dict, expected: str, positive: bool = False):
-    def parse(reader, node) -> float:
+def _measure(pattern: str, units: dict, expected: str, positive: bool = False) -> Parse:
+    def parse(reader: _YamlReader, node: Node) -> float:
         value = amount(_scalar(node, "int", "float", "str", expected=expected), pattern, units)
         if value is None:
             raise _expected(expected, node)
@@ -802,8 +807,8 @@ _size = _measure(
 )
 
 
-def _whole(low: int, high: int):
-    def parse(reader, node) -> int:
+def _whole(low: int, high: int) -> Parse:
+    def parse(reader: _YamlReader, node: Node) -> int:
         expected = f"a whole number from {low} to {high}"
         value = _scalar(node, "int", expected=expected)
         if not re.fullmatch(r"\d{1,12}", value, re.ASCII) or not low <= int(value) <= high:
@@ -813,8 +818,8 @@ def _whole(low: int, high: int):
     return parse
 
 
-def _list(parse):
-    def each(reader, node) -> tuple:
+def _list(parse: Parse) -> Parse:
+    def each(reader: _YamlReader, node: Node) -> tuple:
         if node.id != "sequence":
             raise _expected("a list", node)
         return tuple(parse(reader, reader.expand(item)) for item in node.value)
@@ -822,21 +827,21 @@ def _list(parse):
     return each
 
 
-def _argument(reader, node) -> str:
+def _argument(reader: _YamlReader, node: Node) -> str:
     if node.id == "mapping" and len(node.value) == 1 and node.value[0][0].id == "scalar":
         name = node.value[0][0].value  # [echo, {param}] is a list with a mapping in it
         raise _Bad(f'expected text or a number: put it in quotes, "{{{name}}}"', node)
     return _scalar(node, "str", "int", "float", expected="text or a number")
 
 
-def _command(reader, node) -> tuple:
+def _command(reader: _YamlReader, node: Node) -> tuple:
     value = _list(_argument)(reader, node)
     if not value or not value[0]:
         raise _Bad("expected a list with a program and its arguments, got an empty one", node)
     return value
 
 
-def _variables(reader, node) -> dict[str, str]:
+def _variables(reader: _YamlReader, node: Node) -> dict[str, str]:
     if node.id != "mapping":
         raise _expected("NAME: value pairs", node)
     values = {}
@@ -852,22 +857,22 @@ def _variables(reader, node) -> dict[str, str]:
     return values
 
 
-def _path(reader, node) -> str:
+def _path(reader: _YamlReader, node: Node) -> str:
     base = os.path.dirname(os.path.abspath(node.start_mark.name))
     return os.path.normpath(os.path.join(base, os.path.expanduser(_text(reader, node))))
 
 
-def _data_dir(reader, node) -> str:
+def _data_dir(reader: _YamlReader, node: Node) -> str:
     if node.value == os.environ.get("STATE_DIRECTORY"):  # of several the first
         node = reader.scalar(node.value.partition(":")[0], node)
     return _path(reader, node)
 
 
-def _program(reader, node) -> str:
+def _program(reader: _YamlReader, node: Node) -> str:
     return _path(reader, node) if "/" in _text(reader, node) else node.value
 
 
-def _entry_point(reader, node) -> str:
+def _entry_point(reader: _YamlReader, node: Node) -> str:
     value = _text(reader, node)
     if "/" in value or value.endswith(".py"):
         raise _Bad(
@@ -880,14 +885,14 @@ def _entry_point(reader, node) -> str:
     return value
 
 
-def _module(reader, node) -> str:
+def _module(reader: _YamlReader, node: Node) -> str:
     value = _text(reader, node)
     if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", value):
         raise _expected('a module such as "pandas" or "reports.common"', node)
     return value
 
 
-def _url(reader, node) -> str:
+def _url(reader: _YamlReader, node: Node) -> str:
     value = _text(reader, node)
     with contextlib.suppress(ValueError):
         parts = urllib.parse.urlsplit(value)
@@ -900,7 +905,7 @@ def _url(reader, node) -> str:
     raise _expected("an address such as http://10.0.0.5:8080/xxl-job-admin", node)
 
 
-def _urls(reader, node) -> tuple:
+def _urls(reader: _YamlReader, node: Node) -> tuple:
     # One text with commas is how the Java executor's xxl.job.admin.addresses is written, and what
     # ${NAME} can hold.
     if node.id == "scalar" and node.tag.endswith(":str"):
@@ -911,7 +916,7 @@ def _urls(reader, node) -> tuple:
     return tuple(value.rstrip("/") for value in _list(_url)(reader, node))
 
 
-def _bind(reader, node) -> tuple[str, int]:
+def _bind(reader: _YamlReader, node: Node) -> tuple[str, int]:
     value = _text(reader, node)
     found = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]*):(\d{1,5})", value, re.ASCII)
     if not found or int(found[2]) > 65_535:
@@ -919,7 +924,7 @@ def _bind(reader, node) -> tuple[str, int]:
     return found[1].strip("[]") or "0.0.0.0", int(found[2])
 
 
-def _option(parse, default: str = "", *, raw: bool = False):
+def _option(parse: Parse, default: str = "", *, raw: bool = False) -> typing.Any:
     """A key: its parser and its default as it would be written in YAML ("" means None). `raw`: no
     ${NAME} in it."""
     return dataclasses.field(
@@ -958,13 +963,6 @@ PLACEHOLDERS = ("param", "shard_index", "shard_total")  # of `command`
 
 
 @dataclasses.dataclass(frozen=True)
-class GlueConfig:
-    enabled: bool = _option(_flag, "false")
-    languages: tuple = _option(_list(_choice(*GLUE)), f"[{', '.join(GLUE)}]")
-    timeout: float = _option(_duration, "0")
-
-
-@dataclasses.dataclass(frozen=True)
 class JobConfig:
     """One entry of `jobs`. Exactly one of `shell`, `command` and `python` is set; durations in
     seconds, 0: none."""
@@ -993,6 +991,14 @@ class JobConfig:
     def what(self) -> str:
         """What the job runs, on one line."""
         return self.python or " ".join((self.shell or shlex.join(self.command)).split())
+
+
+@dataclasses.dataclass(frozen=True)
+class GlueConfig:
+    template: JobConfig  # the keys of the jobs that scripts from the admin become
+    enabled: bool = _option(_flag, "false")
+    languages: tuple = _option(_list(_choice(*GLUE)), f"[{', '.join(GLUE)}]")
+    timeout: float = _option(_duration, "0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1159,22 +1165,23 @@ class _YamlReader:
         self.problems: list[tuple[str, int, str]] = []
         self.places: dict[str, str] = {}  # of each key: file:line
 
-    def place(self, path: str, node) -> None:
+    def place(self, path: str, node: Node) -> None:
         self.places[path] = f"{node.start_mark.name}:{node.start_mark.line + 1}"
 
-    def problem(self, node, text: str) -> None:
+    def problem(self, node: Node, text: str) -> None:
         self.problems.append((node.start_mark.name, node.start_mark.line + 1, text))
 
-    def unknown(self, key, path: str, known: typing.Iterable[str]) -> None:
+    def unknown(self, key: Node, path: str, known: typing.Iterable[str]) -> None:
         name = _OTHER_WORDS.get(key.value.lower(), "")
         near = [name] if name in known else difflib.get_close_matches(key.value, list(known), 1)
         hint = f'did you mean "{near[0]}"?' if near else f"known keys: {', '.join(known)}"
         self.problem(key, f"{path}: unknown key, {hint}")
 
-    def scalar(self, value: str, node, tag: str = "tag:yaml.org,2002:str"):
-        return self.yaml.ScalarNode(tag, value, node.start_mark, node.end_mark)
+    def scalar(self, value: str, node: Node, tag: str = _STR, style: str | None = None) -> Node:
+        """A value in the place of `node`."""
+        return self.yaml.ScalarNode(tag, value, node.start_mark, node.end_mark, style=style)
 
-    def document(self, file: str):
+    def document(self, file: str) -> Node:
         """The root mapping of `file`, or None after a problem."""
         try:
             with open(file, encoding="utf-8") as stream:
@@ -1218,13 +1225,13 @@ class _YamlReader:
             )
         return None
 
-    def expand(self, node):
+    def expand(self, node: Node) -> Node:
         """`node` with ${NAME} and ${NAME:-default} replaced; raises _Bad for one that is not set.
         $${ stands for ${."""
         if node.id != "scalar" or "${" not in node.value:
             return node
 
-        def value(found) -> str:
+        def value(found: re.Match) -> str:
             if found[0].startswith("$$"):
                 return "${"
             text = os.environ.get(found[1], "") or found[2]
@@ -1243,11 +1250,9 @@ class _YamlReader:
             if node.style
             else self.resolver.resolve(self.yaml.ScalarNode, text, (True, False))
         )
-        expanded = self.scalar(text, node, tag)
-        expanded.expanded = True  # text will do where text is expected
-        return expanded
+        return self.scalar(text, node, tag, _EXPANDED)
 
-    def pairs(self, node, path: str = "") -> list:
+    def pairs(self, node: Node, path: str = "") -> list:
         """The (key, value) nodes of a mapping, merge keys (<<) resolved as YAML says: own keys win,
         then the mapping that is named first. A duplicate key is a problem."""
         if id(node) in self._pairs:  # used again by an alias
@@ -1274,7 +1279,7 @@ class _YamlReader:
         self._pairs[id(node)] = node, list({**merged, **own}.values())
         return self._pairs[id(node)][1]
 
-    def _sources(self, key, value, prefix: str) -> list:
+    def _sources(self, key: Node, value: Node, prefix: str) -> list:
         """The mappings that a merge key names; anything else there is a problem."""
         sources = []
         for source in value.value if value.id == "sequence" else [value]:
@@ -1287,7 +1292,7 @@ class _YamlReader:
                 sources.append(source)
         return sources
 
-    def section(self, kind, node, path: str, **fixed):
+    def section(self, kind: type, node: Node, path: str, **fixed: typing.Any) -> typing.Any:
         """An instance of the dataclass `kind` from a mapping; a key that is absent or null has its
         default."""
         fields = {field.name: field for field in dataclasses.fields(kind) if field.metadata}
@@ -1317,7 +1322,7 @@ class _YamlReader:
                 self.problem(error.node, f"{path}.{name}{error.key}: {error}")
         return kind(**values)
 
-    def _default(self, text: str, node):
+    def _default(self, text: str, node: Node) -> Node:
         mark = node.start_mark if node is not None else self.yaml.Mark(self.file, 0, 0, 0, None, 0)
         if text == "{}":
             return self.yaml.MappingNode("tag:yaml.org,2002:map", [], mark, mark)
@@ -1337,7 +1342,7 @@ _NOT_OF_SCRIPTS = (
 class _ConfigReader(_YamlReader):
     """Knows what a configuration holds."""
 
-    def job(self, key, node) -> JobConfig | None:
+    def job(self, key: Node, node: Node) -> JobConfig | None:
         path, before = f"jobs.{key.value}", len(self.problems)
         job = self.section(JobConfig, node, path, name=key.value)
         if len(self.problems) > before:
@@ -1368,7 +1373,7 @@ class _ConfigReader(_YamlReader):
                 )
         return job
 
-    def jobs(self, node, found: dict, where: dict) -> None:
+    def jobs(self, node: Node, found: dict, where: dict) -> None:
         if _absent(node):
             return
         if node.id != "mapping":
@@ -1408,7 +1413,8 @@ class _ConfigReader(_YamlReader):
             self._credential(os.path.join(credentials, "token"))
         admin = dataclasses.replace(admin, access_token=self.token)
         executor = self.section(ExecutorConfig, parts["executor"], "executor")
-        glue = self.section(GlueConfig, parts["glue"], "glue")
+        template = self.section(JobConfig, None, "glue", name="")
+        glue = self.section(GlueConfig, parts["glue"], "glue", template=template)
         scripts = self.scripts(parts["scripts"])
         jobs: dict[str, JobConfig] = {}
         where: dict[str, str] = {}
@@ -1417,7 +1423,7 @@ class _ConfigReader(_YamlReader):
         files = tuple(self.files)
         return Config(self.file, admin, executor, glue, scripts, jobs, files, self.places)
 
-    def scripts(self, node) -> ScriptsConfig:
+    def scripts(self, node: Node) -> ScriptsConfig:
         """`directories`, and the keys of a job but its kind."""
         directories: tuple = ()
         rest = node
@@ -1444,14 +1450,14 @@ class _ConfigReader(_YamlReader):
         self.files.append(glob.escape(file))
         try:
             with open(file, encoding="utf-8") as stream:
-                node = self.yaml.ScalarNode("tag:yaml.org,2002:str", stream.read().strip())
+                node = self.yaml.ScalarNode(_STR, stream.read().strip())
             self.token = _header(self, node)
         except FileNotFoundError:
             pass
         except (OSError, UnicodeDecodeError, _Bad) as error:
             self.problems.append((file, 0, f"admin.access_token: cannot be taken: {error}"))
 
-    def _include(self, node, jobs: dict, where: dict) -> None:
+    def _include(self, node: Node, jobs: dict, where: dict) -> None:
         if _absent(node):
             return
         try:
@@ -1787,7 +1793,7 @@ class Metrics:
     """Counters, histograms and gauges in the Prometheus text format; any thread may call any
     method."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         # From the start, where no label is awaited: a rate counts from the 0 before the first
         # failure.
@@ -1991,7 +1997,7 @@ class _Parser(http.server.BaseHTTPRequestHandler):
     def handle_expect_100(self) -> bool:
         return True  # answered when the body is wanted
 
-    def send_error(self, code, message=None, explain=None) -> None:
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         raise HttpError(int(code), message or self.responses[code][0])
 
 
@@ -2211,7 +2217,7 @@ class Listener:
     turns for nothing.
     """
 
-    def __init__(self, sock: socket.socket, epoll):
+    def __init__(self, sock: socket.socket, epoll: select.epoll):
         self._sock, self._epoll, self.fd = sock, epoll, sock.fileno()
         self.paused_until = 0.0  # monotonic
         self.closed = False
@@ -2268,7 +2274,7 @@ class HttpServer:
     within PATIENCE. None of them may raise; only answer() for LONG, POOL and PAGE may wait.
     """
 
-    def __init__(self, listener: socket.socket, api, max_connections: int):
+    def __init__(self, listener: socket.socket, api: typing.Any, max_connections: int):
         self._api, self._limit = api, max_connections
         self._pool: queue.SimpleQueue = queue.SimpleQueue()
         self._answered: collections.deque[tuple[Connection, Reply | None]] = collections.deque()
@@ -2462,7 +2468,9 @@ class HttpServer:
         if connection.ticket is not None and connection.ticket.claim():
             self._reply_and_go_on(connection, self._api.late(connection.request))
 
-    def _guarded(self, step, connection: Connection, *arguments) -> None:
+    def _guarded(
+        self, step: typing.Callable, connection: Connection, *arguments: typing.Any
+    ) -> None:
         """No failure of one connection may end the thread that serves them all."""
         try:
             step(connection, *arguments)
@@ -2789,7 +2797,11 @@ class Complaints:
 class Answer:
     """How the core answers a trigger or a kill; `refused(error)` is told when it says no."""
 
-    def __init__(self, ticket, refused: typing.Callable[[Refused], None] = lambda error: None):
+    def __init__(
+        self,
+        ticket: typing.Any,
+        refused: typing.Callable[[Refused], None] = lambda error: None,
+    ):
         self._ticket, self._refused = ticket, refused
         self.claim, self.claimed = ticket.claim, ticket.claimed
 
@@ -2808,12 +2820,12 @@ class Api:
     def __init__(
         self,
         config: Config,
-        core,
-        logs,
-        scripts,
+        core: typing.Any,
+        logs: typing.Any,
+        scripts: typing.Any,
         metrics: Metrics,
-        status,
-        learned_path,
+        status: typing.Callable[[], dict],
+        learned_path: typing.Callable[[str], None],
         status_key: str = "",
     ):
         """`status_key`: who shows it may ask for /status without the token."""
@@ -2882,7 +2894,7 @@ class Api:
             return request.path[len(self._prefix) :]
         return request.path
 
-    def answer(self, request: Request, ticket) -> Reply | None:
+    def answer(self, request: Request, ticket: typing.Any) -> Reply | None:
         """None: `ticket` gives the answer when it is decided."""
         path, method = self._path(request), request.method
         if "Origin" in request.headers:
@@ -2904,7 +2916,7 @@ class Api:
         known = ", ".join([*self._post, *self._get])
         return refusal(404, f"no such path; this is an XXL-JOB executor: {known}")
 
-    def _answer_post(self, path: str, request: Request, ticket) -> Reply | None:
+    def _answer_post(self, path: str, request: Request, ticket: typing.Any) -> Reply | None:
         """Always HTTP 200: the admin shows nothing of another status."""
         try:
             self._authorize(request)
@@ -2947,18 +2959,18 @@ class Api:
                     "app_name",
                 )
 
-    def _beat(self, request: Request, ticket) -> Reply:
+    def _beat(self, request: Request, ticket: typing.Any) -> Reply:
         if self.draining:
             raise Refused("the executor is stopping")
         return _YES
 
-    def _idle_beat(self, request: Request, ticket) -> Reply:
+    def _idle_beat(self, request: Request, ticket: typing.Any) -> Reply:
         if self._core.busy(number(decode(request.body), "jobId")):
             # the Java executor's words
             raise Refused("job thread is running or has trigger queue.")
         return self._beat(request, ticket)
 
-    def _run(self, request: Request, ticket) -> None:
+    def _run(self, request: Request, ticket: typing.Any) -> None:
         if self._core.overloaded():
             raise Refused("more triggers wait to be stored than executor.max_queued", "max_queued")
         fields = decode(request.body)
@@ -3001,10 +3013,10 @@ class Api:
             self._scripts.store(trigger, text(fields, "glueSource"), request.peer)
         return job
 
-    def _kill(self, request: Request, ticket) -> None:
+    def _kill(self, request: Request, ticket: typing.Any) -> None:
         self._core.put(Kill(number(decode(request.body), "jobId"), Answer(ticket)))
 
-    def _log(self, request: Request, ticket) -> Reply:
+    def _log(self, request: Request, ticket: typing.Any) -> Reply:
         fields = decode(request.body)
         log_id = number(fields, "logId")
         page = self._logs.page(
@@ -3122,7 +3134,13 @@ class Core(Watched):
     """
 
     def __init__(
-        self, journal, processes, slots, metrics: Metrics, max_running: int, max_queued: int
+        self,
+        journal: typing.Any,
+        processes: typing.Any,
+        slots: typing.Any,
+        metrics: Metrics,
+        max_running: int,
+        max_queued: int,
     ):
         """`processes` and `slots` have start(trigger, job) and cancel(logId, result); slots run the
         jobs with isolation: thread."""
@@ -3723,7 +3741,7 @@ class Context:
 
 
 @functools.lru_cache(256)
-def _takes_argument(function) -> bool:
+def _takes_argument(function: typing.Callable) -> bool:
     return bool(inspect.signature(function).parameters)
 
 
@@ -3754,11 +3772,9 @@ def call_entry_point(entry_point: str, context: Context) -> str:
 class Scripts:
     """Scripts that the admin sends with its triggers (GLUE), in one directory; any thread."""
 
-    def __init__(
-        self, directory: str, config: GlueConfig, cwd: str, now: typing.Callable[[], float]
-    ):
+    def __init__(self, directory: str, config: GlueConfig, now: typing.Callable[[], float]):
         """`now()`: seconds of a clock that does not jump; a file's time says when it was used."""
-        self._directory, self._config, self._cwd, self._now = directory, config, cwd, now
+        self._directory, self._config, self._now = directory, config, now
         self._lock = threading.Lock()
         if config.enabled:
             make_directory(directory)
@@ -3793,30 +3809,12 @@ class Scripts:
                 f" {', '.join(self._config.languages) or 'none'}",
                 "glue",
             )
-        return JobConfig(
+        command = (GLUE[kind][0], self._path(trigger), *(f"{{{word}}}" for word in PLACEHOLDERS))
+        return dataclasses.replace(
+            self._config.template,
             name=trigger.handler,
-            description="",
-            shell="",
-            python="",
-            isolation="process",
+            command=command,
             timeout=self._config.timeout,
-            kill_grace=5.0,
-            command=(
-                GLUE[kind][0],
-                self._path(trigger),
-                "{param}",
-                "{shard_index}",
-                "{shard_total}",
-            ),
-            cwd=self._cwd,
-            env={},
-            user="",
-            interpreter="",
-            pythonpath=(),
-            max_delay=0,
-            queue_limit=1000,
-            on_crash="fail",
-            background="kill",
         )
 
     def store(self, trigger: Trigger, source: str, caller: str) -> None:
@@ -3856,15 +3854,12 @@ class Scripts:
     def _mark_used(self, path: str) -> None:
         os.utime(path, (self._now(), self._now()))
 
-    def prune(self, age: float) -> int:
-        """Remove scripts that were not used for `age` seconds; returns how many."""
-        removed = 0
+    def prune(self, age: float) -> None:
+        """Remove scripts that were not used for `age` seconds."""
         for file in glob.glob(os.path.join(glob.escape(self._directory), "*_*.*")):
             with contextlib.suppress(OSError):
                 if os.stat(file).st_mtime < self._now() - age:
                     os.unlink(file)
-                    removed += 1
-        return removed
 
 
 # -- the Python server: a process that imports nothing of the jobs and forks one child per run
@@ -4018,20 +4013,20 @@ class _JobLogging(logging.StreamHandler):
     """What a job in a process logs is in its run's log, from INFO on and with the time, unless the
     job has set up logging itself."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(sys.stdout)
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
         root, set_up = logging.getLogger(), logging.basicConfig
         root.addHandler(self)
         root.setLevel(logging.INFO)
 
-        def make_room(**options):
+        def make_room(**options: typing.Any) -> None:
             root.removeHandler(self)
             set_up(**options)
 
         logging.basicConfig = make_room  # which does nothing where there is a handler
 
-    def filter(self, record):
+    def filter(self, record: logging.LogRecord) -> bool:
         """Whether nobody else handles it."""
         logger = logging.getLogger(record.name)
         while logger.parent is not None and not logger.handlers:
@@ -4057,7 +4052,7 @@ def _take_request(channel: int) -> dict | None:
     return request
 
 
-def _own_frames(trace):
+def _own_frames(trace: types.TracebackType | None) -> types.TracebackType | None:
     """The traceback from the first frame that is not of this file: the author of a job looks for
     his own lines."""
     first = trace
@@ -4094,7 +4089,7 @@ def trim_memory() -> None:
         LIBC.malloc_trim(0)
 
 
-def exit_status(found) -> int:
+def exit_status(found: os.waitid_result) -> int:
     """What waitid() found as an exit status, negative for a signal."""
     return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
 
@@ -4555,7 +4550,7 @@ class ThreadOutput:
     """sys.stdout or sys.stderr while jobs may run in threads: what such a thread writes goes into
     its run's log."""
 
-    def __init__(self, original, local: threading.local):
+    def __init__(self, original: typing.Any, local: threading.local):
         self.original, self.local = original, local
 
     def write(self, text: str) -> int:
@@ -4566,7 +4561,7 @@ class ThreadOutput:
         """Whether what this thread writes goes into a run's log."""
         return getattr(self.local, "sink", None) is not None
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> typing.Any:
         return getattr(self.original, name)
 
 
@@ -4795,7 +4790,13 @@ class Supervisor(Watched):
     what is out of time and answers that with `cancel`.
     """
 
-    def __init__(self, logs, identity: str, scratch: str, report):
+    def __init__(
+        self,
+        logs: typing.Any,
+        identity: str,
+        scratch: str,
+        report: typing.Callable[[typing.Any], None],
+    ):
         self.logs, self._identity, self._report = logs, identity, report
         self.environment = without_secrets()
         require_kernel()
@@ -5591,7 +5592,13 @@ class Slots:
 
     `report` gets Ended, Expired and Stuck, see Supervisor."""
 
-    def __init__(self, limit: int, logs, timers: Timers, report):
+    def __init__(
+        self,
+        limit: int,
+        logs: typing.Any,
+        timers: Timers,
+        report: typing.Callable[[typing.Any], None],
+    ):
         self._logs, self._timers, self._report = logs, timers, report
         self._crew = Crew("slot", limit)
         self._runs: dict[int, ThreadRun] = {}  # by logId
@@ -6880,7 +6887,7 @@ class Callbacks(Watched):
     refused, so that it holds back nobody.
     """
 
-    def __init__(self, journal, admin, metrics: Metrics):
+    def __init__(self, journal: typing.Any, admin: typing.Any, metrics: Metrics):
         self._journal, self._admin, self._metrics = journal, admin, metrics
         self._wake, self._closing, self._abandoned = threading.Event(), threading.Event(), False
         self._next_at = 0.0  # monotonic
@@ -7156,11 +7163,11 @@ class _Link:
         link = self
 
         class Http(urllib3.connection.HTTPConnection):
-            def _new_conn(self):
+            def _new_conn(self) -> socket.socket:
                 return link._connect(self)
 
         class Https(urllib3.connection.HTTPSConnection):
-            def _new_conn(self):
+            def _new_conn(self) -> socket.socket:
                 return link._connect(self)
 
         class HttpPool(urllib3.HTTPConnectionPool):
@@ -7176,7 +7183,7 @@ class _Link:
             adapter.poolmanager.pool_classes_by_scheme = {"http": HttpPool, "https": HttpsPool}
             self._session.mount(prefix, adapter)
 
-    def _connect(self, connection) -> socket.socket:
+    def _connect(self, connection: typing.Any) -> socket.socket:
         """A socket for a connection of urllib3, which takes nothing but its own errors for a
         failure to connect."""
         import urllib3
@@ -7531,7 +7538,12 @@ class Registration:
     """
 
     def __init__(
-        self, config: Config, admin, metrics: Metrics, port: int, hooks: RegistrationHooks
+        self,
+        config: Config,
+        admin: typing.Any,
+        metrics: Metrics,
+        port: int,
+        hooks: RegistrationHooks,
     ):
         self._config, self._admin, self._metrics = config, admin, metrics
         self._port, self._hooks = port, hooks
@@ -7965,7 +7977,7 @@ class Signals:
         signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
 
     @staticmethod
-    def ignore(number: int, frame) -> None:
+    def ignore(number: int, frame: types.FrameType | None) -> None:
         """The handler: the byte in the pipe is all that is wanted."""
 
     def mute(self, number: int) -> None:
@@ -8065,7 +8077,6 @@ class Daemon:
             self._scripts = Scripts(
                 os.path.join(self._data.path, "gluesource"),
                 config.glue,
-                os.path.dirname(os.path.abspath(config.file)),
                 self._journal.clock.now,
             )
             end_leftovers(self._journal, self._data.identity)
@@ -8546,7 +8557,7 @@ class LoopbackAdmin:
             protocol_version = "HTTP/1.1"
             disable_nagle_algorithm = True
 
-            def do_POST(self):
+            def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 status, reply = admin._answer(
                     self.path, {name.lower(): value for name, value in self.headers.items()}, body
@@ -8557,14 +8568,14 @@ class LoopbackAdmin:
                 )
                 self.wfile.write(head.encode() + reply)
 
-            def log_message(self, *arguments):
+            def log_message(self, *arguments: typing.Any) -> None:
                 pass
 
         class Server(http.server.ThreadingHTTPServer):
             daemon_threads = True
             request_queue_size = 128
 
-            def handle_error(self, request, client_address):
+            def handle_error(self, *arguments: typing.Any) -> None:
                 pass  # a client that went away
 
         self._server = Server(("127.0.0.1", port), Handler)
@@ -8706,7 +8717,7 @@ def table(
     ]
 
 
-def dump_stacks(number: int, frame) -> None:
+def dump_stacks(number: int, frame: types.FrameType | None) -> None:
     """The handler of SIGUSR1: what does every thread do just now? Past a reader who does not read,
     and with stderr closed. Not by `faulthandler.register`: it reads the frames of threads that go
     on running, and ended a busy daemon with a segmentation fault."""
@@ -9393,7 +9404,11 @@ exit status: 0 fine, 1 failed, 2 bad usage or configuration""",
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
 
     def command(
-        name: str, text: str, example: str, function, parents=(common,)
+        name: str,
+        text: str,
+        example: str,
+        function: typing.Callable[[argparse.Namespace], int],
+        parents: typing.Sequence[argparse.ArgumentParser] = (common,),
     ) -> argparse.ArgumentParser:
         added = commands.add_parser(
             name,
@@ -9479,10 +9494,11 @@ class _Handler(logging.Handler):
         super().__init__()
         self.output, self._for_jobs = output, _OneLine(with_time=True)
 
-    def handle(self, record):
+    def handle(self, record: logging.LogRecord) -> bool:
         self.emit(record)  # without its lock: a run's log on a slow disk must not hold it
+        return True
 
-    def emit(self, record):
+    def emit(self, record: logging.LogRecord) -> None:
         stream = sys.stderr  # another one for a job in a thread
         if isinstance(stream, ThreadOutput) and stream.captures():
             stream.write(self._for_jobs.format(record) + "\n")
@@ -9499,20 +9515,20 @@ class _OneLine(logging.Formatter):
         super().__init__(head + "%(message)s", "%Y-%m-%d %H:%M:%S")
         self._with_time, self._second, self._stamp = with_time, 0, ""
 
-    def formatTime(self, record, datefmt=None):
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
         if int(record.created) != self._second:
             self._second = int(record.created)
-            self._stamp = time.strftime(datefmt, time.localtime(record.created))
+            self._stamp = time.strftime(datefmt or "%c", time.localtime(record.created))
         return self._stamp
 
-    def formatMessage(self, record):
+    def formatMessage(self, record: logging.LogRecord) -> str:
         if isinstance(record.msg, Lines):
             record.message = ""
             before = super().formatMessage(record)
             return "\n".join(before + printable(line) for line in record.msg)
         return printable(super().formatMessage(record))
 
-    def format(self, record):
+    def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
         if self._with_time:
             return text
@@ -9524,7 +9540,7 @@ class _OneLine(logging.Formatter):
 class _Json(logging.Formatter):
     """One object a line, for programs."""
 
-    def format(self, record):
+    def format(self, record: logging.LogRecord) -> str:
         trace = self.formatException(record.exc_info) if record.exc_info else None
         lines = record.msg if isinstance(record.msg, Lines) else [record.getMessage()]
         head = {"time": timestamp(record.created), "level": record.levelname}
