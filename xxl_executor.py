@@ -8534,22 +8534,13 @@ def refuse_unsafe(config: Config, inherited: bool = False) -> None:
 # 15 CLI
 # --------------------------------------------------------------------------------------------------
 class LoopbackAdmin:
-    """An xxl-job-admin on 127.0.0.1 for `demo` and the tests: it answers as `version` does and
-    keeps what it received.
+    """An xxl-job-admin 3.5 on 127.0.0.1, as much of it as `demo` needs; it keeps what it received.
+    Any thread may call any method; `changed` is notified of every request."""
 
-    version: "2.2.0", "2.3" (to 3.2), "3.3" (to 3.4) or "3.5". `behave(path, body)` may return (HTTP
-    status, bytes) to answer something else. Any thread may call any method; `changed` is notified
-    of every request.
-    """
-
-    def __init__(self, version: str = "3.5", token: str = "", port: int = 0):
-        self.version, self.token = version, token
-        self.behave: typing.Callable[[str, bytes], typing.Any] = lambda path, body: None
+    def __init__(self, port: int = 0):
         self.changed = threading.Condition()
-        self.requests: list[tuple[str, dict, bytes]] = []
         self.registry: list[str] = []  # addresses that get triggers
-        self.parked: list[str] = []  # those of executors that drain
-        self.results: dict[int, list[dict]] = {}
+        self.results: dict[int, list[dict]] = {}  # by logId
         self._next_id = int(time.time() * 1000) % 1_000_000_000
         admin = self
 
@@ -8559,9 +8550,7 @@ class LoopbackAdmin:
 
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                status, reply = admin._answer(
-                    self.path, {name.lower(): value for name, value in self.headers.items()}, body
-                )
+                status, reply = admin.answer(self.path, self.headers, body)
                 head = (
                     f"HTTP/1.1 {status} -\r\nContent-Type: application/json\r\nContent-Length:"
                     f" {len(reply)}\r\n\r\n"
@@ -8579,9 +8568,7 @@ class LoopbackAdmin:
                 pass  # a client that went away
 
         self._server = Server(("127.0.0.1", port), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}" + (
-            "" if version == "3.5" else "/xxl-job-admin"
-        )
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(0.05,), name="loopback-admin", daemon=True
         )
@@ -8592,68 +8579,27 @@ class LoopbackAdmin:
         self._server.server_close()
         self._thread.join()
 
-    def _answer(self, path: str, headers: dict, body: bytes) -> tuple[int, bytes]:
-        own = self.behave(path, body)
-        if own is None:
-            try:
-                own = self._accept(path, headers, body)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                own = (
-                    200,
-                    self._envelope(
-                        FAILURE,
-                        f"openapi invoke error: {error}" if self.version == "3.5" else str(error),
-                    ),
-                )
-        with self.changed:
-            self.requests.append((path, headers, body))
-            self.changed.notify_all()
-        return own
-
-    def _envelope(self, code: int, message: str | None = None) -> bytes:
-        return json.dumps(
-            {"code": code, "msg": message, "data" if self.version >= "3.3" else "content": None}
-        ).encode()
-
-    def _accept(self, path: str, headers: dict, body: bytes) -> tuple[int, bytes]:
-        if self.version == "3.3" and "xxl-job-access-token" not in headers:
-            return 400, b""
-        if headers.get("xxl-job-access-token", "") != self.token:
-            return 200, self._envelope(FAILURE, "The access token is wrong.")
-        if self.version == "3.5" and not headers.get("xxl-job-appname"):
-            return 200, self._envelope(FAILURE, "The app name is missing.")
+    def answer(self, path: str, headers: typing.Any, body: bytes) -> tuple[int, bytes]:
+        """(HTTP status, body) for a request of an executor."""
         fields = json.loads(body)
-        call = path.rpartition("/")[2]
-        if call == "callback":
-            if self.version == "3.5":
-                fields = fields["callbackList"]
-            for item in [dict(item) for item in fields]:
-                code = (
-                    item["executeResult"]["code"] if self.version == "2.2.0" else item["handleCode"]
-                )
-                with self.changed:
-                    self.results.setdefault(item["logId"], []).append({**item, "code": code})
-        elif call in ("registry", "registryRemove"):
-            place = self.parked if fields["registryKey"].endswith("/draining") else self.registry
-            with self.changed:
-                if fields["registryValue"] in place:
-                    place.remove(fields["registryValue"])
-                if call == "registry":
-                    place.append(fields["registryValue"])
-        else:
-            return 404, b""
-        return 200, self._envelope(SUCCESS)
+        if path == "/api/callback" and "callbackList" not in fields:
+            return 200, envelope(FAILURE, "a 3.5 takes a callbackList")
+        with self.changed:
+            if path == "/api/callback":
+                for item in fields["callbackList"]:
+                    self.results.setdefault(item["logId"], []).append(item)
+            elif path == "/api/registry" and fields["registryValue"] not in self.registry:
+                self.registry.append(fields["registryValue"])
+            self.changed.notify_all()
+        return 200, envelope(SUCCESS)
 
-    def call(self, address: str, path: str, body: typing.Any = None, **headers: str) -> dict:
-        """POST to an executor as this version does; returns its envelope."""
+    def call(self, address: str, path: str, body: typing.Any, **headers: str) -> dict:
+        """POST to an executor; returns its envelope."""
         import requests
 
-        data = json.dumps(body).encode() if body is not None else b""
-        if self.token:
-            headers.setdefault("XXL-JOB-ACCESS-TOKEN", self.token)
         with requests.Session() as session:
             session.trust_env = False  # no proxy stands before this host
-            url = address.rstrip("/") + path
+            url, data = address.rstrip("/") + path, json.dumps(body).encode()
             with session.post(url, data=data, headers=headers, timeout=10) as reply:
                 return reply.json()
 
@@ -8676,7 +8622,7 @@ class LoopbackAdmin:
             "broadcastTotal": 1,
             **fields,
         }
-        return log_id, self.call(address, "/trigger" if self.version == "3.5" else "/run", body)
+        return log_id, self.call(address, "/trigger", body)
 
     def wait(self, predicate: typing.Callable[[], typing.Any], seconds: float) -> typing.Any:
         """The first true value of `predicate`, looked at whenever a request came; None after

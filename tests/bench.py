@@ -5,7 +5,7 @@ three minutes.
 Every speed is the ratio of two things that were measured in this run, in turns (A B A B ...),
 medians; nothing is compared with a number from another machine.  Some targets are times as such
 (python-start, preload, drop, the first registration), two are sizes (memory).  The load comes from wrk with Lua
-scripts that are written to a temporary directory.  The admin is the product's LoopbackAdmin, in
+scripts that are written to a temporary directory.  The admin is one of tests/admin.py, in
 this process, which does nothing else meanwhile.  All traffic stays on 127.0.0.1.
 
 Triggers are sent in a closed loop on results: wrk keeps WINDOW runs between trigger and result, by
@@ -43,6 +43,8 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "xxl_executor.py"
 sys.path.insert(0, str(ROOT))
+
+from admin import Admin  # noqa: E402
 
 import xxl_executor  # noqa: E402
 
@@ -228,7 +230,7 @@ class Bench:
 
     @contextlib.contextmanager
     def admin(self, version):
-        admin = xxl_executor.LoopbackAdmin(version, TOKEN)
+        admin = Admin(version, TOKEN)
         try:
             yield admin
         finally:

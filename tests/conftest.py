@@ -23,6 +23,8 @@ PROGRAM = ROOT / "xxl_executor.py"
 LAUNCH = ROOT / "tests" / "launch.py"
 sys.path.insert(0, str(ROOT))
 
+from admin import Admin  # noqa: E402
+
 import xxl_executor  # noqa: E402
 
 # In the background of a script it is ignored, and what a process ignores its children ignore too.
@@ -213,7 +215,7 @@ class Executor:
 
 @pytest.fixture
 def executor(tmp_path, request):
-    """A factory: executor(jobs={...}, admin=LoopbackAdmin or None, executor={...},
+    """A factory: executor(jobs={...}, admin=Admin or None, executor={...},
     admin_options={...}, env={...}, start=True, prefix=[...], program=file). A module of tests may
     say with which program, see Executor.
 
@@ -274,7 +276,7 @@ def loopback():
     with contextlib.ExitStack() as stack:
 
         def make(version="3.5", token="", port=0):
-            admin = xxl_executor.LoopbackAdmin(version, token, port)
+            admin = Admin(version, token, port)
             stack.callback(admin.close)
             return admin
 
@@ -289,7 +291,7 @@ def admin(loopback):
 
 @pytest.fixture
 def port():
-    """A port that refuses connections and that nobody else is given; a LoopbackAdmin can take it
+    """A port that refuses connections and that nobody else is given; an Admin can take it
     over."""
     with socket.socket() as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
