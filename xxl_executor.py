@@ -2390,17 +2390,20 @@ class HttpServer:
             for waiting in unfinished:
                 self._guarded(self._advance, waiting)
             for fd, event, connection in events:
-                if connection is not None:
-                    if connection.phase is not Phase.CLOSED:
-                        self._guarded(self._on_event, connection, event)
-                elif fd == self._wake_read:
-                    self._woken()
-                elif fd == self._listener.fd and not (self._held or self._listener.closed):
-                    self._accept()
+                self._take_event(fd, event, connection)
             for budget in (self._bodies, self._pages):
                 for waiting in budget.served():
                     self._guarded(self._go_on, waiting)
             sweep = min(sweep, time.monotonic() + LINGER)  # the soonest that can expire now
+
+    def _take_event(self, fd: int, event: int, connection: Connection | None) -> None:
+        if connection is not None:
+            if connection.phase is not Phase.CLOSED:
+                self._guarded(self._on_event, connection, event)
+        elif fd == self._wake_read:
+            self._woken()
+        elif fd == self._listener.fd and not (self._held or self._listener.closed):
+            self._accept()
 
     def _woken(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -3882,51 +3885,74 @@ def import_first(server: socket.socket, wanted: str) -> None:
 
 
 def serve_python(server: socket.socket) -> typing.Callable[[], int] | None:
-    """Fork a child for every request on the socket `server`; returns the work in each child.
+    """Fork a child for every request on the socket `server`; returns the work in each child, None
+    when the daemon has closed the socket."""
+    trim_memory()
+    return _Forker(server).serve()
+
+
+class _Forker:
+    """The main loop of a Python server.
 
     A request is one byte with three descriptors: `output`, `report` and `channel`. `report` is held
     by this process and the daemon alone and gets a line of JSON with the PID, and one with the exit
     status. The child is reaped when the daemon has closed its end: until then its PID is nobody
     else's. What to run comes over `channel`, from the daemon to the child itself, once its PID is
     known: this process, whose memory all children inherit, never sees a run's environment.
-    Ends when the daemon closes the socket.
     """
-    trim_memory()
-    wake_read, wake_write = socket.socketpair()
-    for end in (wake_read, wake_write):
-        end.setblocking(False)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    signal.set_wakeup_fd(wake_write.fileno(), warn_on_full_buffer=False)
-    poller = select.poll()
-    for end in (server, wake_read):
-        poller.register(end, select.POLLIN)
-    running: dict[int, int] = {}  # descriptor of the report: PID
-    ended: dict[int, int] = {}  # the same, not reaped yet
-    left: set[int] = set()  # PIDs that the daemon has given up
-    while True:
-        ready = {number for number, _ in poller.poll()}
-        if wake_read.fileno() in ready:
-            wake_read.recv(4096)
-            for report, pid in list(running.items()):
-                found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-                if found is not None:
-                    ended[report] = running.pop(report)
-                    _report(report, status=exit_status(found))
-            left = {pid for pid in left if os.waitpid(pid, os.WNOHANG)[0] == 0}
-        for report in ready & {*running, *ended}:  # the daemon has closed its end
-            poller.unregister(report)
-            os.close(report)
-            if report in ended:
-                os.waitpid(ended.pop(report), 0)
-            else:
-                left.add(running.pop(report))
-        if server.fileno() not in ready:
-            continue
-        request, fds, _, _ = socket.recv_fds(server, 1, 3)
-        if not request:
-            signal.set_wakeup_fd(-1)
-            return None
-        output, report, channel = fds
+
+    def __init__(self, server: socket.socket):
+        self._server = server
+        self._wake_read, self._wake_write = socket.socketpair()
+        for end in (self._wake_read, self._wake_write):
+            end.setblocking(False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(self._wake_write.fileno(), warn_on_full_buffer=False)
+        self._poller = select.poll()
+        for end in (server, self._wake_read):
+            self._poller.register(end, select.POLLIN)
+        self._running: dict[int, int] = {}  # descriptor of the report: PID
+        self._ended: dict[int, int] = {}  # the same, not reaped yet
+        self._left: set[int] = set()  # PIDs that the daemon has given up
+
+    def serve(self) -> typing.Callable[[], int] | None:
+        while True:
+            ready = {number for number, _ in self._poller.poll()}
+            if self._wake_read.fileno() in ready:
+                self._wake_read.recv(4096)
+                self._look_at_children()
+            for report in ready & {*self._running, *self._ended}:
+                self._release(report)
+            if self._server.fileno() not in ready:
+                continue
+            request, fds, _, _ = socket.recv_fds(self._server, 1, 3)
+            if not request:
+                signal.set_wakeup_fd(-1)
+                return None
+            work = self._fork(*fds)
+            if work is not None:
+                return work
+
+    def _look_at_children(self) -> None:
+        """Some have ended."""
+        for report, pid in list(self._running.items()):
+            found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if found is not None:
+                self._ended[report] = self._running.pop(report)
+                _report(report, status=exit_status(found))
+        self._left = {pid for pid in self._left if os.waitpid(pid, os.WNOHANG)[0] == 0}
+
+    def _release(self, report: int) -> None:
+        """The daemon has closed its end."""
+        self._poller.unregister(report)
+        os.close(report)
+        if report in self._ended:
+            os.waitpid(self._ended.pop(report), 0)
+        else:
+            self._left.add(self._running.pop(report))
+
+    def _fork(self, output: int, report: int, channel: int) -> typing.Callable[[], int] | None:
+        """The work in the child, None in this process."""
         try:
             pid = os.fork()
         except OSError as error:
@@ -3936,15 +3962,17 @@ def serve_python(server: socket.socket) -> typing.Callable[[], int] | None:
             if pid == 0:
                 signal.set_wakeup_fd(-1)
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                ours = (server.detach(), wake_read.detach(), wake_write.detach())
-                for other in (report, *running, *ended, *ours):
+                sockets = (self._server, self._wake_read, self._wake_write)
+                ours = [sock.detach() for sock in sockets]
+                for other in (report, *self._running, *self._ended, *ours):
                     os.close(other)
                 return lambda: _python_child(output, channel)
             _report(report, pid=pid)
-            running[report] = pid
-            poller.register(report, 0)  # POLLERR comes unasked
+            self._running[report] = pid
+            self._poller.register(report, 0)  # POLLERR comes unasked
         os.close(output)
         os.close(channel)
+        return None
 
 
 def _report(fd: int, **fields: typing.Any) -> None:
@@ -3968,30 +3996,7 @@ def _python_child(output: int, channel: int) -> int:
         request = _take_request(channel)
         if request is None:  # the daemon has given up, or is gone
             return 1
-        os.setsid()
-        null = os.open(os.devnull, os.O_RDONLY)
-        for source, target in ((null, 0), (output, 1), (output, 2)):
-            os.dup2(source, target)
-        os.close(null)
-        os.close(output)
-        text: dict[str, typing.Any] = {
-            "buffering": 1,
-            "encoding": "utf-8",
-            "errors": "backslashreplace",
-            "closefd": False,
-        }
-        sys.stdout, sys.stderr = open(1, "w", **text), open(2, "w", **text)  # noqa: SIM115
-        if request["user"]:
-            user = pwd.getpwnam(request["user"])
-            os.initgroups(user.pw_name, user.pw_gid)
-            os.setgid(user.pw_gid)
-            os.setuid(user.pw_uid)
-            LIBC.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)  # else its own /proc/self is root's
-        os.environ.clear()
-        os.environ.update(request["env"])
-        os.chdir(request["cwd"])
-        sys.path[:0] = [*request["pythonpath"], request["cwd"]]
-        sys.argv = [request["entry_point"]]
+        _become(request, output)
         _JobLogging()
         context = Context(request["context"], sys.stdout.write)
         message = call_entry_point(request["entry_point"], context)
@@ -4007,6 +4012,34 @@ def _python_child(output: int, channel: int) -> int:
         tell(traceback.format_exception_only(type(error), error)[-1].strip())
         traceback.print_exception(type(error), error, _own_frames(error.__traceback__))
         return 1
+
+
+def _become(request: dict, output: int) -> None:
+    """Have this process look like the job: session, output, user, environment, directory."""
+    os.setsid()
+    null = os.open(os.devnull, os.O_RDONLY)
+    for source, target in ((null, 0), (output, 1), (output, 2)):
+        os.dup2(source, target)
+    os.close(null)
+    os.close(output)
+    text: dict[str, typing.Any] = {
+        "buffering": 1,
+        "encoding": "utf-8",
+        "errors": "backslashreplace",
+        "closefd": False,
+    }
+    sys.stdout, sys.stderr = open(1, "w", **text), open(2, "w", **text)  # noqa: SIM115
+    if request["user"]:
+        user = pwd.getpwnam(request["user"])
+        os.initgroups(user.pw_name, user.pw_gid)
+        os.setgid(user.pw_gid)
+        os.setuid(user.pw_uid)
+        LIBC.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)  # else its own /proc/self is root's
+    os.environ.clear()
+    os.environ.update(request["env"])
+    os.chdir(request["cwd"])
+    sys.path[:0] = [*request["pythonpath"], request["cwd"]]
+    sys.argv = [request["entry_point"]]
 
 
 class _JobLogging(logging.StreamHandler):
@@ -5918,10 +5951,10 @@ class JobLogs:
         Refused.
         """
         first = max(1, first)
+        where = os.path.join(*self._place(log_id, log_date_time))
         try:
             fd = self._open(log_id, log_date_time, os.O_RDONLY)
         except OSError as error:
-            where = os.path.join(*self._place(log_id, log_date_time))
             if not ended or first > 1:
                 return self._page(first, first - 1, "", ended)
             text = (
@@ -5930,38 +5963,39 @@ class JobLogs:
             )
             return self._page(first, first, text, ended)
         try:
-            size = os.fstat(fd).st_size
-            key = (log_id, os.fstat(fd).st_ino)
-            line, start = self._seek(fd, key, first, size)
-            if line < first:
-                return self._page(first, first - 1, "", ended)
-            # at once: pieces would stay with the allocator, for each thread that reads
-            data = os.pread(fd, min(limit, size - start), start)
-            fits = fitting(data, limit)
-            cut, data = fits < len(data) or start + limit < size, data[:fits]
-            if ended and first == 1 and cut:
-                where = os.path.join(*self._place(log_id, log_date_time))
-                return self._long(fd, key, size, limit, where)
-            at_end = start + len(data) >= size
-            whole_lines = data if ended and at_end else data[: data.rfind(b"\n") + 1]
-            if not whole_lines and cut:
-                line, after = self._seek(fd, key, first + 1, size)
-                if line == first and not ended:  # the line goes on
-                    return self._page(first, first - 1, "", ended)
-                shown = data + f" ... [line of {after - start} bytes, cut]\n".encode()
-                return self._page(first, first, self._decode(shown), ended and after >= size)
-            lines = whole_lines.count(b"\n") + (
-                not whole_lines.endswith(b"\n") and bool(whole_lines)
-            )
-            self._remember(key, first + lines, start + len(whole_lines))
-            return self._page(
-                first,
-                first + lines - 1,
-                self._decode(whole_lines),
-                ended and start + len(whole_lines) >= size,
-            )
+            return self._page_of(fd, log_id, first, ended, limit, where)
         finally:
             os.close(fd)
+
+    def _page_of(
+        self, fd: int, log_id: int, first: int, ended: bool, limit: int, where: str
+    ) -> dict:
+        """The same of an open file, which is `where`."""
+        size = os.fstat(fd).st_size
+        key = (log_id, os.fstat(fd).st_ino)
+        line, start = self._seek(fd, key, first, size)
+        if line < first:
+            return self._page(first, first - 1, "", ended)
+        # at once: pieces would stay with the allocator, for each thread that reads
+        data = os.pread(fd, min(limit, size - start), start)
+        fits = fitting(data, limit)
+        cut, data = fits < len(data) or start + limit < size, data[:fits]
+        if ended and first == 1 and cut:
+            return self._long(fd, key, size, limit, where)
+        at_end = start + len(data) >= size
+        whole_lines = data if ended and at_end else data[: data.rfind(b"\n") + 1]
+        if not whole_lines and cut:
+            line, after = self._seek(fd, key, first + 1, size)
+            if line == first and not ended:  # the line goes on
+                return self._page(first, first - 1, "", ended)
+            shown = data + f" ... [line of {after - start} bytes, cut]\n".encode()
+            return self._page(first, first, self._decode(shown), ended and after >= size)
+        lines = whole_lines.count(b"\n")
+        lines += bool(whole_lines) and not whole_lines.endswith(b"\n")
+        end = start + len(whole_lines)
+        self._remember(key, first + lines, end)
+        text = self._decode(whole_lines)
+        return self._page(first, first + lines - 1, text, ended and end >= size)
 
     @staticmethod
     def _page(first: int, last: int, content: str, end: bool) -> dict:
@@ -6222,34 +6256,7 @@ class Journal:
         self._tainted = False  # a failed COMMIT may come back until something is written over it
         self._moved = False  # the files were made anew in this turn: its triggers are refused
         self._closed, self._trouble = False, ""  # no file is open; what was told of that last
-        try:
-            if not os.path.exists(file) and os.path.exists(file + ".new"):  # it was made, see _copy
-                os.replace(file + ".new", file)
-            self.reserve = Reserve(os.path.join(os.path.dirname(file), "reserve"))
-            self._check_wal()
-            try:
-                self._db = self._open()
-            except sqlite3.OperationalError:
-                if not self.reserve.give_up():
-                    raise
-                self._db = self._open()
-        except (
-            sqlite3.OperationalError,
-            OSError,
-        ) as error:  # permissions, a full disk: the file may be fine
-            raise ExecutorError(
-                f"{file}: cannot be opened: {getattr(error, 'strerror', None) or error}"
-            ) from None
-        except sqlite3.DatabaseError as error:
-            aside = self._set_aside(*_SUFFIXES)
-            log.error(
-                "the journal %s is broken (%s): moved to %s, starting with an empty one; the admin"
-                " will show runs that were in it as running",
-                file,
-                " ".join(str(error).split()),
-                aside,
-            )
-            self._db = self._open()
+        self._db = self._open_first()
         self._reading = threading.Lock()  # guards `_reader`
         self._reader = self._connect()
         counts = "SELECT state, count(*) FROM runs WHERE state <> 'delivered' GROUP BY state"
@@ -6259,6 +6266,39 @@ class Journal:
         self._places = self._stamps()
         self._start_clock()
         self._store_now()
+
+    def _open_first(self) -> sqlite3.Connection:
+        """Its files, made anew when they are broken. Raises ExecutorError."""
+        try:
+            if not os.path.exists(self._file) and os.path.exists(
+                self._file + ".new"
+            ):  # it was made, see _copy
+                os.replace(self._file + ".new", self._file)
+            self.reserve = Reserve(os.path.join(os.path.dirname(self._file), "reserve"))
+            self._check_wal()
+            try:
+                return self._open()
+            except sqlite3.OperationalError:
+                if not self.reserve.give_up():
+                    raise
+                return self._open()
+        except (
+            sqlite3.OperationalError,
+            OSError,
+        ) as error:  # permissions, a full disk: the file may be fine
+            raise ExecutorError(
+                f"{self._file}: cannot be opened: {getattr(error, 'strerror', None) or error}"
+            ) from None
+        except sqlite3.DatabaseError as error:
+            aside = self._set_aside(*_SUFFIXES)
+            log.error(
+                "the journal %s is broken (%s): moved to %s, starting with an empty one; the admin"
+                " will show runs that were in it as running",
+                self._file,
+                " ".join(str(error).split()),
+                aside,
+            )
+            return self._open()
 
     def _start_clock(self) -> None:
         [newest] = self._read("SELECT max(finished), max(accepted) FROM runs")
@@ -7874,6 +7914,9 @@ def end_leftovers(journal: Journal, identity: str) -> None:
                 log.error("processes %s cannot be ended: end them by hand", survivors)
 
 
+RUN_AGAIN = "executor restarted while the job ran; it is run again"
+
+
 def recover(
     journal: Journal,
     logs: JobLogs,
@@ -7884,48 +7927,48 @@ def recover(
     """Runs that the last executor did not finish: start again, or report. Returns the logIds of
     those that start again."""
     resumed = []
-    for trigger, state, age, starts, cancelled in journal.unfinished():
-        job = None
+    for run in journal.unfinished():
+        trigger, job = run.trigger, None
         with contextlib.suppress(Refused):  # not enabled any more
             if trigger.glue_type in GLUE:
                 job = scripts.job(trigger)
             elif trigger.glue_type == "BEAN":
                 job = find_job(trigger.handler)
-        message, again = "", False
-        if cancelled is not None:
-            log.warning("failed %s: %s", trigger, cancelled.message)
-            if state is RunState.RUNNING:
-                told = f"failed: {cancelled.message}; the executor restarted meanwhile"
-                logs.open(trigger).end(told)
-            core.put(Lost(trigger, cancelled))
-            continue
-        if state is RunState.RUNNING:
-            again = job is not None and job.on_crash == "rerun" and starts < MAX_STARTS
-            message = "executor restarted while the job ran" + (
-                "; it is run again" if again else ", its outcome is unknown"
-            )
-            logs.open(trigger).end(message if again else f"failed: {message}")
-            message = "" if again else message
-        elif age > RESUME_WINDOW:
-            message = (
-                f"accepted {seconds_text(age)} before the executor restarted, too long ago to"
-                " start now"
-            )
-        if not message and job is None:
-            message = (
-                f'job handler "{trigger.handler}" was removed before the run started'
-                if trigger.glue_type
-                else "its trigger in the journal is broken"
-            )
-        if message or job is None:
-            log.warning("failed %s: %s", trigger, message)
-            core.put(Lost(trigger, Result(FAILURE, message)))
+        again = run.state is RunState.RUNNING and may_run_again(run, job)
+        result = run.cancelled or Result(FAILURE, "" if again else why_lost(run, job))
+        if run.state is RunState.RUNNING:
+            told = f"failed: {result.message}" if result.message else RUN_AGAIN
+            more = "; the executor restarted meanwhile" if run.cancelled else ""
+            logs.open(trigger).end(told + more)
+        if result.message or job is None:
+            log.warning("failed %s: %s", trigger, result.message)
+            core.put(Lost(trigger, result))
         else:
             log.info("resumed %s", trigger)
             core.put(Resume(trigger, job, again))
             resumed.append(trigger.log_id)
     journal.forget_dropped()
     return resumed
+
+
+def may_run_again(run: Unfinished, job: JobConfig | None) -> bool:
+    """Whether a run that a crash interrupted is started once more."""
+    wanted = job is not None and job.on_crash == "rerun" and run.starts < MAX_STARTS
+    return wanted and run.cancelled is None
+
+
+def why_lost(run: Unfinished, job: JobConfig | None) -> str:
+    """Why a run of an earlier life does not go on, "" when it does."""
+    if run.state is RunState.RUNNING:
+        return "executor restarted while the job ran, its outcome is unknown"
+    if run.age > RESUME_WINDOW:
+        return (
+            f"accepted {seconds_text(run.age)} before the executor restarted, too long ago to"
+            " start now"
+        )
+    if job is None and run.trigger.glue_type:
+        return f'job handler "{run.trigger.handler}" was removed before the run started'
+    return "" if job is not None else "its trigger in the journal is broken"
 
 
 class ConfigFiles:
@@ -8042,94 +8085,123 @@ class Daemon:
     def start(self) -> None:
         """Raises ExecutorError; nothing runs then."""
         with contextlib.ExitStack() as undo:
-            listener = inherited_listener()
-            if listener is not None:
-                undo.callback(listener.close)
-                self._inherited = listener.getsockname()[:2]
-            config = self.config = self._bound(self.config)
-            refuse_unsafe(config, self._inherited is not None)
-            room = provide_limits(config.executor)
-            if listener is None:
-                listener = listen(config.executor.bind)
-                undo.callback(listener.close)
-            self._data = DataDir(config.executor.data_dir)
-            undo.callback(self._data.close)
-            self._journal = Journal(os.path.join(self._data.path, "journal.db"))
-            undo.callback(self._journal.close)
+            listener, room = self._listen(undo)
             self.metrics = Metrics()
-            self._logs = JobLogs(
-                os.path.join(self._data.path, "logs"),
-                config.executor.log_limit,
-                config.executor.log_retention,
-                self._stdout.write if self._stdout is not None else None,
-                lambda: self._journal.reserve.lost,
-                functools.partial(self.metrics.count, "log_dropped_bytes_total"),
-                config.executor.log_format == "json",
-            )
-            undo.callback(self._logs.close)
-            self._processes = Supervisor(
-                self._logs,
-                self._data.identity,
-                os.path.join(self._data.path, "run"),
-                lambda message: self._core.put(message),
-            )
-            undo.callback(self._processes.close, 0.0)
-            self._scripts = Scripts(
-                os.path.join(self._data.path, "gluesource"),
-                config.glue,
-                self._journal.clock.now,
-            )
-            end_leftovers(self._journal, self._data.identity)
-            self._admin = AdminClient(config, self._journal.fact("dialect"), self._journal.learn)
-            self._callbacks = Callbacks(self._journal, self._admin, self.metrics)
-            self._journal.stored = self._callbacks.wake
-            most = config.executor.max_running
-            self._slots = Slots(
-                most,
-                self._logs,
-                self._processes.timers,
-                lambda message: self._core.put(message),
-            )
-            self._core = Core(
-                self._journal,
-                self._processes,
-                self._slots,
-                self.metrics,
-                most,
-                config.executor.max_queued,
-            )
-            self._journal.post = self._core.put
-            self.port = listener.getsockname()[1]
-            hooks = RegistrationHooks(
-                busy=self._core.active,
-                resumed=lambda: any(map(self._core.knows, self._resumed)),
-                answered=self._callbacks.retry,
-                recall=self._journal.fact,
-                learn=self._journal.learn,
-                waiting=lambda: self._journal.counts()["undelivered"],
-            )
-            self._registration = Registration(config, self._admin, self.metrics, self.port, hooks)
-            self._api = Api(
-                config,
-                self._core,
-                self._logs,
-                self._scripts,
-                self.metrics,
-                self.status,
-                self._admin.learned,
-                self._data.key,
-            )
-            self._http = HttpServer(listener, self._api, room)
-            self.metrics.gauge("connections", lambda: self._http.connections)
-            self.metrics.gauge("undelivered_results", lambda: self._journal.counts()["undelivered"])
-            self.metrics.gauge("oldest_undelivered_seconds", self._journal.oldest)
-            self.metrics.gauge("dead_results", lambda: self._journal.counts()["dead"])
-            self.metrics.gauge("max_running", lambda: most)
-            self.metrics.gauge("config_last_reload_successful", lambda: int(not self._reload_error))
-            self.metrics.gauge(
-                "output_dropped_bytes_total", lambda: sum(output.lost for output in Output.all)
-            )
+            self._open_data(undo)
+            self._build_pipeline(undo)
+            self._build_network(listener, room)
+            self._add_gauges()
             undo.pop_all()
+        self._start_threads()
+        log.info(
+            "listening on %s%s, %s, %s",
+            "the socket unit's " if self._inherited else "",
+            authority(self.config.executor.bind[0], self.port),
+            counted(len(self.config.jobs), "job"),
+            "admin " + ", ".join(self.config.admin.addresses)
+            if self.config.admin.addresses
+            else "no admin",
+        )
+        trim_memory()
+        self._check_host(self.config)
+        notify(f"READY=1\nSTATUS=listening on {self.url}, {counted(len(self.config.jobs), 'job')}")
+        self._manager = ServiceManager(self._summary, self._well)
+
+    def _listen(self, undo: contextlib.ExitStack) -> tuple[socket.socket, int]:
+        """The listening socket, and how many connections it may have; `undo` gets what is to be
+        closed when a later step fails."""
+        listener = inherited_listener()
+        if listener is not None:
+            undo.callback(listener.close)
+            self._inherited = listener.getsockname()[:2]
+        self.config = self._bound(self.config)
+        refuse_unsafe(self.config, self._inherited is not None)
+        room = provide_limits(self.config.executor)
+        if listener is None:
+            listener = listen(self.config.executor.bind)
+            undo.callback(listener.close)
+        self.port = listener.getsockname()[1]
+        return listener, room
+
+    def _open_data(self, undo: contextlib.ExitStack) -> None:
+        config = self.config.executor
+        self._data = DataDir(config.data_dir)
+        undo.callback(self._data.close)
+        self._journal = Journal(os.path.join(self._data.path, "journal.db"))
+        undo.callback(self._journal.close)
+        self._logs = JobLogs(
+            os.path.join(self._data.path, "logs"),
+            config.log_limit,
+            config.log_retention,
+            self._stdout.write if self._stdout is not None else None,
+            lambda: self._journal.reserve.lost,
+            functools.partial(self.metrics.count, "log_dropped_bytes_total"),
+            config.log_format == "json",
+        )
+        undo.callback(self._logs.close)
+        self._scripts = Scripts(
+            os.path.join(self._data.path, "gluesource"),
+            self.config.glue,
+            self._journal.clock.now,
+        )
+
+    def _build_pipeline(self, undo: contextlib.ExitStack) -> None:
+        """From the decisions to the delivered results."""
+        most, post = self.config.executor.max_running, lambda message: self._core.put(message)
+        scratch = os.path.join(self._data.path, "run")
+        self._processes = Supervisor(self._logs, self._data.identity, scratch, post)
+        undo.callback(self._processes.close, 0.0)
+        end_leftovers(self._journal, self._data.identity)
+        self._admin = AdminClient(self.config, self._journal.fact("dialect"), self._journal.learn)
+        self._callbacks = Callbacks(self._journal, self._admin, self.metrics)
+        self._journal.stored = self._callbacks.wake
+        self._slots = Slots(most, self._logs, self._processes.timers, post)
+        self._core = Core(
+            self._journal,
+            self._processes,
+            self._slots,
+            self.metrics,
+            most,
+            self.config.executor.max_queued,
+        )
+        self._journal.post = self._core.put
+
+    def _build_network(self, listener: socket.socket, room: int) -> None:
+        """What others reach, and what tells the admin of it."""
+        hooks = RegistrationHooks(
+            busy=self._core.active,
+            resumed=lambda: any(map(self._core.knows, self._resumed)),
+            answered=self._callbacks.retry,
+            recall=self._journal.fact,
+            learn=self._journal.learn,
+            waiting=lambda: self._journal.counts()["undelivered"],
+        )
+        self._registration = Registration(self.config, self._admin, self.metrics, self.port, hooks)
+        self._api = Api(
+            self.config,
+            self._core,
+            self._logs,
+            self._scripts,
+            self.metrics,
+            self.status,
+            self._admin.learned,
+            self._data.key,
+        )
+        self._http = HttpServer(listener, self._api, room)
+
+    def _add_gauges(self) -> None:
+        gauge, journal = self.metrics.gauge, self._journal
+        gauge("connections", lambda: self._http.connections)
+        gauge("undelivered_results", lambda: journal.counts()["undelivered"])
+        gauge("oldest_undelivered_seconds", journal.oldest)
+        gauge("dead_results", lambda: journal.counts()["dead"])
+        gauge("max_running", lambda: self.config.executor.max_running)
+        gauge("config_last_reload_successful", lambda: int(not self._reload_error))
+        gauge("output_dropped_bytes_total", lambda: sum(output.lost for output in Output.all))
+
+    def _start_threads(self) -> None:
+        """In the order in which they need each other."""
+        config = self.config
         self._processes.start_thread()
         self._prepare(config)
         self._resumed = recover(self._journal, self._logs, self._core, self._scripts, config.job)
@@ -8142,27 +8214,16 @@ class Daemon:
         self._data.publish(self.url)
         self._registration.start()
         self._callbacks.start()
-        log.info(
-            "listening on %s%s, %s, %s",
-            "the socket unit's " if self._inherited else "",
-            authority(config.executor.bind[0], self.port),
-            counted(len(config.jobs), "job"),
-            "admin " + ", ".join(config.admin.addresses) if config.admin.addresses else "no admin",
-        )
-        trim_memory()
-        self._check_host(config)
-        notify(f"READY=1\nSTATUS=listening on {self.url}, {counted(len(config.jobs), 'job')}")
-        patience = 30 + 4 * len(config.admin.addresses) * (
-            config.admin.timeout + config.admin.connect_timeout
-        )
-        self._manager = ServiceManager(
-            self._summary,
-            lambda: (
-                self._http.alive()
-                and self._core.alive(STALLED)
-                and self._processes.alive(STALLED)
-                and self._callbacks.alive(patience)
-            ),
+
+    def _well(self) -> bool:
+        """Whether every thread that serves all runs makes progress; for the watchdog."""
+        admin = self.config.admin
+        patience = 30 + 4 * len(admin.addresses) * (admin.timeout + admin.connect_timeout)
+        return (
+            self._http.alive()
+            and self._core.alive(STALLED)
+            and self._processes.alive(STALLED)
+            and self._callbacks.alive(patience)
         )
 
     def _prepare(self, config: Config) -> None:
@@ -8392,6 +8453,22 @@ class Daemon:
                 self._api.draining = True
         else:
             self._api.draining = True
+        self._end_runs()
+        self._core.flush(STORE_LIMIT)
+        self._callbacks.close()
+        self._registration.close(self.config.admin.timeout)
+        if self._pruning is not None:
+            self._pruning.join(FLUSH_LIMIT)
+        if self._inherited:
+            patience.cancel()
+        self._http.close()
+        self._core.close(STORE_LIMIT)
+        left = self._left()
+        self._close_all()
+        log.info("stopped, %s", left)
+
+    def _end_runs(self) -> None:
+        """Let them end within drain_timeout, or end them."""
         idle = threading.Event()
         signals = self.signals
 
@@ -8410,24 +8487,20 @@ class Daemon:
                 not idle.is_set() and time.monotonic() < deadline
             ):  # bounded, and needed: nothing may be left behind
                 self._next(deadline)
-        self._core.flush(STORE_LIMIT)
-        self._callbacks.close()
-        self._registration.close(self.config.admin.timeout)
-        if self._pruning is not None:
-            self._pruning.join(FLUSH_LIMIT)
-        if self._inherited:
-            patience.cancel()
-        self._http.close()
-        self._core.close(STORE_LIMIT)
+
+    def _left(self) -> str:
+        """What becomes of results that were not delivered."""
         counts = self._journal.counts()
-        left = "every result is delivered"
         if counts["held"]:
-            left = (
+            return (
                 f"{counted(counts['held'], 'result')} could not be stored: the next start reports"
                 " their outcome as unknown"
             )
-        elif counts["undelivered"]:
-            left = f"{counted(counts['undelivered'], 'result')} kept for the next start"
+        if counts["undelivered"]:
+            return f"{counted(counts['undelivered'], 'result')} kept for the next start"
+        return "every result is delivered"
+
+    def _close_all(self) -> None:
         self._slots.close()
         self._processes.close(FLUSH_LIMIT)
         kill_family(f"{self._data.identity}-")
@@ -8437,7 +8510,6 @@ class Daemon:
         self._data.close()
         if self._stdout is not None:
             self._stdout.flush(FLUSH_LIMIT)
-        log.info("stopped, %s", left)
 
 
 def listen(bind: tuple[str, int]) -> socket.socket:
@@ -8792,17 +8864,7 @@ def cmd_demo(arguments: argparse.Namespace) -> int:
     ):
         admin = LoopbackAdmin()
         cleanup.callback(admin.close)
-        executor = dataclasses.replace(
-            config.executor, bind=("127.0.0.1", 0), address="", data_dir=data_dir
-        )
-        daemon = Daemon(
-            dataclasses.replace(
-                config,
-                admin=dataclasses.replace(config.admin, addresses=(admin.url,), access_token=""),
-                executor=executor,
-                glue=dataclasses.replace(config.glue, enabled=False),
-            )
-        )
+        daemon = Daemon(_demo_config(config, admin.url, data_dir))
         daemon.start()
         cleanup.callback(daemon.close)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
@@ -8827,19 +8889,32 @@ def cmd_demo(arguments: argparse.Namespace) -> int:
         )
         if not arguments.once:
             assert daemon.signals  # from now on Ctrl-C waits for `wait`
-            program = os.path.relpath(__file__)
-            trigger = json.dumps({"jobId": 1, "logId": 0, "executorHandler": names[0]})
-            trigger = trigger.replace("'", "\\u0027").replace(
-                '"logId": 0', "\"logId\": '$(date +%s)'"
-            )
-            print(
-                "Still serving; Ctrl-C ends it. In another terminal, to run a job again and to"
-                f" look:\n  curl -d '{trigger}' {daemon.url}run; echo\n"
-                f"  python3 {program} status --data-dir {data_dir}",
-                flush=True,
-            )
+            _show_how_to_go_on(names[0], daemon.url, data_dir)
             daemon.wait()
     return 0
+
+
+def _demo_config(config: Config, admin: str, data_dir: str) -> Config:
+    """The same jobs, with nothing that others could reach or that stays."""
+    bind = ("127.0.0.1", 0)
+    return dataclasses.replace(
+        config,
+        admin=dataclasses.replace(config.admin, addresses=(admin,), access_token=""),
+        executor=dataclasses.replace(config.executor, bind=bind, address="", data_dir=data_dir),
+        glue=dataclasses.replace(config.glue, enabled=False),
+    )
+
+
+def _show_how_to_go_on(job: str, url: str, data_dir: str) -> None:
+    program = os.path.relpath(__file__)
+    trigger = json.dumps({"jobId": 1, "logId": 0, "executorHandler": job})
+    trigger = trigger.replace("'", "\\u0027").replace('"logId": 0', "\"logId\": '$(date +%s)'")
+    print(
+        "Still serving; Ctrl-C ends it. In another terminal, to run a job again and to look:\n"
+        f"  curl -d '{trigger}' {url}run; echo\n"
+        f"  python3 {program} status --data-dir {data_dir}",
+        flush=True,
+    )
 
 
 def _demo_progress(admin: LoopbackAdmin, daemon: Daemon, runs: dict) -> list[int]:
@@ -8895,19 +8970,20 @@ def cmd_exec(arguments: argparse.Namespace) -> int:
         known = ", ".join([*config.jobs, *config.scripts.look()[0]]) or "none"
         raise ConfigError(f'{config.file}: there is no job "{arguments.job}": known are {known}')
     logging.getLogger().setLevel(logging.WARNING)
-    shard, total = arguments.shard
-    trigger = Trigger(
-        0,
-        0,
-        job.name,
-        arguments.param,
-        timeout=0,
-        log_date_time=int(time.time() * 1000),
-        shard_index=shard,
-        shard_total=total,
-    )
     if arguments.timeout is not None:
         job = dataclasses.replace(job, timeout=shortest(job.timeout, arguments.timeout))
+    now, (shard, total) = int(time.time() * 1000), arguments.shard
+    param = arguments.param
+    result = run_here(
+        Trigger(0, 0, job.name, param, "", 0, now, shard_index=shard, shard_total=total), job
+    )
+    if result.exit_status is not None:
+        return result.exit_status
+    return {SUCCESS: 0, TIMEOUT: 124}.get(result.code, 1)
+
+
+def run_here(trigger: Trigger, job: JobConfig) -> Result:
+    """Run it here, its output on the terminal, until it ends or a signal asks for it."""
     box: list[Result] = []
     signals = Signals(signal.SIGINT, signal.SIGTERM)
 
@@ -8937,8 +9013,7 @@ def cmd_exec(arguments: argparse.Namespace) -> int:
         signals.close()
         slots.close()
         processes.close(FLUSH_LIMIT)
-    status = box[0].exit_status
-    return status if status is not None else {SUCCESS: 0, TIMEOUT: 124}.get(box[0].code, 1)
+    return box[0]
 
 
 def find_data(arguments: argparse.Namespace) -> tuple[str, Config | None]:
@@ -9321,8 +9396,139 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _add_demo_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--once",
+        action="store_true",
+        help="end when every result has arrived, instead of serving until Ctrl-C",
+    )
+
+
+def _add_data_dir(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--data-dir", metavar="DIR", help="instead of executor.data_dir of the configuration"
+    )
+
+
+def _add_status_options(command: argparse.ArgumentParser) -> None:
+    _add_data_dir(command)
+    command.add_argument("--json", action="store_true", help="for programs")
+    command.add_argument(
+        "--watch",
+        action="store_true",
+        help="again every second, until Ctrl-C; with --json a line each",
+    )
+
+
+def _add_exec_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("job", metavar="JOB")
+    command.add_argument("--param", default="", help="the parameter, as the admin would send it")
+    command.add_argument(
+        "--shard",
+        type=_shard,
+        default=(0, 1),
+        metavar="I/N",
+        help="shard index and total, default 0/1",
+    )
+    command.add_argument(
+        "--timeout",
+        type=_seconds,
+        metavar="T",
+        help="such as 90, 90s or 10m; the job's own applies too",
+    )
+
+
+def _add_runs_options(command: argparse.ArgumentParser) -> None:
+    _add_data_dir(command)
+    command.add_argument("job", metavar="JOB", nargs="?", help="only those of this job")
+    command.add_argument("--failed", action="store_true", help="only those that did not succeed")
+    command.add_argument("-n", type=_lines, default=20, metavar="N", help="how many, default 20")
+    command.add_argument("--json", action="store_true", help="for programs")
+
+
+def _add_logs_options(command: argparse.ArgumentParser) -> None:
+    _add_data_dir(command)
+    command.add_argument("run", metavar="JOB|LOGID", help="the latest run of a job, or this one")
+    command.add_argument(
+        "-f", "--follow", action="store_true", help="go on until the run has ended, or Ctrl-C"
+    )
+    command.add_argument(
+        "-n", type=_lines, metavar="LINES", help="only so many lines, from the end"
+    )
+
+
+class Command(typing.NamedTuple):
+    """What `xxl-executor NAME` does, for its help and its options."""
+
+    name: str
+    text: str
+    example: str
+    function: typing.Callable[[argparse.Namespace], int]
+    add_options: typing.Callable[[argparse.ArgumentParser], None] = lambda command: None
+
+
+COMMANDS = (
+    Command(
+        "run",
+        "serve until SIGTERM (the default)",
+        "-c /etc/xxl-executor/config.yaml run",
+        cmd_run,
+    ),
+    Command(
+        "check",
+        "validate the configuration and list the jobs",
+        "-c config.yaml check",
+        cmd_check,
+    ),
+    Command(
+        "demo",
+        "run every job once against an admin on this machine",
+        "-c config.example.yaml demo --once",
+        cmd_demo,
+        _add_demo_options,
+    ),
+    Command(
+        "exec",
+        "run one job in the foreground; needs no admin and no daemon",
+        "exec report --param day=monday --shard 0/3 --timeout 5m",
+        cmd_exec,
+        _add_exec_options,
+    ),
+    Command(
+        "runs",
+        "list the latest runs",
+        "runs report --failed",
+        cmd_runs,
+        _add_runs_options,
+    ),
+    Command(
+        "logs",
+        "show the output of a run",
+        "logs report -f",
+        cmd_logs,
+        _add_logs_options,
+    ),
+    Command(
+        "status",
+        "show what the executor does, or did last",
+        "status --json",
+        cmd_status,
+        _add_status_options,
+    ),
+)
+
+EXAMPLES = """examples:
+  xxl-executor -c config.yaml                  run the daemon
+  xxl-executor -c config.yaml check            find mistakes, list the jobs
+  xxl-executor -c config.example.yaml demo     see every job run
+  xxl-executor exec report --param day=monday  one job in the foreground
+  xxl-executor runs --failed                   what went wrong lately
+  xxl-executor logs report -f                  the output of a job, as it comes
+
+exit status: 0 fine, 1 failed, 2 bad usage or configuration"""
+
+
 def parser() -> argparse.ArgumentParser:
-    kind = argparse.RawDescriptionHelpFormatter
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
         "-c",
@@ -9334,102 +9540,23 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="xxl-executor",
         parents=[common],
-        formatter_class=kind,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description="An XXL-JOB executor for shell and Python jobs.",
-        epilog="""examples:
-  xxl-executor -c config.yaml                  run the daemon
-  xxl-executor -c config.yaml check            find mistakes, list the jobs
-  xxl-executor -c config.example.yaml demo     see every job run
-  xxl-executor exec report --param day=monday  one job in the foreground
-  xxl-executor runs --failed                   what went wrong lately
-  xxl-executor logs report -f                  the output of a job, as it comes
-
-exit status: 0 fine, 1 failed, 2 bad usage or configuration""",
+        epilog=EXAMPLES,
     )
     top.add_argument("--version", action="version", version=f"xxl-executor {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
-
-    def command(
-        name: str,
-        text: str,
-        example: str,
-        function: typing.Callable[[argparse.Namespace], int],
-        parents: typing.Sequence[argparse.ArgumentParser] = (common,),
-    ) -> argparse.ArgumentParser:
+    for command in COMMANDS:
         added = commands.add_parser(
-            name,
-            help=text,
-            description=text[0].upper() + text[1:] + ".",
-            parents=parents,
-            formatter_class=kind,
-            epilog=f"example:\n  xxl-executor {example}",
+            command.name,
+            help=command.text,
+            description=command.text[0].upper() + command.text[1:] + ".",
+            parents=[common],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            epilog=f"example:\n  xxl-executor {command.example}",
         )
-        added.set_defaults(function=function)
-        return added
-
-    command(
-        "run", "serve until SIGTERM (the default)", "-c /etc/xxl-executor/config.yaml run", cmd_run
-    )
-    command(
-        "check", "validate the configuration and list the jobs", "-c config.yaml check", cmd_check
-    )
-    demo = command(
-        "demo",
-        "run every job once against an admin on this machine",
-        "-c config.example.yaml demo --once",
-        cmd_demo,
-    )
-    demo.add_argument(
-        "--once",
-        action="store_true",
-        help="end when every result has arrived, instead of serving until Ctrl-C",
-    )
-    one = command(
-        "exec",
-        "run one job in the foreground; needs no admin and no daemon",
-        "exec report --param day=monday --shard 0/3 --timeout 5m",
-        cmd_exec,
-    )
-    one.add_argument("job", metavar="JOB")
-    one.add_argument("--param", default="", help="the parameter, as the admin would send it")
-    one.add_argument(
-        "--shard",
-        type=_shard,
-        default=(0, 1),
-        metavar="I/N",
-        help="shard index and total, default 0/1",
-    )
-    one.add_argument(
-        "--timeout",
-        type=_seconds,
-        metavar="T",
-        help="such as 90, 90s or 10m; the job's own applies too",
-    )
-    data = argparse.ArgumentParser(add_help=False)
-    data.add_argument(
-        "--data-dir", metavar="DIR", help="instead of executor.data_dir of the configuration"
-    )
-    looking = (common, data)
-    runs = command("runs", "list the latest runs", "runs report --failed", cmd_runs, looking)
-    runs.add_argument("job", metavar="JOB", nargs="?", help="only those of this job")
-    runs.add_argument("--failed", action="store_true", help="only those that did not succeed")
-    runs.add_argument("-n", type=_lines, default=20, metavar="N", help="how many, default 20")
-    runs.add_argument("--json", action="store_true", help="for programs")
-    logs = command("logs", "show the output of a run", "logs report -f", cmd_logs, looking)
-    logs.add_argument("run", metavar="JOB|LOGID", help="the latest run of a job, or this one")
-    logs.add_argument(
-        "-f", "--follow", action="store_true", help="go on until the run has ended, or Ctrl-C"
-    )
-    logs.add_argument("-n", type=_lines, metavar="LINES", help="only so many lines, from the end")
-    status = command(
-        "status", "show what the executor does, or did last", "status --json", cmd_status, looking
-    )
-    status.add_argument("--json", action="store_true", help="for programs")
-    status.add_argument(
-        "--watch",
-        action="store_true",
-        help="again every second, until Ctrl-C; with --json a line each",
-    )
+        added.set_defaults(function=command.function)
+        command.add_options(added)
     return top
 
 

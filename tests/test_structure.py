@@ -268,3 +268,13 @@ def test_the_map_in_the_docstring_lists_the_sections():
         "sections: " + ", ".join(f"{number} {name}" for number, name in enumerate(NAMES, 1)) + "."
         in words
     )
+
+
+def test_no_function_is_longer_than_a_screen():
+    """ruff limits their complexity; this is what one reads without scrolling."""
+    long = [
+        (node.name, node.end_lineno - node.lineno + 1)
+        for node in ast.walk(TREE)
+        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 50
+    ]
+    assert long == []
