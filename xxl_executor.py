@@ -37,7 +37,7 @@ registration   Registration.start   30 s, or a retry                      close(
 
 sections: 1 vocabulary, 2 config, 3 metrics, 4 HTTP server, 5 executor API, 6 core,
 7 job processes, 8 job logs, 9 journal, 10 callbacks, 11 admin client, 12 registration, 13 systemd,
-14 daemon, 15 CLI.  `grep -n '^# [0-9]'` lists them.
+14 daemon, 15 CLI.  `grep -n '^# [0-9]'` lists them, and the parts of the longer ones.
 """
 
 from __future__ import annotations
@@ -149,14 +149,7 @@ log = logging.getLogger("xxl-executor")
 # --------------------------------------------------------------------------------------------------
 SUCCESS, FAILURE, TIMEOUT = 200, 500, 502  # handleCode, XXL-JOB's XxlJobContext
 MESSAGE_LIMIT = 15_000  # characters; the admin cuts handleMsg there
-REGISTRY_INTERVAL = (
-    30.0  # seconds; RegistryConfig.BEAT_TIMEOUT of XXL-JOB, the admin forgets after three of them
-)
-RESUME_WINDOW = 300.0  # seconds; an accepted run that is older is not started after a restart
 DEAD_AFTER = 7 * 86_400.0  # seconds; then an undelivered result is kept but no longer sent
-REPEAT_WINDOW = (
-    86_400.0  # seconds a delivered run is remembered, so that its repeated trigger starts nothing
-)
 GLUE = {  # glueType: (interpreter, suffix of the file); GlueTypeEnum of XXL-JOB
     "GLUE_SHELL": ("bash", ".sh"),
     "GLUE_PYTHON": ("python3", ".py"),
@@ -171,7 +164,6 @@ MARKER = (  # environment variable that names the data_dir and the run of every 
     "XXL_EXECUTOR_RUN"
 )
 FAILPOINT = "XXL_EXECUTOR_FAILPOINT"  # environment variable of the tests, see `failpoint`
-OLD_STATUS = 39  # exit status of a Python server whose interpreter is too old
 OLD_PYTHON = "{} is too old a Python, a python job needs 3.9: use command: [python, script] for it"
 SECRETS = re.compile(
     "XXL_JOB_ACCESS_TOKEN|NOTIFY_SOCKET|WATCHDOG_.*|LISTEN_.*|CREDENTIALS_DIRECTORY"
@@ -259,6 +251,17 @@ class Result:
     code: int
     message: str
     exit_status: int | None = None
+
+
+class StoredResult(typing.NamedTuple):
+    """A result on its way to the admin; `log_date_time` in ms since the epoch, `finished` by the
+    journal's clock."""
+
+    log_id: int
+    log_date_time: int
+    code: int
+    message: str
+    finished: float
 
 
 class PastRun(typing.NamedTuple):
@@ -411,6 +414,22 @@ class Watched:
         return self._thread.is_alive() and not (since and time.monotonic() > since + patience)
 
 
+class Backoff:
+    """How long to wait after failures in a row: 1 s to 60 s, with jitter so that many executors do
+    not come at once. One thread at a time."""
+
+    def __init__(self, failures: int = 0):
+        self.failures = failures
+
+    def fail(self) -> float:
+        """Seconds before the next attempt."""
+        self.failures += 1
+        return max(1.0, min(60.0, 2.0 ** min(self.failures - 1, 6)) * random.uniform(0.5, 1.0))
+
+    def succeed(self) -> None:
+        self.failures = 0
+
+
 class Lines(list):
     """Lines for the log, as one record: to format and to write each by itself takes 15 us."""
 
@@ -493,6 +512,12 @@ def authority(host: str, port: int) -> str:
 
 FLUSH_LIMIT = 1.0  # seconds that the end waits for who reads stdout and stderr
 OUTPUT_LIMIT = 1 << 20  # bytes that wait for who reads stdout or stderr; more are dropped
+
+
+def did_you_mean(word: str, known: typing.Iterable[str]) -> str:
+    """A hint to be added to an error, "" when nothing known is like `word`."""
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f', did you mean "{near[0]}"?' if near and near[0] != word else ""
 
 
 def is_loopback(host: str) -> bool:
@@ -1114,6 +1139,9 @@ class Config:
         return f"{place}: {key}: {text}"
 
 
+# --------------------------------------------------------------------------------------------------
+# 2b reading the configuration
+# --------------------------------------------------------------------------------------------------
 _YAML_REMEDIES = (  # for what PyYAML says: the first that fits
     (r"'\\t'", "indent with spaces instead of tabs"),
     (r"end of stream|stream end", "close the quotes or brackets that are open here"),
@@ -1173,9 +1201,8 @@ class _YamlReader:
 
     def unknown(self, key: Node, path: str, known: typing.Iterable[str]) -> None:
         name = _OTHER_WORDS.get(key.value.lower(), "")
-        near = [name] if name in known else difflib.get_close_matches(key.value, list(known), 1)
-        hint = f'did you mean "{near[0]}"?' if near else f"known keys: {', '.join(known)}"
-        self.problem(key, f"{path}: unknown key, {hint}")
+        hint = f', did you mean "{name}"?' if name in known else did_you_mean(key.value, known)
+        self.problem(key, f"{path}: unknown key{hint or ', known keys: ' + ', '.join(known)}")
 
     def scalar(self, value: str, node: Node, tag: str = _STR, style: str | None = None) -> Node:
         """A value in the place of `node`."""
@@ -1531,6 +1558,9 @@ def load_config(file: str) -> Config:
 SOURCE_LIMIT = 1 << 20  # bytes; a longer module is not looked into
 
 
+# --------------------------------------------------------------------------------------------------
+# 2c what this host lacks
+# --------------------------------------------------------------------------------------------------
 class HostCheck:
     """Finds what a configuration names and this host lacks, before a run fails for it. Nothing of a
     job is run, and nothing of it is imported, but a job's interpreter tells where it looks for
@@ -1712,8 +1742,7 @@ class HostCheck:
             return ""
         if function in names or {"*", "__getattr__"} & names:
             return ""
-        near = difflib.get_close_matches(function, sorted(names), 1)
-        hint = f', did you mean "{near[0]}"?' if near else ""
+        hint = did_you_mean(function, sorted(names))
         return f"{spec.origin} has no function {function}{hint}"
 
     @staticmethod
@@ -2260,216 +2289,29 @@ class Listener:
         self._sock.close()
 
 
-class HttpServer:
-    """Receives whole requests in one selector thread, which alone owns every connection.
+# --------------------------------------------------------------------------------------------------
+# 4b connections
+# --------------------------------------------------------------------------------------------------
+class Connections:
+    """Who is connected; the selector thread, which alone owns every connection. At
+    `max_connections` those who have not shown the token make room first, then the one that is idle
+    the longest."""
 
-    No connection holds a thread unless its request is complete, and no slow reader holds one
-    either. What needs no decision and no file is answered by the selector itself; a decision
-    becomes a message to the core; what may read a file goes to a small pool, see Route.
-    Nobody who has not shown the token gets a body kept, and at `max_connections` such connections
-    make room first, then the one that is idle the longest.
-
-    `api` has trusts(request), route(request) -> Route, answer(request, ticket) -> Reply, or None
-    when the ticket will give it, and late(request) -> Reply, for a decision that has not come
-    within PATIENCE. None of them may raise; only answer() for LONG, POOL and PAGE may wait.
-    """
-
-    def __init__(self, listener: socket.socket, api: typing.Any, max_connections: int):
-        self._api, self._limit = api, max_connections
-        self._pool: queue.SimpleQueue = queue.SimpleQueue()
-        self._answered: collections.deque[tuple[Connection, Reply | None]] = collections.deque()
-        self._abandoned = 0  # requests that wait for an answer although their client has gone
+    def __init__(self, listener: socket.socket, max_connections: int):
+        self._limit = max_connections
         self._epoll = select.epoll()
         self._listener = Listener(listener, self._epoll)
-        self._wake_read, self._wake_write = os.pipe()
-        os.set_blocking(self._wake_read, False)
-        os.set_blocking(self._wake_write, False)
         self._connections: dict[int, Connection] = {}
-        self._bodies, self._pages = Budget(BODY_BUDGET), Budget(PAGE_BUDGET)
-        self._unfinished: list[Connection] = []  # with requests that wait for their turn
+        self._abandoned = 0  # requests that wait for an answer although their client has gone
         self._closing, self._holding = threading.Event(), threading.Event()
-        self._quiet = threading.Event()  # held, and what had begun to come is answered
-        self._held, self._stop_at = False, float("inf")
-        self._ticked = time.monotonic()
-        self._selector = threading.Thread(target=self._loop, name="http-selector", daemon=True)
-        self._workers = [
-            threading.Thread(target=self._serve, name=f"http-{i}", daemon=True)
-            for i in range(POOL_THREADS)
-        ]
 
     @property
     def connections(self) -> int:
         return len(self._connections)
 
-    def start(self) -> None:
-        self._epoll.register(self._wake_read, select.EPOLLIN)
-        self._listener.register()
-        for thread in (self._selector, *self._workers):
-            thread.start()
-
-    def alive(self) -> bool:
-        """Whether the selector turns."""
-        return time.monotonic() < self._ticked + ALIVE
-
-    def hold(self, seconds: float) -> None:
-        """Take no new connection and no further request of an old one until `release`; returns when
-        what had begun to come is answered, after `seconds` at the latest; main thread."""
-        self._holding.set()
-        self._wake()
-        self._quiet.wait(seconds)
-
-    def release(self) -> None:
-        self._holding.clear()
-        self._wake()
-
-    def close(self, timeout: float = 3.0) -> None:
-        """Answer who has connected already, take nobody more, close the rest; main thread, after
-        `timeout` seconds at the latest."""
-        self._closing.set()
-        self._wake()
-        deadline = time.monotonic() + timeout
-        self._selector.join(timeout)
-        for _ in self._workers:
-            self._pool.put(None)
-        for thread in self._workers:
-            thread.join(max(0.0, deadline - time.monotonic()))
-        for connection in list(self._connections.values()):
-            self._drop(connection)
-        self._epoll.close()
-        if not any(thread.is_alive() for thread in self._workers):  # it would wake somebody else
-            read, write = self._wake_read, self._wake_write
-            self._wake_write = -1  # the core may still answer
-            os.close(read)
-            os.close(write)
-
-    def _wake(self) -> None:
-        with contextlib.suppress(OSError):  # it is full: the selector will wake; or it is closed
-            os.write(self._wake_write, b"x")
-
-    def _serve(self) -> None:
-        share_core()
-        for connection, request, ticket in iter(self._pool.get, None):
-            reply: Reply | None = None
-            try:
-                # A run is a run, but else nobody wants to read any more.
-                if connection.phase is not Phase.CLOSED or ticket is not None:
-                    reply = self._api.answer(request, ticket)
-                    if reply is None:
-                        continue
-            except Exception as error:
-                log.exception("a request failed unexpectedly, please report it")
-                reply = refusal(500, f"the executor failed: {type(error).__name__}: {error}")
-            if ticket is None or ticket.claim():
-                self._deliver(connection, reply)
-
-    def _deliver(self, connection: Connection, reply: Reply | None) -> None:
-        """Any thread."""
-        self._answered.append((connection, reply))
-        self._wake()
-
-    # -- the selector thread
-
-    def _loop(self) -> None:
-        share_core()
-        sweep = 0.0
-        while time.monotonic() < self._stop_at and (self._connections or not self._listener.closed):
-            now = self._ticked = time.monotonic()
-            if self._held and all(c.phase is Phase.LINGERING for c in self._connections.values()):
-                self._quiet.set()
-            if now >= sweep:
-                sweep = self._sweep(now)
-            limits = [sweep, self._stop_at, self._listener.paused_until or sweep]
-            wait = 0.0 if self._unfinished else max(0.0, min(limits) - now + 0.001)
-            # By connection at once: what this turn closes may give its descriptor to a new one.
-            events = [
-                (fd, event, self._connections.get(fd)) for fd, event in self._epoll.poll(wait)
-            ]
-            if time.monotonic() >= self._listener.paused_until:
-                self._listener.resume()
-            unfinished, self._unfinished = self._unfinished, []
-            for waiting in unfinished:
-                self._guarded(self._advance, waiting)
-            for fd, event, connection in events:
-                self._take_event(fd, event, connection)
-            for budget in (self._bodies, self._pages):
-                for waiting in budget.served():
-                    self._guarded(self._go_on, waiting)
-            sweep = min(sweep, time.monotonic() + LINGER)  # the soonest that can expire now
-
-    def _take_event(self, fd: int, event: int, connection: Connection | None) -> None:
-        if connection is not None:
-            if connection.phase is not Phase.CLOSED:
-                self._guarded(self._on_event, connection, event)
-        elif fd == self._wake_read:
-            self._woken()
-        elif fd == self._listener.fd and not (self._held or self._listener.closed):
-            self._accept()
-
-    def _woken(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.read(self._wake_read, 4096)
-        self._take_answers()
-        if self._closing.is_set() and not self._listener.closed:
-            for _ in range(BACKLOG // 64):  # who waits there has connected
-                if self._held or not self._accept():
-                    break
-            self._listener.close()
-            self._stop_at = time.monotonic() + LINGER
-        if self._held != self._holding.is_set() and not self._listener.closed:
-            self._held = not self._held
-            if self._held:
-                self._listener.pause(float("inf"))
-            else:
-                self._listener.resume()
-        if self._leaving():
-            for connection in list(self._connections.values()):
-                # While held a client that has not sent anything yet may still do so.
-                may_begin = self._held and not self._closing.is_set() and not connection.used
-                waits = connection.phase is Phase.IDLE and not may_begin
-                if waits and not connection.unread():
-                    self._drop(connection)
-
-    def _take_answers(self) -> None:
-        while self._answered:
-            connection, reply = self._answered.popleft()
-            if connection.phase is Phase.ANSWERING:
-                self._guarded(self._reply_and_go_on, connection, reply)
-            else:
-                self._abandoned -= 1
-
     def _leaving(self) -> bool:
         """Whether each connection is to end with its next answer."""
         return self._closing.is_set() or self._holding.is_set()
-
-    def _sweep(self, now: float) -> float:
-        """Close what is past its deadline; returns when to look again."""
-        soonest = now + REQUEST_TIMEOUT
-        hurry = REQUEST_TIMEOUT - LINGER if self._pages.waiting else 0.0  # who does not read leaves
-        for connection in list(self._connections.values()):
-            if connection.phase is Phase.WAITING:
-                continue
-            deadline = connection.deadline
-            if connection.phase is Phase.SENDING:
-                deadline -= hurry
-            if deadline > now:
-                soonest = min(soonest, deadline)
-            elif connection.phase is Phase.ANSWERING:
-                self._guarded(self._end_patience, connection)
-            elif connection.phase in (Phase.HEAD, Phase.BODY):
-                late = HttpError(408, "the request did not arrive in time")
-                self._guarded(self._fail, connection, late)
-            else:
-                self._drop(connection)
-        return max(soonest, now + 0.05)
-
-    def _end_patience(self, connection: Connection) -> None:
-        """The core has not decided: it is told so by the claim, and drops what it would accept."""
-        self._take_answers()
-        if connection.phase is not Phase.ANSWERING:
-            return
-        connection.deadline = float("inf")
-        if connection.ticket is not None and connection.ticket.claim():
-            self._reply_and_go_on(connection, self._api.late(connection.request))
 
     def _guarded(
         self, step: typing.Callable, connection: Connection, *arguments: typing.Any
@@ -2547,6 +2389,27 @@ class HttpServer:
         if connection.events != events:
             connection.events = events
             self._epoll.modify(connection.fd, events)
+
+
+class Exchanges(Connections):
+    """What goes over a connection: requests in, to whoever answers, answers out; the selector
+    thread. Nobody who has not shown the token gets a body kept.
+
+    `api` has trusts(request), route(request) -> Route, answer(request, ticket) -> Reply, or None
+    when the ticket will give it, and late(request) -> Reply, for a decision that has not come
+    within PATIENCE. None of them may raise; only answer() for LONG, POOL and PAGE may wait.
+    """
+
+    def __init__(self, listener: socket.socket, api: typing.Any, max_connections: int):
+        super().__init__(listener, max_connections)
+        self._api = api
+        self._pool: queue.SimpleQueue = queue.SimpleQueue()
+        self._answered: collections.deque[tuple[Connection, Reply | None]] = collections.deque()
+        self._bodies, self._pages = Budget(BODY_BUDGET), Budget(PAGE_BUDGET)
+        self._unfinished: list[Connection] = []  # with requests that wait for their turn
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_read, False)
+        os.set_blocking(self._wake_write, False)
 
     def _on_event(self, connection: Connection, event: int) -> None:
         if connection.phase is Phase.SENDING and event & select.EPOLLOUT:
@@ -2707,6 +2570,192 @@ class HttpServer:
                 self._listener.resume()
         self._watch(connection, select.EPOLLIN)
 
+    def _take_answers(self) -> None:
+        while self._answered:
+            connection, reply = self._answered.popleft()
+            if connection.phase is Phase.ANSWERING:
+                self._guarded(self._reply_and_go_on, connection, reply)
+            else:
+                self._abandoned -= 1
+
+    def _end_patience(self, connection: Connection) -> None:
+        """The core has not decided: it is told so by the claim, and drops what it would accept."""
+        self._take_answers()
+        if connection.phase is not Phase.ANSWERING:
+            return
+        connection.deadline = float("inf")
+        if connection.ticket is not None and connection.ticket.claim():
+            self._reply_and_go_on(connection, self._api.late(connection.request))
+
+    def _deliver(self, connection: Connection, reply: Reply | None) -> None:
+        """Any thread."""
+        self._answered.append((connection, reply))
+        self._wake()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):  # it is full: the selector will wake; or it is closed
+            os.write(self._wake_write, b"x")
+
+
+class HttpServer(Exchanges):
+    """Receives whole requests in one selector thread.
+
+    No connection holds a thread unless its request is complete, and no slow reader holds one
+    either. What needs no decision and no file is answered by the selector itself; a decision
+    becomes a message to the core; what may read a file goes to a small pool, see Route.
+    """
+
+    def __init__(self, listener: socket.socket, api: typing.Any, max_connections: int):
+        super().__init__(listener, api, max_connections)
+        self._quiet = threading.Event()  # held, and what had begun to come is answered
+        self._held, self._stop_at = False, float("inf")
+        self._ticked = time.monotonic()
+        self._selector = threading.Thread(target=self._loop, name="http-selector", daemon=True)
+        self._workers = [
+            threading.Thread(target=self._serve, name=f"http-{i}", daemon=True)
+            for i in range(POOL_THREADS)
+        ]
+
+    def start(self) -> None:
+        self._epoll.register(self._wake_read, select.EPOLLIN)
+        self._listener.register()
+        for thread in (self._selector, *self._workers):
+            thread.start()
+
+    def alive(self) -> bool:
+        """Whether the selector turns."""
+        return time.monotonic() < self._ticked + ALIVE
+
+    def hold(self, seconds: float) -> None:
+        """Take no new connection and no further request of an old one until `release`; returns when
+        what had begun to come is answered, after `seconds` at the latest; main thread."""
+        self._holding.set()
+        self._wake()
+        self._quiet.wait(seconds)
+
+    def release(self) -> None:
+        self._holding.clear()
+        self._wake()
+
+    def close(self, timeout: float = 3.0) -> None:
+        """Answer who has connected already, take nobody more, close the rest; main thread, after
+        `timeout` seconds at the latest."""
+        self._closing.set()
+        self._wake()
+        deadline = time.monotonic() + timeout
+        self._selector.join(timeout)
+        for _ in self._workers:
+            self._pool.put(None)
+        for thread in self._workers:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        for connection in list(self._connections.values()):
+            self._drop(connection)
+        self._epoll.close()
+        if not any(thread.is_alive() for thread in self._workers):  # it would wake somebody else
+            read, write = self._wake_read, self._wake_write
+            self._wake_write = -1  # the core may still answer
+            os.close(read)
+            os.close(write)
+
+    def _serve(self) -> None:
+        share_core()
+        for connection, request, ticket in iter(self._pool.get, None):
+            reply: Reply | None = None
+            try:
+                # A run is a run, but else nobody wants to read any more.
+                if connection.phase is not Phase.CLOSED or ticket is not None:
+                    reply = self._api.answer(request, ticket)
+                    if reply is None:
+                        continue
+            except Exception as error:
+                log.exception("a request failed unexpectedly, please report it")
+                reply = refusal(500, f"the executor failed: {type(error).__name__}: {error}")
+            if ticket is None or ticket.claim():
+                self._deliver(connection, reply)
+
+    # -- the selector thread
+
+    def _loop(self) -> None:
+        share_core()
+        sweep = 0.0
+        while time.monotonic() < self._stop_at and (self._connections or not self._listener.closed):
+            now = self._ticked = time.monotonic()
+            if self._held and all(c.phase is Phase.LINGERING for c in self._connections.values()):
+                self._quiet.set()
+            if now >= sweep:
+                sweep = self._sweep(now)
+            limits = [sweep, self._stop_at, self._listener.paused_until or sweep]
+            wait = 0.0 if self._unfinished else max(0.0, min(limits) - now + 0.001)
+            # By connection at once: what this turn closes may give its descriptor to a new one.
+            events = [
+                (fd, event, self._connections.get(fd)) for fd, event in self._epoll.poll(wait)
+            ]
+            if time.monotonic() >= self._listener.paused_until:
+                self._listener.resume()
+            unfinished, self._unfinished = self._unfinished, []
+            for waiting in unfinished:
+                self._guarded(self._advance, waiting)
+            for fd, event, connection in events:
+                self._take_event(fd, event, connection)
+            for budget in (self._bodies, self._pages):
+                for waiting in budget.served():
+                    self._guarded(self._go_on, waiting)
+            sweep = min(sweep, time.monotonic() + LINGER)  # the soonest that can expire now
+
+    def _take_event(self, fd: int, event: int, connection: Connection | None) -> None:
+        if connection is not None:
+            if connection.phase is not Phase.CLOSED:
+                self._guarded(self._on_event, connection, event)
+        elif fd == self._wake_read:
+            self._woken()
+        elif fd == self._listener.fd and not (self._held or self._listener.closed):
+            self._accept()
+
+    def _woken(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._wake_read, 4096)
+        self._take_answers()
+        if self._closing.is_set() and not self._listener.closed:
+            for _ in range(BACKLOG // 64):  # who waits there has connected
+                if self._held or not self._accept():
+                    break
+            self._listener.close()
+            self._stop_at = time.monotonic() + LINGER
+        if self._held != self._holding.is_set() and not self._listener.closed:
+            self._held = not self._held
+            if self._held:
+                self._listener.pause(float("inf"))
+            else:
+                self._listener.resume()
+        if self._leaving():
+            for connection in list(self._connections.values()):
+                # While held a client that has not sent anything yet may still do so.
+                may_begin = self._held and not self._closing.is_set() and not connection.used
+                waits = connection.phase is Phase.IDLE and not may_begin
+                if waits and not connection.unread():
+                    self._drop(connection)
+
+    def _sweep(self, now: float) -> float:
+        """Close what is past its deadline; returns when to look again."""
+        soonest = now + REQUEST_TIMEOUT
+        hurry = REQUEST_TIMEOUT - LINGER if self._pages.waiting else 0.0  # who does not read leaves
+        for connection in list(self._connections.values()):
+            if connection.phase is Phase.WAITING:
+                continue
+            deadline = connection.deadline
+            if connection.phase is Phase.SENDING:
+                deadline -= hurry
+            if deadline > now:
+                soonest = min(soonest, deadline)
+            elif connection.phase is Phase.ANSWERING:
+                self._guarded(self._end_patience, connection)
+            elif connection.phase in (Phase.HEAD, Phase.BODY):
+                late = HttpError(408, "the request did not arrive in time")
+                self._guarded(self._fail, connection, late)
+            else:
+                self._drop(connection)
+        return max(soonest, now + 0.05)
+
 
 # --------------------------------------------------------------------------------------------------
 # 5 executor API
@@ -2738,7 +2787,7 @@ def decode(body: bytes) -> dict:
     return found
 
 
-def number(fields: dict, name: str, default: int | None = None) -> int:
+def number_of(fields: dict, name: str, default: int | None = None) -> int:
     value = fields.get(name)
     if value is None:
         if default is None:
@@ -2747,7 +2796,7 @@ def number(fields: dict, name: str, default: int | None = None) -> int:
     return whole(value, name)
 
 
-def text(fields: dict, name: str) -> str:
+def text_of(fields: dict, name: str) -> str:
     value = fields.get(name)
     if value is not None and not isinstance(value, str):
         raise Refused(f"{name}: expected text, got {json.dumps(value)[:100]}")
@@ -2757,24 +2806,24 @@ def text(fields: dict, name: str) -> str:
 def log_date(fields: dict) -> int:
     """The trigger's own time in ms, under both spellings (logDateTime in 3.5's log request,
     logDateTim before)."""
-    return number(
+    return number_of(
         fields, "logDateTim" if fields.get("logDateTim") is not None else "logDateTime", 0
     )
 
 
 def decode_trigger(fields: dict) -> Trigger:
     return Trigger(
-        job_id=number(fields, "jobId"),
-        log_id=number(fields, "logId"),
-        handler=text(fields, "executorHandler"),
-        param=text(fields, "executorParams"),
-        block_strategy=text(fields, "executorBlockStrategy"),
-        timeout=max(0, number(fields, "executorTimeout", 0)),
+        job_id=number_of(fields, "jobId"),
+        log_id=number_of(fields, "logId"),
+        handler=text_of(fields, "executorHandler"),
+        param=text_of(fields, "executorParams"),
+        block_strategy=text_of(fields, "executorBlockStrategy"),
+        timeout=max(0, number_of(fields, "executorTimeout", 0)),
         log_date_time=log_date(fields),
-        glue_type=text(fields, "glueType") or "BEAN",
-        glue_updated=number(fields, "glueUpdatetime", 0),
-        shard_index=number(fields, "broadcastIndex", 0),
-        shard_total=number(fields, "broadcastTotal", 1),
+        glue_type=text_of(fields, "glueType") or "BEAN",
+        glue_updated=number_of(fields, "glueUpdatetime", 0),
+        shard_index=number_of(fields, "broadcastIndex", 0),
+        shard_total=number_of(fields, "broadcastTotal", 1),
     )
 
 
@@ -2887,7 +2936,7 @@ class Api:
         if not self.config.scripts.directories or path not in ("/run", "/trigger"):
             return False
         try:
-            return text(decode(request.body), "executorHandler") not in self.config.jobs
+            return text_of(decode(request.body), "executorHandler") not in self.config.jobs
         except Refused:  # whoever decodes it again will tell
             return False
 
@@ -2968,7 +3017,7 @@ class Api:
         return _YES
 
     def _idle_beat(self, request: Request, ticket: typing.Any) -> Reply:
-        if self._core.busy(number(decode(request.body), "jobId")):
+        if self._core.busy(number_of(decode(request.body), "jobId")):
             # the Java executor's words
             raise Refused("job thread is running or has trigger queue.")
         return self._beat(request, ticket)
@@ -2995,9 +3044,8 @@ class Api:
         job = self.config.job(handler)
         if job is None:
             name = handler[:100]  # whatever a request holds, the answer and the log stay short
-            near = difflib.get_close_matches(name, self.config.jobs, 1)
             here = f": add it under jobs in {self.config.file}"
-            hint = f', did you mean "{near[0]}"?' if near else here
+            hint = did_you_mean(name, self.config.jobs) or here
             raise Refused(f'job handler "{name}" not found{hint}', "unknown_handler")
         if not job.enabled:
             raise Refused(
@@ -3013,19 +3061,19 @@ class Api:
         if b"GLUE" not in request.body:  # it would be stored by the selector, see route()
             raise Refused("glueType: expected plain text, without escapes", "glue")
         if not self._core.accepted(trigger.log_id):  # else its script is there already
-            self._scripts.store(trigger, text(fields, "glueSource"), request.peer)
+            self._scripts.store(trigger, text_of(fields, "glueSource"), request.peer)
         return job
 
     def _kill(self, request: Request, ticket: typing.Any) -> None:
-        self._core.put(Kill(number(decode(request.body), "jobId"), Answer(ticket)))
+        self._core.put(Kill(number_of(decode(request.body), "jobId"), Answer(ticket)))
 
     def _log(self, request: Request, ticket: typing.Any) -> Reply:
         fields = decode(request.body)
-        log_id = number(fields, "logId")
+        log_id = number_of(fields, "logId")
         page = self._logs.page(
             log_id,
             log_date(fields),
-            number(fields, "fromLineNum", 1),
+            number_of(fields, "fromLineNum", 1),
             ended=not self._core.knows(log_id),
         )
         return Reply(200, _JSON, envelope(SUCCESS, None, page))
@@ -3127,70 +3175,68 @@ class Batch:
         self.lines = Lines()
 
 
-class Core(Watched):
-    """One thread that decides everything: it takes all messages that wait as one batch, decides
-    each in memory, commits all decisions as one transaction, and only then lets the effects out.
+class RecentRuns:
+    """How runs ended lately, for `status` and the metrics; the core's thread, but for `snapshot`:
+    any thread."""
 
-    put, active, busy, knows and snapshot: any thread. A run is in the journal as accepted before
-    its trigger is answered, and by a later commit as running before anything of it starts, so no
-    crash can make it start twice. What runs is cancelled only when that is committed.
-    """
+    def __init__(self, metrics: Metrics):
+        self._metrics = metrics
+        # by handler: the last result codes, and the latest run if it has failed
+        self._codes: dict[str, collections.deque[int]] = {}
+        self._failures: dict[str, PastRun] = {}
 
-    def __init__(
-        self,
-        journal: typing.Any,
-        processes: typing.Any,
-        slots: typing.Any,
-        metrics: Metrics,
-        max_running: int,
-        max_queued: int,
-    ):
-        """`processes` and `slots` have start(trigger, job) and cancel(logId, result); slots run the
-        jobs with isolation: thread."""
-        self._journal, self._processes, self._slots = journal, processes, slots
-        self._metrics, self._max_running, self._max_queued = metrics, max_running, max_queued
-        self._inbox: queue.SimpleQueue = queue.SimpleQueue()
+    def show(self, trigger: Trigger, took: float | None, result: Result) -> None:
+        """Have `status` show it."""
+        label = trigger.label
+        self._codes.setdefault(label, collections.deque(maxlen=RECENT)).append(result.code)
+        if result.code == SUCCESS:
+            self._failures.pop(label, None)
+        else:
+            self._failures[label] = PastRun.ended(trigger, took, result)
+
+    def count(self, trigger: Trigger, took: float, result: Result) -> None:
+        """The same, and have the metrics count it."""
+        self.show(trigger, took, result)
+        label = trigger.label
+        self._metrics.count("runs_total", handler=label, code=result.code)
+        self._metrics.observe("run_duration_seconds", took, handler=label)
+        now = round(time.time(), 3)
+        self._metrics.set("last_run_timestamp_seconds", now, handler=label)
+        if result.code == SUCCESS:
+            self._metrics.set("last_success_timestamp_seconds", now, handler=label)
+
+    def remember(self, past: list[PastRun]) -> None:
+        """What ended in earlier lives, the latest first."""
+        for run in reversed(past):  # a later one of this life stays
+            ended = run.began + (run.took or 0.0)
+            names = ["last_run", *(["last_success"] if run.code == SUCCESS else [])]
+            for name in names if run.label not in self._codes else ():
+                metric = f"{name}_timestamp_seconds"
+                self._metrics.set(metric, round(ended, 3), handler=run.label)
+        for run in past:
+            codes = self._codes.setdefault(run.label, collections.deque(maxlen=RECENT))
+            if not codes and run.code != SUCCESS:
+                self._failures[run.label] = run
+            if len(codes) < RECENT:
+                codes.appendleft(run.code or 0)
+
+    def snapshot(self) -> dict:
+        return {
+            "recent": {name: list(codes) for name, codes in list(self._codes.items())},
+            "failures": [run.shown() for run in list(self._failures.values())],
+        }
+
+
+class Lanes:
+    """What runs and what waits. Only the core's thread changes it; busy, knows, active, running,
+    waiting and grace: any thread."""
+
+    def __init__(self) -> None:
         self._lanes: dict[int, Lane] = {}  # by jobId
         self._runs: dict[int, Run] = {}  # by logId: everything without a result
         self._stuck: dict[int, Run] = {}  # by logId: those with one, whose thread goes on
         self._ready: collections.deque[Lane] = collections.deque()
         self._queued = self._occupied = 0  # runs that wait; runs that take one of max_running
-        self._dropped: collections.deque[Dropped] = collections.deque()
-        self._batch = Batch()
-        self._idle_hook: typing.Callable[[], None] | None = None  # set while draining
-        self._closing = self._failed = False  # the last turn could not be stored
-        # by handler: the last result codes, and the latest run if it has failed
-        self._recent: dict[str, collections.deque[int]] = {}
-        self._failures: dict[str, PastRun] = {}
-        self._thread = threading.Thread(target=self._loop, name="core", daemon=True)
-        self._decide: dict[type, typing.Callable[[typing.Any], None]] = {
-            Submit: self._submit,
-            Kill: self._kill,
-            Resume: self._resume,
-            Expired: self._expire,
-            CancelAll: self._cancel_all,
-            Drain: self._drain,
-            Work: self._work,
-        }
-        self._happened: dict[type, typing.Callable[[typing.Any], None]] = {
-            Ended: self._ended,
-            Lost: self._lost,
-            Stuck: self._give_up,
-            Settled: journal.hold,
-            Note: journal.hold,
-        }
-        metrics.gauge("running", lambda: self._occupied)
-        metrics.gauge("queued", lambda: self._queued)
-        metrics.gauge("stuck_threads", lambda: len(self._stuck))
-
-    # -- any thread
-
-    def put(self, message: typing.Any) -> None:
-        self._inbox.put(message)
-
-    def overloaded(self) -> bool:
-        """Whether so much waits to be decided that nobody may add to it."""
-        return self._inbox.qsize() > self._max_queued
 
     def busy(self, job_id: int) -> bool:
         """Whether something runs or waits for this job."""
@@ -3200,28 +3246,14 @@ class Core(Watched):
         """Whether this run waits or runs."""
         return log_id in self._runs
 
-    def accepted(self, log_id: int) -> bool:
-        """Whether this run was accepted, however long ago."""
-        try:
-            return log_id in self._runs or self._journal.knows(log_id)
-        except JournalError:
-            return False
-
     def active(self) -> bool:
         """Whether something runs, be it about to start, but for threads that were given up."""
         return self._occupied > len(self._stuck)
 
-    def flush(self, seconds: float) -> None:
-        """Wait until all that was put before is decided and its effects are out, or `seconds`."""
-        done = threading.Event()
-        self.put(Work(lambda: None, lambda value: done.set()))
-        done.wait(seconds)
-
-    def snapshot(self) -> dict:
-        """What runs and waits, for `status`."""
+    def running(self) -> list[dict]:
+        """For `status`."""
         now = time.monotonic()
-        runs, stuck = list(self._runs.values()), list(self._stuck.values())
-        running = [
+        return [
             {
                 "job": run.trigger.handler,
                 "jobId": run.trigger.job_id,
@@ -3229,194 +3261,53 @@ class Core(Watched):
                 "stuck": run.stuck,
                 "seconds": round(now - run.started, 3),
             }
-            for run in runs + stuck
+            for run in [*list(self._runs.values()), *list(self._stuck.values())]
             if run.started
         ]
-        waiting = collections.Counter(run.trigger.label for run in runs if not run.started)
-        return {
-            "running": running,
-            "queued": dict(waiting),
-            "recent": {name: list(codes) for name, codes in list(self._recent.items())},
-            "failures": [run.shown() for run in list(self._failures.values())],
-        }
 
-    def remember(self, past: list[PastRun]) -> None:
-        """What ended in earlier lives, the latest first."""
-
-        def merge(value: typing.Any) -> None:
-            for run in reversed(past):  # a later one of this life stays
-                ended = run.began + (run.took or 0.0)
-                names = ["last_run", *(["last_success"] if run.code == SUCCESS else [])]
-                for name in names if run.label not in self._recent else ():
-                    metric = f"{name}_timestamp_seconds"
-                    self._metrics.set(metric, round(ended, 3), handler=run.label)
-            for run in past:
-                recent = self._recent.setdefault(run.label, collections.deque(maxlen=RECENT))
-                if not recent and run.code != SUCCESS:
-                    self._failures[run.label] = run
-                if len(recent) < RECENT:
-                    recent.appendleft(run.code or 0)
-
-        self.put(Work(lambda: None, merge))  # what is `done` is done in the core's thread, once
+    def waiting(self) -> dict[str, int]:
+        """How many runs of each handler wait."""
+        runs = list(self._runs.values())
+        return dict(collections.Counter(run.trigger.label for run in runs if not run.started))
 
     def grace(self) -> float:
         """How many seconds it may take until all that runs has ended, once it is cancelled."""
         running = [run for run in list(self._runs.values()) if run.started]
         return max([run.job.kill_grace for run in running], default=0.0) + KILL_LIMIT
 
-    def start(self) -> None:
-        self._thread.start()
+    def _offer(self, lane: Lane) -> None:
+        """Have the next run of `lane` started, after the other lanes."""
+        if lane.running is None and not lane.offered:
+            lane.offered = True
+            self._ready.append(lane)
 
-    def close(self, seconds: float) -> None:
-        """Store what was put before, for at most `seconds`."""
-        self._closing = True
-        self.put(_ONE_TURN)
-        if self._thread.is_alive():
-            self._thread.join(seconds)
+    def _release(self, lane: Lane) -> None:
+        """A run has left `lane`: the next one may come, or nobody needs it any more."""
+        if lane.running is None and lane.waiting:
+            self._offer(lane)
+        elif lane.running is None:
+            self._lanes.pop(lane.job_id, None)
 
-    # -- the core's thread
 
-    def _loop(self) -> None:
-        share_core()
-        while True:
-            closing = self._closing
-            messages = self._take(0.0 if closing else self._patience())
-            self._busy_since = time.monotonic()
-            try:
-                self._turn(messages)
-            except Exception:
-                log.exception("the core goes on after an unexpected error, please report it")
-            self._busy_since = 0.0
-            if closing and self._inbox.empty() and not self._dropped:
-                return
+class Decisions(Lanes):
+    """What each message decides: each method writes into the journal's transaction, and notes in
+    the batch how to take back what it changed here. The core's thread."""
 
-    def _patience(self) -> float | None:
-        """Seconds to wait for a message; None: there is nothing to do before one comes."""
-        if self._failed or self._journal.owes():
-            return RETRY_STORING
-        waits = self._ready and self._occupied < self._max_running and self._idle_hook is None
-        return 0.0 if waits or self._dropped else None
-
-    def _take(self, seconds: float | None) -> list:
-        """All that waits; waits for the first, at most `seconds`."""
-        messages = []
-        with contextlib.suppress(queue.Empty):
-            messages.append(self._inbox.get(seconds != 0.0, seconds))
-            while True:
-                messages.append(self._inbox.get_nowait())
-        return messages
-
-    def _turn(self, messages: list) -> None:
-        """Facts change what is known here first, and for good; decisions are tried against that,
-        taken back whole when they cannot be stored, tried once more if that can be mended, and
-        then refused."""
-        decisions = []
-        self._batch = facts = Batch()
-        for message in messages:
-            happened = self._happened.get(type(message))
-            if happened is None:
-                decisions.append(message)
-            else:
-                self._guarded(happened, message)
-        self._finish_dropped()
-        error = self._try(decisions)
-        if error is not None and self._journal.mend(error):
-            error = self._try(decisions)
-        self._failed = error is not None
-        if error is not None:
-            self._refuse(decisions, self._journal.give_up(error))
-        self._batch.lines[:0] = facts.lines
-        self._let_out(self._batch)
-
-    @staticmethod
-    def _guarded(handle: typing.Callable[[typing.Any], None], message: typing.Any) -> None:
-        """No failure over one message may cost another."""
-        try:
-            handle(message)
-        except Exception:
-            log.exception("unexpected error over %.200s, please report it", message)
-
-    def _try(self, decisions: list) -> Exception | None:
-        """Decide and commit; the error, with everything as it was before, when that fails."""
-        self._batch = batch = Batch()
-        try:
-            self._journal.begin()
-            self._start_ready()  # what came in earlier batches
-            for message in decisions:
-                self._decide[type(message)](message)
-            self._journal.commit()
-        except Exception as error:
-            if not isinstance(error, (sqlite3.Error, OSError)):
-                log.exception("unexpected error, please report it")
-            for undo in reversed(batch.undo):
-                undo()
-            self._journal.take_back()
-            return error
-        return None
-
-    def _refuse(self, decisions: list, reason: str) -> None:
-        """Nothing of this turn could be stored: say so, and carry out what must be nevertheless;
-        that writes nothing at once, what it notes is held for the next commit."""
-        starting = self._batch.started
-        self._batch = batch = Batch()
-        for message in decisions:
-            if isinstance(message, (Submit, Kill)):
-                what = "trigger" if isinstance(message, Submit) else "kill"
-                refused = Refused(f"the executor cannot store the {what}: {reason}", "journal")
-                known = isinstance(message, Submit) and message.trigger.log_id in self._runs
-                batch.answers.append((message.ticket, None if known else refused, None))
-            elif isinstance(message, Work):
-                batch.works.append((message, JournalError(reason)))
-            elif isinstance(message, Resume) and message.again:
-                told = f"executor restarted while the job ran, it cannot be run again: {reason}"
-                self._lost(Lost(message.trigger, Result(FAILURE, told)))
-            else:
-                self._guarded(self._decide[type(message)], message)
-        for run in starting:
-            self._withdraw(run, f"not started, the executor cannot store the start: {reason}")
-
-    def _let_out(self, batch: Batch) -> None:
-        """The effects of what is committed: answers first, for the admin waits at most 3 s."""
-        for _, _, run in batch.answers:
-            if run is not None:
-                failpoint("accepted")
-        for ticket, outcome, run in batch.answers:
-            if ticket.claim():
-                ticket.give(outcome)
-            # The selector may have refused it meanwhile, see HttpServer: then it must not run.
-            elif run is not None and run.trigger.log_id in self._runs:
-                self._withdraw(run, "refused: it could not be stored in time")
-                self.put(_ONE_TURN)  # that is stored at once
-        for run, result in batch.dropped:
-            self._account(run, result)
-        self._dropped += batch.many_dropped
-        if batch.lines:
-            log.info(batch.lines)
-        for run in batch.started:
-            run.started = time.monotonic()
-            self._metrics.observe("run_wait_seconds", run.started - run.accepted)
-            self._place(run).start(run.trigger, run.job)
-        for run in batch.cancelled:
-            assert run.cancelled is not None
-            self._place(run).cancel(run.trigger.log_id, run.cancelled)
-        for work, value in batch.works:
-            work.done(value)
-        self._journal.publish()
-        if self._idle_hook is not None and not self.active():
-            self._idle_hook()
-
-    def _withdraw(self, run: Run, why: str) -> None:
-        """A run that waits has failed, whether that can be stored now or not."""
-        lane = self._lanes[run.trigger.job_id]
-        lane.waiting.remove(run)
-        self._queued -= 1
-        self._finish(run, Result(FAILURE, why))
-        self._release(lane)
-
-    def _place(self, run: Run) -> typing.Any:
-        return self._slots if run.job.isolation == "thread" else self._processes
-
-    # -- decisions: each writes into the transaction and notes how to take back what it changed here
+    def __init__(self, journal: typing.Any, max_running: int, max_queued: int):
+        super().__init__()
+        self._journal = journal
+        self._max_running, self._max_queued = max_running, max_queued
+        self._batch = Batch()
+        self._idle_hook: typing.Callable[[], None] | None = None  # set while draining
+        self._decide: dict[type, typing.Callable[[typing.Any], None]] = {
+            Submit: self._submit,
+            Kill: self._kill,
+            Resume: self._resume,
+            Expired: self._expire,
+            CancelAll: self._cancel_all,
+            Drain: self._drain,
+            Work: self._work,
+        }
 
     def _start_ready(self) -> None:
         """Start what may run now, the lanes in turn."""
@@ -3582,20 +3473,25 @@ class Core(Watched):
 
         self._batch.undo.append(undo)
 
-    def _offer(self, lane: Lane) -> None:
-        """Have the next run of `lane` started, after the other lanes."""
-        if lane.running is None and not lane.offered:
-            lane.offered = True
-            self._ready.append(lane)
 
-    def _release(self, lane: Lane) -> None:
-        """A run has left `lane`: the next one may come, or nobody needs it any more."""
-        if lane.running is None and lane.waiting:
-            self._offer(lane)
-        elif lane.running is None:
-            self._lanes.pop(lane.job_id, None)
+# --------------------------------------------------------------------------------------------------
+# 6b the core's thread
+# --------------------------------------------------------------------------------------------------
+class Endings(Decisions):
+    """What has happened to runs, and what becomes of those that end: for good, whether it can be
+    stored now or not. The core's thread."""
 
-    # -- facts
+    def __init__(self, journal: typing.Any, metrics: Metrics, max_running: int, max_queued: int):
+        super().__init__(journal, max_running, max_queued)
+        self._dropped: collections.deque[Dropped] = collections.deque()
+        self._recent = RecentRuns(metrics)
+        self._happened: dict[type, typing.Callable[[typing.Any], None]] = {
+            Ended: self._ended,
+            Lost: self._lost,
+            Stuck: self._give_up,
+            Settled: journal.hold,
+            Note: journal.hold,
+        }
 
     def _ended(self, message: Ended) -> None:
         failpoint("exited")
@@ -3623,7 +3519,7 @@ class Core(Watched):
 
     def _lost(self, message: Lost) -> None:
         self._journal.finish([(message.trigger, None)], message.result)
-        self._show(message.trigger, None, message.result)
+        self._recent.show(message.trigger, None, message.result)
 
     def _give_up(self, message: Stuck) -> None:
         """A thread did not return from a cancelled run: report the run; its lane stays closed, so
@@ -3642,36 +3538,233 @@ class Core(Watched):
         for other in list(lane.waiting):
             self._withdraw(other, lane.stuck())
 
+    def _withdraw(self, run: Run, why: str) -> None:
+        """A run that waits has failed, whether that can be stored now or not."""
+        lane = self._lanes[run.trigger.job_id]
+        lane.waiting.remove(run)
+        self._queued -= 1
+        self._finish(run, Result(FAILURE, why))
+        self._release(lane)
+
     def _finish(self, run: Run, result: Result) -> None:
-        """It has this result, whether that can be stored now or not."""
+        """It has this result."""
         del self._runs[run.trigger.log_id]
         took = time.monotonic() - run.started if run.started else None
         self._journal.finish([(run.trigger, took)], result)
         self._account(run, result)
 
-    def _show(self, trigger: Trigger, took: float | None, result: Result) -> None:
-        """Have `status` show it."""
-        label = trigger.label
-        self._recent.setdefault(label, collections.deque(maxlen=RECENT)).append(result.code)
-        if result.code == SUCCESS:
-            self._failures.pop(label, None)
-        else:
-            self._failures[label] = PastRun.ended(trigger, took, result)
-
     def _account(self, run: Run, result: Result) -> None:
         took = time.monotonic() - run.started if run.started else 0.0
-        self._show(run.trigger, took, result)
-        label = run.trigger.label
-        self._metrics.count("runs_total", handler=label, code=result.code)
-        self._metrics.observe("run_duration_seconds", took, handler=label)
-        now = round(time.time(), 3)
-        self._metrics.set("last_run_timestamp_seconds", now, handler=label)
-        if result.code == SUCCESS:
-            self._metrics.set("last_success_timestamp_seconds", now, handler=label)
+        self._recent.count(run.trigger, took, result)
         self._batch.lines.append(
             f"finished {run.trigger} code={result.code} in {seconds_text(took)}:"
             f" {result.message[:200]}"
         )
+
+
+class Core(Endings, Watched):
+    """One thread that decides everything: it takes all messages that wait as one batch, decides
+    each in memory, commits all decisions as one transaction, and only then lets the effects out.
+
+    put, overloaded, accepted, flush, remember and snapshot: any thread. A run is in the journal as
+    accepted before its trigger is answered, and by a later commit as running before anything of it
+    starts, so no crash can make it start twice. What runs is cancelled only when that is committed.
+    """
+
+    def __init__(
+        self,
+        journal: typing.Any,
+        processes: typing.Any,
+        slots: typing.Any,
+        metrics: Metrics,
+        max_running: int,
+        max_queued: int,
+    ):
+        """`processes` and `slots` have start(trigger, job) and cancel(logId, result); slots run the
+        jobs with isolation: thread."""
+        super().__init__(journal, metrics, max_running, max_queued)
+        self._processes, self._slots, self._metrics = processes, slots, metrics
+        self._inbox: queue.SimpleQueue = queue.SimpleQueue()
+        self._closing = self._failed = False  # the last turn could not be stored
+        self._thread = threading.Thread(target=self._loop, name="core", daemon=True)
+        metrics.gauge("running", lambda: self._occupied)
+        metrics.gauge("queued", lambda: self._queued)
+        metrics.gauge("stuck_threads", lambda: len(self._stuck))
+
+    # -- any thread
+
+    def put(self, message: typing.Any) -> None:
+        self._inbox.put(message)
+
+    def overloaded(self) -> bool:
+        """Whether so much waits to be decided that nobody may add to it."""
+        return self._inbox.qsize() > self._max_queued
+
+    def accepted(self, log_id: int) -> bool:
+        """Whether this run was accepted, however long ago."""
+        try:
+            return log_id in self._runs or self._journal.knows(log_id)
+        except JournalError:
+            return False
+
+    def flush(self, seconds: float) -> None:
+        """Wait until all that was put before is decided and its effects are out, or `seconds`."""
+        done = threading.Event()
+        self.put(Work(lambda: None, lambda value: done.set()))
+        done.wait(seconds)
+
+    def snapshot(self) -> dict:
+        """What runs and waits and how runs ended, for `status`."""
+        return {"running": self.running(), "queued": self.waiting(), **self._recent.snapshot()}
+
+    def remember(self, past: list[PastRun]) -> None:
+        """What ended in earlier lives, the latest first."""
+        # what is `done` is done in the core's thread, once
+        self.put(Work(lambda: None, lambda value: self._recent.remember(past)))
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self, seconds: float) -> None:
+        """Store what was put before, for at most `seconds`."""
+        self._closing = True
+        self.put(_ONE_TURN)
+        if self._thread.is_alive():
+            self._thread.join(seconds)
+
+    # -- the core's thread
+
+    def _loop(self) -> None:
+        share_core()
+        while True:
+            closing = self._closing
+            messages = self._take(0.0 if closing else self._patience())
+            self._busy_since = time.monotonic()
+            try:
+                self._turn(messages)
+            except Exception:
+                log.exception("the core goes on after an unexpected error, please report it")
+            self._busy_since = 0.0
+            if closing and self._inbox.empty() and not self._dropped:
+                return
+
+    def _patience(self) -> float | None:
+        """Seconds to wait for a message; None: there is nothing to do before one comes."""
+        if self._failed or self._journal.owes():
+            return RETRY_STORING
+        waits = self._ready and self._occupied < self._max_running and self._idle_hook is None
+        return 0.0 if waits or self._dropped else None
+
+    def _take(self, seconds: float | None) -> list:
+        """All that waits; waits for the first, at most `seconds`."""
+        messages = []
+        with contextlib.suppress(queue.Empty):
+            messages.append(self._inbox.get(seconds != 0.0, seconds))
+            while True:
+                messages.append(self._inbox.get_nowait())
+        return messages
+
+    def _turn(self, messages: list) -> None:
+        """Facts change what is known here first, and for good; decisions are tried against that,
+        taken back whole when they cannot be stored, tried once more if that can be mended, and
+        then refused."""
+        decisions = []
+        self._batch = facts = Batch()
+        for message in messages:
+            happened = self._happened.get(type(message))
+            if happened is None:
+                decisions.append(message)
+            else:
+                self._guarded(happened, message)
+        self._finish_dropped()
+        error = self._try(decisions)
+        if error is not None and self._journal.mend(error):
+            error = self._try(decisions)
+        self._failed = error is not None
+        if error is not None:
+            self._refuse(decisions, self._journal.give_up(error))
+        self._batch.lines[:0] = facts.lines
+        self._let_out(self._batch)
+
+    @staticmethod
+    def _guarded(handle: typing.Callable[[typing.Any], None], message: typing.Any) -> None:
+        """No failure over one message may cost another."""
+        try:
+            handle(message)
+        except Exception:
+            log.exception("unexpected error over %.200s, please report it", message)
+
+    def _try(self, decisions: list) -> Exception | None:
+        """Decide and commit; the error, with everything as it was before, when that fails."""
+        self._batch = batch = Batch()
+        try:
+            self._journal.begin()
+            self._start_ready()  # what came in earlier batches
+            for message in decisions:
+                self._decide[type(message)](message)
+            self._journal.commit()
+        except Exception as error:
+            if not isinstance(error, (sqlite3.Error, OSError)):
+                log.exception("unexpected error, please report it")
+            for undo in reversed(batch.undo):
+                undo()
+            self._journal.take_back()
+            return error
+        return None
+
+    def _refuse(self, decisions: list, reason: str) -> None:
+        """Nothing of this turn could be stored: say so, and carry out what must be nevertheless;
+        that writes nothing at once, what it notes is held for the next commit."""
+        starting = self._batch.started
+        self._batch = batch = Batch()
+        for message in decisions:
+            if isinstance(message, (Submit, Kill)):
+                what = "trigger" if isinstance(message, Submit) else "kill"
+                refused = Refused(f"the executor cannot store the {what}: {reason}", "journal")
+                known = isinstance(message, Submit) and message.trigger.log_id in self._runs
+                batch.answers.append((message.ticket, None if known else refused, None))
+            elif isinstance(message, Work):
+                batch.works.append((message, JournalError(reason)))
+            elif isinstance(message, Resume) and message.again:
+                told = f"executor restarted while the job ran, it cannot be run again: {reason}"
+                self._lost(Lost(message.trigger, Result(FAILURE, told)))
+            else:
+                self._guarded(self._decide[type(message)], message)
+        for run in starting:
+            self._withdraw(run, f"not started, the executor cannot store the start: {reason}")
+
+    def _let_out(self, batch: Batch) -> None:
+        """The effects of what is committed: answers first, for the admin waits at most 3 s."""
+        for _, _, run in batch.answers:
+            if run is not None:
+                failpoint("accepted")
+        for ticket, outcome, run in batch.answers:
+            if ticket.claim():
+                ticket.give(outcome)
+            # The selector may have refused it meanwhile, see HttpServer: then it must not run.
+            elif run is not None and run.trigger.log_id in self._runs:
+                self._withdraw(run, "refused: it could not be stored in time")
+                self.put(_ONE_TURN)  # that is stored at once
+        for run, result in batch.dropped:
+            self._account(run, result)
+        self._dropped += batch.many_dropped
+        if batch.lines:
+            log.info(batch.lines)
+        for run in batch.started:
+            run.started = time.monotonic()
+            self._metrics.observe("run_wait_seconds", run.started - run.accepted)
+            self._place(run).start(run.trigger, run.job)
+        for run in batch.cancelled:
+            assert run.cancelled is not None
+            self._place(run).cancel(run.trigger.log_id, run.cancelled)
+        for work, value in batch.works:
+            work.done(value)
+        self._journal.publish()
+        if self._idle_hook is not None and not self.active():
+            self._idle_hook()
+
+    def _place(self, run: Run) -> typing.Any:
+        return self._slots if run.job.isolation == "thread" else self._processes
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3865,7 +3958,10 @@ class Scripts:
                     os.unlink(file)
 
 
-# -- the Python server: a process that imports nothing of the jobs and forks one child per run
+# --------------------------------------------------------------------------------------------------
+# 7b the Python server
+# --------------------------------------------------------------------------------------------------
+# A process that imports nothing of the jobs, unless they preload it, and forks one child per run.
 
 
 def import_first(server: socket.socket, wanted: str) -> None:
@@ -4094,7 +4190,12 @@ def _own_frames(trace: types.TracebackType | None) -> types.TracebackType | None
     return trace or first
 
 
-# -- processes and their descendants
+# --------------------------------------------------------------------------------------------------
+# 7c processes and their descendants
+# --------------------------------------------------------------------------------------------------
+
+
+OLD_STATUS = 39  # exit status of a Python server whose interpreter is too old
 
 
 def run_as_module(interpreter: str, *arguments: str) -> list[str]:
@@ -4211,7 +4312,7 @@ class ForkedChild:
         """Its PID is known: have it run `request`."""
         found = _process_stat(self.pid)
         if found is not None:
-            self.seen = {self.pid: found[3]}  # before it has its session and its marker
+            self.seen = {self.pid: found.started}  # before it has its session and its marker
         with open(os.memfd_create("request"), "wb") as stream:
             stream.write(json.dumps(request).encode())
             stream.flush()
@@ -4239,7 +4340,7 @@ class ForkedChild:
             found = _process_stat(self.pid) if self.lost else None
         except OSError:  # no descriptor free: its marker tells
             return 0
-        known = not self.lost or found is not None and self.seen.get(self.pid) == found[3]
+        known = not self.lost or found is not None and self.seen.get(self.pid) == found.started
         return self.pid if known else 0
 
     @property
@@ -4396,13 +4497,29 @@ def _read_proc(path: str) -> bytes:
         os.close(fd)
 
 
-def _process_stat(pid: int) -> tuple[str, int, int, int] | None:
-    """(state, parent, session, start time) of a process, or None when it is gone."""
+class ProcessStat(typing.NamedTuple):
+    """What the kernel tells of a process; `started` in ticks since the boot: with it a PID names
+    one process only."""
+
+    state: str
+    parent: int
+    session: int
+    started: int
+
+    @property
+    def alive(self) -> bool:
+        return self.state not in "ZX"
+
+
+def _process_stat(pid: int) -> ProcessStat | None:
+    """None when it is gone. Raises OSError, as when no descriptor is free."""
     try:
         fields = _read_proc(f"/proc/{pid}/stat").rpartition(b") ")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return (fields[0].decode(), int(fields[1]), int(fields[3]), int(fields[19])) if fields else None
+    if not fields:
+        return None
+    return ProcessStat(fields[0].decode(), int(fields[1]), int(fields[3]), int(fields[19]))
 
 
 def has_ended(pid: int) -> bool:
@@ -4411,7 +4528,7 @@ def has_ended(pid: int) -> bool:
         found = _process_stat(pid)
     except OSError:  # no descriptor free: nobody can tell
         return False
-    return found is None or found[0] in "ZX"
+    return found is None or not found.alive
 
 
 def _pids() -> list[int]:
@@ -4445,23 +4562,23 @@ def family(
         if found is None or pid == os.getpid():
             continue
         stats[pid] = found
-        children[found[1]].append(pid)
+        children[found.parent].append(pid)
         # 0 is the session of all that came from outside a PID namespace
         if (
-            seen.get(pid) == found[3]
+            seen.get(pid) == found.started
             or session
-            and found[2] == session
-            or found[0] not in "ZX"
+            and found.session == session
+            or found.alive
             and _marked(pid, needle)
         ):
             members.append(pid)
-            act(pid, found[3])
+            act(pid, found.started)
     for pid in members:  # grows while it is walked
         for child in children[pid]:
             if child not in members:
                 members.append(child)
-                act(child, stats[child][3])
-    return {pid: stats[pid][3] for pid in members if stats[pid][0] not in "ZX"}
+                act(child, stats[child].started)
+    return {pid: stats[pid].started for pid in members if stats[pid].alive}
 
 
 def send_signal(members: dict[int, int], number: int) -> list[int]:
@@ -4474,7 +4591,7 @@ def send_signal(members: dict[int, int], number: int) -> list[int]:
             fd = _patiently(functools.partial(os.pidfd_open, pid))
             fds.append(fd)
             found = _patiently(functools.partial(_process_stat, pid))
-            if found is None or found[3] != started:
+            if found is None or found.started != started:
                 os.close(fds.pop())
                 continue
             signal.pidfd_send_signal(fd, number)
@@ -4557,13 +4674,19 @@ def _reap() -> tuple[bool, bool]:
                 _KEPT.pop(pid, None)
                 ended = True
             elif not alive:
-                try:
-                    alive = (_process_stat(pid) or (0, 0, 0, 0))[3] != _KEPT.get(pid)
-                except OSError:  # no descriptor free
-                    alive = True
+                alive = not _is_kept(pid)
         except ChildProcessError:  # another thread was faster, and the list may lack one
             ended = True
     return ended, alive
+
+
+def _is_kept(pid: int) -> bool:
+    """Whether a job with background: keep left it."""
+    try:
+        found = _process_stat(pid)
+    except OSError:  # no descriptor free
+        return False
+    return found is not None and found.started == _KEPT.get(pid)
 
 
 def reap_orphans() -> bool:
@@ -4579,25 +4702,9 @@ def reap_orphans() -> bool:
     return alive
 
 
-class ThreadOutput:
-    """sys.stdout or sys.stderr while jobs may run in threads: what such a thread writes goes into
-    its run's log."""
-
-    def __init__(self, original: typing.Any, local: threading.local):
-        self.original, self.local = original, local
-
-    def write(self, text: str) -> int:
-        sink = getattr(self.local, "sink", None)
-        return sink(text) if sink is not None else self.original.write(text)
-
-    def captures(self) -> bool:
-        """Whether what this thread writes goes into a run's log."""
-        return getattr(self.local, "sink", None) is not None
-
-    def __getattr__(self, name: str) -> typing.Any:
-        return getattr(self.original, name)
-
-
+# --------------------------------------------------------------------------------------------------
+# 7d the supervisor
+# --------------------------------------------------------------------------------------------------
 class ResultFiles:
     """Places for XXL_JOB_RESULT_FILE; any thread.
 
@@ -5057,6 +5164,9 @@ def shortest(*limits: float) -> float:
     return min([limit for limit in limits if limit], default=0)
 
 
+# --------------------------------------------------------------------------------------------------
+# 7e one run in a process
+# --------------------------------------------------------------------------------------------------
 class RunPhase(enum.Enum):
     """What a run in a process waits for."""
 
@@ -5066,6 +5176,163 @@ class RunPhase(enum.Enum):
     KILLING = "a thread that kills its whole tree"
     LEFTOVERS = "a thread that ends what it has left, or lets it be"
     ENDED = "nothing"
+
+
+class Launch:
+    """What the process of a run needs: user, pipe for its output, result file, environment and
+    command. `make`: the run's own thread, for a directory or a directory service may not answer;
+    the rest: the supervisor's."""
+
+    def __init__(self, supervisor: Supervisor, trigger: Trigger, job: JobConfig, timeout: float):
+        self._supervisor, self._trigger, self._job = supervisor, trigger, job
+        self._timeout = timeout
+        self.marker = supervisor.marker(trigger.log_id, job.background == "keep")
+        self._result_file = "" if job.user else supervisor.results.path(trigger.log_id)
+        self._owner = os.geteuid()  # of the result file
+        self._user: tuple[pwd.struct_passwd, list[int]] | None = None
+        self.read = self.write = -1  # where its output comes from, and goes to
+        self.memory_kills = 0  # of the control group, when it began
+
+    def make(self) -> Child | None:
+        """The process; None when a Python server is to fork it. Raises OSError, ValueError and
+        KeyError, see `why_not`."""
+        self.memory_kills = memory_kills()
+        if self._job.user:
+            user = pwd.getpwnam(self._job.user)
+            self._user = user, os.getgrouplist(user.pw_name, user.pw_gid)
+        self.read, self.write = os.pipe()
+        os.set_blocking(self.read, False)  # a job may take back what it wrote
+        if self._user is not None:
+            found = self._user[0]
+            if not self._result_file:
+                self._result_file = self._supervisor.results.create(found)
+                self._owner = found.pw_uid
+            os.fchown(self.write, found.pw_uid, found.pw_gid)  # for who opens /dev/stderr anew
+        if self._job.python:
+            os.stat(self._job.cwd)  # the child would report it with less to go by
+            return None
+        return self._execute()
+
+    def fork(self) -> ForkedChild:
+        """Ask the Python server for the process. Raises OSError."""
+        return self._supervisor.server(self._job).fork(self.write)
+
+    def _execute(self) -> Child:
+        trigger, job = self._trigger, self._job
+        shards = {"shard_index": str(trigger.shard_index), "shard_total": str(trigger.shard_total)}
+        if job.shell:
+            command = ["/bin/sh", "-c", job.shell, job.name, trigger.param, *shards.values()]
+        else:
+            values = {"param": trigger.param, **shards}
+            command = [
+                re.sub(r"\{(param|shard_index|shard_total)\}", lambda found: values[found[1]], word)
+                for word in job.command
+            ]
+        # Without user= and preexec_fn subprocess uses vfork, which costs the same however large the
+        # daemon is.
+        as_user: dict[str, typing.Any] = {}
+        if self._user is not None:
+            user, groups = self._user
+            as_user = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": groups}
+        environment = self._environment()
+        with all_cores():
+            popen = subprocess.Popen(
+                command,
+                cwd=job.cwd,
+                env=environment,
+                stdin=self._supervisor.null,
+                stdout=self.write,
+                stderr=self.write,
+                start_new_session=True,
+                **as_user,
+            )
+        return Child(popen)
+
+    def _environment(self) -> dict[str, str]:
+        trigger, job = self._trigger, self._job
+        environment = {
+            **self._supervisor.environment,
+            **job.env,
+            MARKER: self.marker,
+            "XXL_JOB_ID": str(trigger.job_id),
+            "XXL_JOB_LOG_ID": str(trigger.log_id),
+            "XXL_JOB_HANDLER": trigger.handler,
+            "XXL_JOB_PARAM": trigger.param,
+            "XXL_JOB_SHARD_INDEX": str(trigger.shard_index),
+            "XXL_JOB_SHARD_TOTAL": str(trigger.shard_total),
+            "XXL_JOB_TRIGGER_TIME": str(trigger.log_date_time),
+            "XXL_JOB_TIMEOUT": str(self._timeout),
+            "XXL_JOB_RESULT_FILE": self._result_file,
+        }
+        if self._user is not None:
+            user = self._user[0]
+            environment.update(HOME=user.pw_dir, USER=user.pw_name, LOGNAME=user.pw_name)
+        return environment
+
+    def request(self) -> dict:
+        """What the forked child is to run."""
+        job = self._job
+        return {
+            "entry_point": job.python,
+            "pythonpath": job.pythonpath,
+            "cwd": job.cwd,
+            "user": job.user,
+            "env": self._environment(),
+            "context": {**vars(self._trigger), "timeout": self._timeout},
+        }
+
+    def why_not(self, error: Exception) -> str:
+        """What to tell of an error of `make` or `fork`."""
+        job = self._job
+        if isinstance(error, KeyError):
+            return f"cannot start: there is no user {job.user} on this host (jobs.{job.name}.user)"
+        if isinstance(error, ValueError):
+            return (
+                "cannot start: the parameter holds a NUL or a character that no command line can"
+                " carry"
+            )
+        if not os.path.isdir(job.cwd):
+            return f"cannot start: the directory {job.cwd} does not exist (jobs.{job.name}.cwd)"
+        if isinstance(error, OSError) and error.errno == errno.E2BIG:
+            size = len(self._trigger.param.encode("utf-8", "replace"))
+            return (
+                f"cannot start: the parameter of {size} bytes is longer than the kernel passes to a"
+                " program"
+            )
+        if job.user and isinstance(error, PermissionError):
+            return (
+                f"cannot start: this executor may not become the user {job.user}: run it as root,"
+                f" or remove jobs.{job.name}.user"
+            )
+        program = (
+            job.interpreter or sys.executable
+            if job.python
+            else job.command[0]
+            if job.command
+            else "/bin/sh"
+        )
+        return f"cannot start {program}: {getattr(error, 'strerror', None) or error}"
+
+    def close_input(self) -> None:
+        if self.write >= 0:
+            os.close(self.write)
+            self.write = -1
+
+    def close_output(self) -> None:
+        self.close_input()
+        if self.read >= 0:
+            self._supervisor.unwatch(self.read)
+            os.close(self.read)
+            self.read = -1
+
+    def message(self) -> str:
+        """What the job wrote into its result file."""
+        return self._supervisor.results.read(self._result_file, self._owner)
+
+    def close(self) -> None:
+        self.close_output()
+        if self._result_file:
+            self._supervisor.results.remove(self._result_file)
 
 
 class ProcessRun:
@@ -5081,11 +5348,7 @@ class ProcessRun:
         self.phase, self._began = RunPhase.STARTING, time.monotonic()
         self._timeout = shortest(job.timeout, trigger.timeout)
         self.out = supervisor.logs.open(trigger)
-        self._marker = supervisor.marker(trigger.log_id, job.background == "keep")
-        self._result_file = "" if job.user else supervisor.results.path(trigger.log_id)
-        self._owner = os.geteuid()  # of the result file
-        self._user: tuple[pwd.struct_passwd, list[int]] | None = None
-        self._read = self._write = -1  # where its output comes from, and goes to
+        self._launch = Launch(supervisor, trigger, job, self._timeout)
         self._child: Child | ForkedChild | None = None
         self._attempts = 0  # to have it forked by a Python server
         self._status: int | None = None
@@ -5095,7 +5358,6 @@ class ProcessRun:
         # {pid: start time} of its tree as found so far: one of them may clear its environment and
         # lose its parent
         self._seen: dict[int, int] = {}
-        self._memory_kills = 0  # of the control group, when it began
         self._aside = False  # its own thread is at work
         self._timer: list | None = None
         self._blank: list | None = None  # the timer of the start note
@@ -5161,29 +5423,13 @@ class ProcessRun:
         self._apart(self._make, self._made)
 
     def _make(self) -> str:
-        """In this run's thread, for its directory or a directory service may not answer: what the
-        process needs, and itself unless a Python server forks it. Returns why it cannot start."""
-        self._memory_kills = memory_kills()
+        """In this run's thread. Returns why it cannot start."""
         try:
-            if self._job.user:
-                user = pwd.getpwnam(self._job.user)
-                self._user = user, os.getgrouplist(user.pw_name, user.pw_gid)
-            self._read, self._write = os.pipe()
-            os.set_blocking(self._read, False)  # a job may take back what it wrote
-            if self._user is not None:
-                found = self._user[0]
-                if not self._result_file:
-                    self._result_file = self._supervisor.results.create(found)
-                    self._owner = found.pw_uid
-                os.fchown(self._write, found.pw_uid, found.pw_gid)  # for who opens /dev/stderr anew
-            if self._job.python:
-                os.stat(self._job.cwd)  # the child would report it with less to go by
-            else:
-                self._child = self._execute(self._write)
+            self._child = self._launch.make()
         except (OSError, ValueError, KeyError) as error:
             if isinstance(error, Unwatched):
                 self._end_by_force(0)
-            return self._spawn_failure(error)
+            return self._launch.why_not(error)
         return ""
 
     def _made(self, failure: typing.Any) -> None:
@@ -5193,15 +5439,15 @@ class ProcessRun:
         if not failure and self._child is None:
             try:
                 self._attempts += 1
-                self._child = self._supervisor.server(self._job).fork(self._write)
+                self._child = self._launch.fork()
             except OSError as error:
-                failure = self._spawn_failure(error)
-        self._close_input()
+                failure = self._launch.why_not(error)
+        self._launch.close_input()
         if failure:
             self._cannot_start(failure)
             return
         assert self._child is not None
-        for fd, step in ((self._read, self._on_output), (self._child.fd, self._on_child)):
+        for fd, step in ((self._launch.read, self._on_output), (self._child.fd, self._on_child)):
             self._supervisor.watch(fd, functools.partial(self.guarded, step))
         if self._child.pid:
             self._run()
@@ -5209,81 +5455,17 @@ class ProcessRun:
             ready = not isinstance(self._child, ForkedChild) or self._child.server.ready
             self._wait(SERVER_LIMIT if ready else PRELOAD_LIMIT, self._silent)
 
-    def _environment(self) -> dict[str, str]:
-        trigger, job = self.trigger, self._job
-        environment = {
-            **self._supervisor.environment,
-            **job.env,
-            MARKER: self._marker,
-            "XXL_JOB_ID": str(trigger.job_id),
-            "XXL_JOB_LOG_ID": str(trigger.log_id),
-            "XXL_JOB_HANDLER": trigger.handler,
-            "XXL_JOB_PARAM": trigger.param,
-            "XXL_JOB_SHARD_INDEX": str(trigger.shard_index),
-            "XXL_JOB_SHARD_TOTAL": str(trigger.shard_total),
-            "XXL_JOB_TRIGGER_TIME": str(trigger.log_date_time),
-            "XXL_JOB_TIMEOUT": str(self._timeout),
-            "XXL_JOB_RESULT_FILE": self._result_file,
-        }
-        if self._user is not None:
-            user = self._user[0]
-            environment.update(HOME=user.pw_dir, USER=user.pw_name, LOGNAME=user.pw_name)
-        return environment
-
-    def _execute(self, output: int) -> Child:
-        trigger, job = self.trigger, self._job
-        shards = {"shard_index": str(trigger.shard_index), "shard_total": str(trigger.shard_total)}
-        if job.shell:
-            command = ["/bin/sh", "-c", job.shell, job.name, trigger.param, *shards.values()]
-        else:
-            values = {"param": trigger.param, **shards}
-            command = [
-                re.sub(r"\{(param|shard_index|shard_total)\}", lambda found: values[found[1]], word)
-                for word in job.command
-            ]
-        # Without user= and preexec_fn subprocess uses vfork, which costs the same however large the
-        # daemon is.
-        as_user: dict[str, typing.Any] = {}
-        if self._user is not None:
-            user, groups = self._user
-            as_user = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": groups}
-        environment = self._environment()
-        with all_cores():
-            popen = subprocess.Popen(
-                command,
-                cwd=job.cwd,
-                env=environment,
-                stdin=self._supervisor.null,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-                **as_user,
-            )
-        return Child(popen)
-
-    def _request(self) -> dict:
-        """What the forked child is to run."""
-        job = self._job
-        return {
-            "entry_point": job.python,
-            "pythonpath": job.pythonpath,
-            "cwd": job.cwd,
-            "user": job.user,
-            "env": self._environment(),
-            "context": {**vars(self.trigger), "timeout": self._timeout},
-        }
-
     def _on_started(self) -> None:
         """The Python server has answered, or is gone."""
         child = self._child
         assert isinstance(child, ForkedChild)
         child.poll()
         if child.pid:
-            child.go_on(self._request())
+            child.go_on(self._launch.request())
             self._run()
         elif child.error:
             self._give_back_child()
-            self._cannot_start(self._spawn_failure(OSError(errno.EAGAIN, child.error)))
+            self._cannot_start(self._launch.why_not(OSError(errno.EAGAIN, child.error)))
         elif child.lost:
             self._supervisor.retire(child.server)  # its end is seen before it can be waited for
             self._give_back_child()
@@ -5296,22 +5478,10 @@ class ProcessRun:
             self._cannot_start(f"cannot start: {OLD_PYTHON.format(self._job.interpreter)}")
             return
         if self._attempts > 1:
-            self._cannot_start(self._spawn_failure(lost))
+            self._cannot_start(self._launch.why_not(lost))
             return
-        self._close_output()
+        self._launch.close_output()
         self.begin()
-
-    def _close_input(self) -> None:
-        if self._write >= 0:
-            os.close(self._write)
-            self._write = -1
-
-    def _close_output(self) -> None:
-        self._close_input()
-        if self._read >= 0:
-            self._supervisor.unwatch(self._read)
-            os.close(self._read)
-            self._read = -1
 
     def _silent(self) -> None:
         """The Python server does not answer: the next run gets a new one."""
@@ -5321,7 +5491,7 @@ class ProcessRun:
         self._supervisor.timers.after(SERVER_LIMIT, lambda: self._supervisor.end_silent(server))
         self._give_back_child()  # without a request its process ends
         silent = TimeoutError(errno.ETIMEDOUT, "the Python server does not answer")
-        self._cannot_start(self._spawn_failure(silent))
+        self._cannot_start(self._launch.why_not(silent))
 
     def _give_back_child(self) -> None:
         child, self._child = self._child, None
@@ -5332,37 +5502,6 @@ class ProcessRun:
     def _cannot_start(self, why: str) -> None:
         self._tell_start("pid=none")
         self._finish(Result(FAILURE, why, 127))
-
-    def _spawn_failure(self, error: Exception) -> str:
-        job = self._job
-        if isinstance(error, KeyError):
-            return f"cannot start: there is no user {job.user} on this host (jobs.{job.name}.user)"
-        if isinstance(error, ValueError):
-            return (
-                "cannot start: the parameter holds a NUL or a character that no command line can"
-                " carry"
-            )
-        if not os.path.isdir(job.cwd):
-            return f"cannot start: the directory {job.cwd} does not exist (jobs.{job.name}.cwd)"
-        if isinstance(error, OSError) and error.errno == errno.E2BIG:
-            size = len(self.trigger.param.encode("utf-8", "replace"))
-            return (
-                f"cannot start: the parameter of {size} bytes is longer than the kernel passes to a"
-                " program"
-            )
-        if job.user and isinstance(error, PermissionError):
-            return (
-                f"cannot start: this executor may not become the user {job.user}: run it as root,"
-                f" or remove jobs.{job.name}.user"
-            )
-        program = (
-            job.interpreter or sys.executable
-            if job.python
-            else job.command[0]
-            if job.command
-            else "/bin/sh"
-        )
-        return f"cannot start {program}: {getattr(error, 'strerror', None) or error}"
 
     def _tell_start(self, where: str) -> None:
         line, note = start_note(self.trigger, self._timeout, where)
@@ -5388,11 +5527,11 @@ class ProcessRun:
 
     def _on_output(self) -> None:
         with contextlib.suppress(BlockingIOError):
-            data = os.read(self._read, _CHUNK)
+            data = os.read(self._launch.read, _CHUNK)
             if data:
                 self.out.write(data)
             else:
-                self._supervisor.unwatch(self._read)
+                self._supervisor.unwatch(self._launch.read)
 
     def _on_child(self) -> None:
         if self.phase is RunPhase.STARTING:
@@ -5454,7 +5593,7 @@ class ProcessRun:
         try:
             with urgent():
                 reap_orphans()  # thousands of them would make the search long
-                self._seen.update(family(self._marker, self._child.session, self._seen))
+                self._seen.update(family(self._launch.marker, self._child.session, self._seen))
                 await_exit(send_signal(self._seen, signal.SIGTERM), 0)
         except OSError as error:  # SIGKILL will be tried until it works
             log.error("cannot search for the processes of %s: %s", self.trigger, error)
@@ -5470,7 +5609,7 @@ class ProcessRun:
         who cannot be killed."""
         while True:
             try:
-                return kill_family(self._marker, session, self._seen)
+                return kill_family(self._launch.marker, session, self._seen)
             except OSError as error:
                 log.error("cannot search for the processes of %s: %s", self.trigger, error)
                 with contextlib.suppress(OSError):
@@ -5480,8 +5619,8 @@ class ProcessRun:
 
     def _fail(self, message: str) -> None:
         """Something unexpected happened: end the tree by force, then the run."""
-        if self._read >= 0:
-            self._supervisor.unwatch(self._read)  # it may be what fails
+        if self._launch.read >= 0:
+            self._supervisor.unwatch(self._launch.read)  # it may be what fails
         if self._aside or self.phase is RunPhase.ENDED:
             self._broken = message  # after what its thread does
             return
@@ -5506,7 +5645,7 @@ class ProcessRun:
             self._apart(lambda: self._keep_tree(child.session), lambda value: self._drain())
 
     def _keep_tree(self, session: int) -> None:
-        _KEPT.update(family(self._marker, session))
+        _KEPT.update(family(self._launch.marker, session))
 
     def _end_tree(self, session: int) -> None:
         """What is left of the tree gets SIGTERM, the rest of the grace, and SIGKILL."""
@@ -5514,7 +5653,7 @@ class ProcessRun:
             time.monotonic() + self._job.kill_grace if self._kill_at is None else self._kill_at
         )
         with contextlib.suppress(OSError):
-            self._seen.update(family(self._marker, session, self._seen))
+            self._seen.update(family(self._launch.marker, session, self._seen))
             left = max(0.0, kill_at - time.monotonic())
             await_exit(send_signal(self._seen, signal.SIGTERM), left)
         survivors = self._end_by_force(session)
@@ -5526,7 +5665,7 @@ class ProcessRun:
         until its end."""
         with contextlib.suppress(BlockingIOError):
             for _ in range(64):
-                data = os.read(self._read, _CHUNK)
+                data = os.read(self._launch.read, _CHUNK)
                 if not data:
                     break
                 self.out.write(data)
@@ -5535,7 +5674,7 @@ class ProcessRun:
     def _result(self) -> Result:
         child, ended, status = self._child, self._cancelled, self._status
         assert child is not None
-        message = child.message or self._supervisor.results.read(self._result_file, self._owner)
+        message = child.message or self._launch.message()
         # A cancellation that came after its end changes nothing.
         if status is None or ended is not None and self._kill_at is not None:
             assert ended is not None
@@ -5551,7 +5690,7 @@ class ProcessRun:
             return Result(SUCCESS, message or self.out.last_line(), 0)
         if status < 0:
             why = ""
-            if status == -signal.SIGKILL and memory_kills() > self._memory_kills:
+            if status == -signal.SIGKILL and memory_kills() > self._launch.memory_kills:
                 why = (
                     ": the kernel ended it for want of memory, of the host or of this service or"
                     " container"
@@ -5570,9 +5709,7 @@ class ProcessRun:
             self._supervisor.timers.cancel(timer)
         try:
             self._give_back_child()
-            self._close_output()
-            if self._result_file:
-                self._supervisor.results.remove(self._result_file)
+            self._launch.close()
             self.out.end(end_note(result, time.monotonic() - self._began))
         finally:
             result = dataclasses.replace(result, message=clip(result.message))
@@ -5585,7 +5722,28 @@ def _shell_status(status: int | None) -> int:
     return 128 + signal.SIGKILL if status is None else 128 - status if status < 0 else status
 
 
-# -- jobs with isolation: thread
+# --------------------------------------------------------------------------------------------------
+# 7f jobs with isolation: thread
+# --------------------------------------------------------------------------------------------------
+
+
+class ThreadOutput:
+    """sys.stdout or sys.stderr while jobs may run in threads: what such a thread writes goes into
+    its run's log."""
+
+    def __init__(self, original: typing.Any, local: threading.local):
+        self.original, self.local = original, local
+
+    def write(self, text: str) -> int:
+        sink = getattr(self.local, "sink", None)
+        return sink(text) if sink is not None else self.original.write(text)
+
+    def captures(self) -> bool:
+        """Whether what this thread writes goes into a run's log."""
+        return getattr(self.local, "sink", None) is not None
+
+    def __getattr__(self, name: str) -> typing.Any:
+        return getattr(self.original, name)
 
 
 class ThreadRun:
@@ -5831,6 +5989,104 @@ class RunLog:
         return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
+def page(first: int, last: int, content: str, end: bool) -> dict:
+    """Lines `first` to `last` of a log, as the admin reads them; `end`: it need not ask again."""
+    return {"fromLineNum": first, "toLineNum": last, "logContent": content, "isEnd": end}
+
+
+class LogPages:
+    """Reads logs by page, and remembers where lines begin; any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        # (logId, inode): [(line, offset), ...], about one for each _CHUNK, the last one where the
+        # last page ended
+        self._index: collections.OrderedDict[tuple, list] = collections.OrderedDict()
+
+    def read(self, fd: int, log_id: int, first: int, ended: bool, limit: int, where: str) -> dict:
+        """Lines from `first` of the open file `where`, at most `limit` bytes; see JobLogs.page."""
+        size = os.fstat(fd).st_size
+        key = (log_id, os.fstat(fd).st_ino)
+        line, start = self._seek(fd, key, first, size)
+        if line < first:
+            return page(first, first - 1, "", ended)
+        # at once: pieces would stay with the allocator, for each thread that reads
+        data = os.pread(fd, min(limit, size - start), start)
+        fits = fitting(data, limit)
+        cut, data = fits < len(data) or start + limit < size, data[:fits]
+        if ended and first == 1 and cut:
+            return self._long(fd, key, size, limit, where)
+        at_end = start + len(data) >= size
+        whole_lines = data if ended and at_end else data[: data.rfind(b"\n") + 1]
+        if not whole_lines and cut:
+            line, after = self._seek(fd, key, first + 1, size)
+            if line == first and not ended:  # the line goes on
+                return page(first, first - 1, "", ended)
+            shown = data + f" ... [line of {after - start} bytes, cut]\n".encode()
+            return page(first, first, self._decode(shown), ended and after >= size)
+        lines = whole_lines.count(b"\n")
+        lines += bool(whole_lines) and not whole_lines.endswith(b"\n")
+        end = start + len(whole_lines)
+        self._remember(key, first + lines, end)
+        text = self._decode(whole_lines)
+        return page(first, first + lines - 1, text, ended and end >= size)
+
+    @staticmethod
+    def _decode(data: bytes) -> str:
+        return data.decode("utf-8", "replace").replace("\0", "\ufffd")
+
+    def _long(self, fd: int, key: tuple, size: int, limit: int, where: str) -> dict:
+        """A finished log beyond the limit: the admin asks for it once, so it gets the head, a
+        notice and the tail."""
+        half = min(limit, size) // 2
+        head, tail = os.pread(fd, half, 0), os.pread(fd, half, size - half)
+        head = head[: fitting(head, limit // 2)]
+        tail = tail[len(tail) - fitting(tail, limit // 2, -1) :]
+        head = head[: head.rfind(b"\n") + 1] or head
+        tail = tail[tail.find(b"\n") + 1 :] or tail
+        lines = self._seek(fd, key, sys.maxsize, size)[0] - tail.endswith(b"\n")
+        left_out = size - len(head) - len(tail)
+        notice = (
+            f"\n----- {left_out} bytes are left out here; the whole log is {where} on"
+            f" {socket.gethostname()} -----\n\n"
+        )
+        return page(1, lines, self._decode(head) + notice + self._decode(tail), True)
+
+    def _seek(self, fd: int, key: tuple, line: int, size: int) -> tuple[int, int]:
+        """(line, offset) where `line` begins, or of the last line that begins before `size`; reads
+        only from the next known position on."""
+        with self._lock:
+            known = [
+                mark for mark in self._index.get(key, ()) if mark[0] <= line and mark[1] <= size
+            ]
+        at, offset = max(known, default=(1, 0))
+        while at < line and offset < size:
+            data = os.pread(fd, min(_CHUNK, size - offset), offset)
+            if not data:
+                break
+            count = data.count(b"\n")
+            if at + count < line:
+                at, offset = at + count, offset + len(data)
+                if count:
+                    self._remember(key, at, offset - len(data) + data.rfind(b"\n") + 1)
+                continue
+            parts = data.split(b"\n", line - at)
+            return line, offset + len(data) - len(parts[-1])
+        return at, offset
+
+    def _remember(self, key: tuple, line: int, offset: int) -> None:
+        """Note that `line` begins at `offset`."""
+        with self._lock:
+            marks = self._index.setdefault(key, [])
+            self._index.move_to_end(key)
+            if len(self._index) > _INDEXED_FILES:
+                self._index.popitem(last=False)
+            if len(marks) > 1 and marks[-1][1] - marks[-2][1] < _CHUNK:
+                marks.pop()
+            if not marks or offset > marks[-1][1]:
+                marks.append((line, offset))
+
+
 class JobLogs:
     """Files `yyyy-MM-dd/<logId>.log` below one directory: written with a cap, read by page, pruned
     by age; any thread."""
@@ -5853,9 +6109,7 @@ class JobLogs:
         # the directory of a day that was used last: (path, device, inode), and a descriptor of it
         self._day: tuple = ("", 0, 0)
         self._day_fd = -1
-        # (logId, inode): [(line, offset), ...], about one for each _CHUNK, the last one where the
-        # last page ended
-        self._index: collections.OrderedDict[tuple, list] = collections.OrderedDict()
+        self._pages = LogPages()
 
     def _place(self, log_id: int, log_date_time: int) -> tuple[str, str]:
         """(directory, name): both made of numbers only, so that no request can point elsewhere."""
@@ -5956,105 +6210,16 @@ class JobLogs:
             fd = self._open(log_id, log_date_time, os.O_RDONLY)
         except OSError as error:
             if not ended or first > 1:
-                return self._page(first, first - 1, "", ended)
+                return page(first, first - 1, "", ended)
             text = (
                 f"no log: {where} on {socket.gethostname()}: {error.strerror}; it may have been"
                 " pruned after log_retention"
             )
-            return self._page(first, first, text, ended)
+            return page(first, first, text, ended)
         try:
-            return self._page_of(fd, log_id, first, ended, limit, where)
+            return self._pages.read(fd, log_id, first, ended, limit, where)
         finally:
             os.close(fd)
-
-    def _page_of(
-        self, fd: int, log_id: int, first: int, ended: bool, limit: int, where: str
-    ) -> dict:
-        """The same of an open file, which is `where`."""
-        size = os.fstat(fd).st_size
-        key = (log_id, os.fstat(fd).st_ino)
-        line, start = self._seek(fd, key, first, size)
-        if line < first:
-            return self._page(first, first - 1, "", ended)
-        # at once: pieces would stay with the allocator, for each thread that reads
-        data = os.pread(fd, min(limit, size - start), start)
-        fits = fitting(data, limit)
-        cut, data = fits < len(data) or start + limit < size, data[:fits]
-        if ended and first == 1 and cut:
-            return self._long(fd, key, size, limit, where)
-        at_end = start + len(data) >= size
-        whole_lines = data if ended and at_end else data[: data.rfind(b"\n") + 1]
-        if not whole_lines and cut:
-            line, after = self._seek(fd, key, first + 1, size)
-            if line == first and not ended:  # the line goes on
-                return self._page(first, first - 1, "", ended)
-            shown = data + f" ... [line of {after - start} bytes, cut]\n".encode()
-            return self._page(first, first, self._decode(shown), ended and after >= size)
-        lines = whole_lines.count(b"\n")
-        lines += bool(whole_lines) and not whole_lines.endswith(b"\n")
-        end = start + len(whole_lines)
-        self._remember(key, first + lines, end)
-        text = self._decode(whole_lines)
-        return self._page(first, first + lines - 1, text, ended and end >= size)
-
-    @staticmethod
-    def _page(first: int, last: int, content: str, end: bool) -> dict:
-        return {"fromLineNum": first, "toLineNum": last, "logContent": content, "isEnd": end}
-
-    @staticmethod
-    def _decode(data: bytes) -> str:
-        return data.decode("utf-8", "replace").replace("\0", "\ufffd")
-
-    def _long(self, fd: int, key: tuple, size: int, limit: int, where: str) -> dict:
-        """A finished log beyond the limit: the admin asks for it once, so it gets the head, a
-        notice and the tail."""
-        half = min(limit, size) // 2
-        head, tail = os.pread(fd, half, 0), os.pread(fd, half, size - half)
-        head = head[: fitting(head, limit // 2)]
-        tail = tail[len(tail) - fitting(tail, limit // 2, -1) :]
-        head = head[: head.rfind(b"\n") + 1] or head
-        tail = tail[tail.find(b"\n") + 1 :] or tail
-        lines = self._seek(fd, key, sys.maxsize, size)[0] - tail.endswith(b"\n")
-        left_out = size - len(head) - len(tail)
-        notice = (
-            f"\n----- {left_out} bytes are left out here; the whole log is {where} on"
-            f" {socket.gethostname()} -----\n\n"
-        )
-        return self._page(1, lines, self._decode(head) + notice + self._decode(tail), True)
-
-    def _seek(self, fd: int, key: tuple, line: int, size: int) -> tuple[int, int]:
-        """(line, offset) where `line` begins, or of the last line that begins before `size`; reads
-        only from the next known position on."""
-        with self._lock:
-            known = [
-                mark for mark in self._index.get(key, ()) if mark[0] <= line and mark[1] <= size
-            ]
-        at, offset = max(known, default=(1, 0))
-        while at < line and offset < size:
-            data = os.pread(fd, min(_CHUNK, size - offset), offset)
-            if not data:
-                break
-            count = data.count(b"\n")
-            if at + count < line:
-                at, offset = at + count, offset + len(data)
-                if count:
-                    self._remember(key, at, offset - len(data) + data.rfind(b"\n") + 1)
-                continue
-            parts = data.split(b"\n", line - at)
-            return line, offset + len(data) - len(parts[-1])
-        return at, offset
-
-    def _remember(self, key: tuple, line: int, offset: int) -> None:
-        """Note that `line` begins at `offset`."""
-        with self._lock:
-            marks = self._index.setdefault(key, [])
-            self._index.move_to_end(key)
-            if len(self._index) > _INDEXED_FILES:
-                self._index.popitem(last=False)
-            if len(marks) > 1 and marks[-1][1] - marks[-2][1] < _CHUNK:
-                marks.pop()
-            if not marks or offset > marks[-1][1]:
-                marks.append((line, offset))
 
     def prune(
         self,
@@ -6103,6 +6268,8 @@ class JobLogs:
 # 9 journal
 # --------------------------------------------------------------------------------------------------
 _SUFFIXES = ("", "-wal", "-shm")  # of the files of an SQLite database in WAL mode
+# seconds a delivered run is remembered, so that its repeated trigger starts nothing
+REPEAT_WINDOW = 86_400.0
 LOOK_BACK = 50_000  # rows that are searched for the latest runs of each job, in 0.3 s
 KEPT_RUNS = 200_000  # rows for `runs`, as far as they are younger than executor.log_retention
 PRUNE_PATIENCE = 60.0  # seconds for a part of what is old to be removed
@@ -6233,39 +6400,37 @@ class Unfinished(typing.NamedTuple):
     cancelled: Result | None  # why it was being ended
 
 
-class Journal:
-    """Runs and undelivered results in SQLite.
-
-    Only the core writes: begin, then decisions, then commit, which also stores what has happened
-    since; or take_back, which keeps that for the next commit. What reads has a connection of its
-    own and never waits for a writer: any thread. How many results wait is counted as it changes.
-    """
+class JournalFiles:
+    """The files of the journal: opened, set aside when they are broken, made anew when they were
+    removed. `db` is the connection of the core, the only one that writes; `read` has one of its
+    own and never waits for a writer: any thread."""
 
     def __init__(self, file: str):
+        """Raises ExecutorError."""
         self._file = file
-        # what has happened and is not stored yet: rows of the statements in `commit`
-        self._cancels: list[tuple[int, str, int]] = []
-        self._results: list[tuple[int, str, str, int]] = []
-        self._settled: list[typing.Any] = []
-        self._notes: dict[str, str | None] = {}
-        self._after: list[typing.Callable[[], typing.Any]] = []  # what follows the last commit
-        self.stored: typing.Callable[[], None] = lambda: None  # called when results were committed
-        self.post: typing.Callable[[typing.Any], None] = self.hold
-        self._committing = False
-        self._told = False  # that results are held
-        self._tainted = False  # a failed COMMIT may come back until something is written over it
-        self._moved = False  # the files were made anew in this turn: its triggers are refused
-        self._closed, self._trouble = False, ""  # no file is open; what was told of that last
-        self._db = self._open_first()
-        self._reading = threading.Lock()  # guards `_reader`
+        self.closed, self._trouble = False, ""  # no file is open; what was told of that last
+        self.db = self._open_first()
+        self.reading = threading.Lock()  # guards `_reader`
         self._reader = self._connect()
-        counts = "SELECT state, count(*) FROM runs WHERE state <> 'delivered' GROUP BY state"
-        found = dict(self._read(counts))
-        self._counts = {state: found.get(state, 0) for state in ("finished", "dead")}
-        self._facts = dict(self._read("SELECT name, value FROM facts"))
         self._places = self._stamps()
-        self._start_clock()
-        self._store_now()
+
+    def check(self) -> None:
+        """Before each transaction, which could not be found in other files. Raises FilesMoved."""
+        if self.closed or self._stamps() != self._places:
+            raise FilesMoved("its files were removed or replaced while it was open: try again")
+
+    def close(self) -> None:
+        with self.reading:
+            self._reader.close()
+        self.db.close()
+
+    def read(self, query: str, *values: typing.Any) -> list:
+        """The rows. Raises JournalError."""
+        with self.reading:
+            try:
+                return self._reader.execute(query, values).fetchall()
+            except sqlite3.Error as error:
+                raise JournalError(f"{self._file}: {error}") from None
 
     def _open_first(self) -> sqlite3.Connection:
         """Its files, made anew when they are broken. Raises ExecutorError."""
@@ -6299,34 +6464,6 @@ class Journal:
                 aside,
             )
             return self._open()
-
-    def _start_clock(self) -> None:
-        [newest] = self._read("SELECT max(finished), max(accepted) FROM runs")
-        saved = 0.0
-        with contextlib.suppress(ValueError):  # the first start, or a damaged page
-            saved = float(self.fact("clock"))
-        # What came after the last save; a time from a damaged row must not age all others.
-        most = max(saved, time.time()) + DEAD_AFTER
-        known = [at for at in newest if isinstance(at, (int, float)) and at < most]
-        self.clock = Clock(max([saved, *known]) or time.time())
-        self.save_clock()
-
-    def save_clock(self) -> None:
-        """From time to time: what is lost of it makes ages that decide younger."""
-        self.learn("clock", str(self.clock.now()))
-
-    def known_for(self, name: str) -> float:
-        """For how many seconds of the clock something of this name is known; the first call notes
-        it."""
-        try:
-            return self.clock.now() - float(self.fact(f"since {name}"))
-        except ValueError:
-            self.learn(f"since {name}", str(self.clock.now()))
-            return 0.0
-
-    def forget(self, name: str) -> None:
-        self._facts.pop(f"since {name}", None)
-        self.post(Note(f"since {name}", None))
 
     def _check_wal(self) -> None:
         """SQLite takes a write-ahead log that is none for an empty one, and says nothing of what is
@@ -6362,21 +6499,351 @@ class Journal:
 
         return tuple(map(stamp, _SUFFIXES))
 
-    # -- the core's thread
+    def renew(self) -> bool:
+        """Make the files anew from those that are still open; whether they are there. The core's
+        thread."""
+        try:
+            if not self.closed:
+                self._copy()
+            self._take_copy()
+            log.error(
+                "the files of the journal %s were removed: made anew, all is there", self._file
+            )
+            self._trouble = ""
+        except (sqlite3.Error, OSError) as error:
+            if str(error) != self._trouble:
+                log.error("the files of the journal %s were removed: %s", self._file, error)
+            self._trouble = str(error)
+        return not self.closed
+
+    def _copy(self) -> None:
+        """What is open as FILE.new, whole or not at all; then nothing is open any more."""
+        part = self._file + ".part"
+        for last in (False, True):
+            try:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(part)
+                with contextlib.closing(sqlite3.connect(part, isolation_level=None)) as target:
+                    self.db.backup(target)
+                break
+            except sqlite3.Error as error:
+                with contextlib.suppress(OSError):
+                    os.unlink(part)
+                if last or not _NO_SPACE.search(str(error)) or not self.reserve.give_up():
+                    raise
+        os.chmod(part, 0o640)
+        os.replace(part, self._file + ".new")
+        with self.reading:
+            self.closed = True
+            self._reader.close()
+            self.db.close()
+
+    def _take_copy(self) -> None:
+        """Put FILE.new into its place, aside whatever lies there, and open it."""
+        if os.path.exists(self._file + ".new"):
+            foreign = []
+            for suffix, own, found in zip(_SUFFIXES, self._places, self._stamps()):
+                if found == own is not None:
+                    os.unlink(self._file + suffix)  # what it held is in the copy
+                elif found is not None:
+                    foreign.append(suffix)
+            if foreign:
+                self._set_aside(*foreign)
+            os.replace(self._file + ".new", self._file)
+        db = self._open()
+        with self.reading:
+            self.db = db
+            self._reader = self._connect()
+            self._places, self.closed = self._stamps(), False
+
+    def _open(self) -> sqlite3.Connection:
+        os.close(
+            os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        )  # it holds parameters and results
+        with contextlib.suppress(FileNotFoundError):
+            if not os.path.getsize(self._file) and os.path.getsize(
+                self._file + "-wal"
+            ):  # SQLite would delete that one
+                raise sqlite3.DatabaseError("it is empty, its write-ahead log is not")
+        db = self._connect()
+        try:
+            db.executescript(_SCHEMA)
+            found = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+            # What the check does not see: other tables than these (a version that changes them must
+            # convert them before), and a header that forbids to write.
+            with contextlib.closing(sqlite3.connect(":memory:")) as wanted:
+                wanted.executescript(_SCHEMA)
+                if found == "ok" and not self._tables(wanted) <= self._tables(db):
+                    found = "its tables are not those of this program"
+            if found != "ok":
+                raise sqlite3.DatabaseError(found)
+            db.executescript("BEGIN; INSERT OR REPLACE INTO facts VALUES ('', ''); ROLLBACK")
+        except (
+            sqlite3.Error,
+            UnicodeDecodeError,
+        ) as error:  # SQLite's message may quote what is damaged
+            db.close()
+            if isinstance(error, sqlite3.OperationalError) and _OUTSIDE.search(str(error)):
+                raise
+            raise sqlite3.DatabaseError(error) from None
+        return db
+
+    def _connect(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self._file, isolation_level=None, check_same_thread=False, timeout=0.5)
+        # a damaged text must not hide the rows behind it
+        db.text_factory = lambda data: data.decode("utf-8", "replace")
+        return db
+
+    @staticmethod
+    def _tables(db: sqlite3.Connection) -> set[tuple[str, str]]:
+        """(name, SQL) of tables and indexes, however the SQL was laid out."""
+        found = db.execute("SELECT name, sql FROM sqlite_master")
+        return {(name, " ".join((sql or "").split())) for name, sql in found}
+
+
+# --------------------------------------------------------------------------------------------------
+# 9b runs and results
+# --------------------------------------------------------------------------------------------------
+class Facts:
+    """What the journal remembers by name, and the clock, whose last time is one of these; any
+    thread. `post` takes what is to be stored."""
+
+    def __init__(self, files: JournalFiles):
+        self._files = files
+        self.post: typing.Callable[[typing.Any], None] = lambda message: None
+        self._facts = dict(files.read("SELECT name, value FROM facts"))
+
+    def fact(self, name: str) -> str:
+        """What was remembered under this name, "" when nothing was."""
+        return self._facts.get(name) or ""
+
+    def learn(self, name: str, value: str) -> None:
+        """Remember it; nobody waits until it is stored."""
+        self._facts[name] = value
+        self.post(Note(name, value))
+
+    def forget(self, name: str) -> None:
+        self._facts.pop(f"since {name}", None)
+        self.post(Note(f"since {name}", None))
+
+    def known_for(self, name: str) -> float:
+        """For how many seconds of the clock something of this name is known; the first call notes
+        it."""
+        try:
+            return self.clock.now() - float(self.fact(f"since {name}"))
+        except ValueError:
+            self.learn(f"since {name}", str(self.clock.now()))
+            return 0.0
+
+    def save_clock(self) -> None:
+        """From time to time: what is lost of it makes ages that decide younger."""
+        self.learn("clock", str(self.clock.now()))
+
+    def _start_clock(self) -> None:
+        [newest] = self._files.read("SELECT max(finished), max(accepted) FROM runs")
+        saved = 0.0
+        with contextlib.suppress(ValueError):  # the first start, or a damaged page
+            saved = float(self.fact("clock"))
+        # What came after the last save; a time from a damaged row must not age all others.
+        most = max(saved, time.time()) + DEAD_AFTER
+        known = [at for at in newest if isinstance(at, (int, float)) and at < most]
+        self.clock = Clock(max([saved, *known]) or time.time())
+        self.save_clock()
+
+
+class JournalReader(Facts):
+    """What others ask of the journal, and its pruning; any thread. How many results wait is counted
+    as it changes."""
+
+    def __init__(self, file: str):
+        super().__init__(JournalFiles(file))
+        self._file = file
+        self._results: list[tuple[int, str, str, int]] = []  # that are not stored yet
+        counts = "SELECT state, count(*) FROM runs WHERE state <> 'delivered' GROUP BY state"
+        found = dict(self._files.read(counts))
+        self._counts = {state: found.get(state, 0) for state in ("finished", "dead")}
+
+    def undelivered(self, limit: int) -> list[StoredResult]:
+        """Results that wait for the admin, the oldest first."""
+        rows = self._files.read(
+            "SELECT log_id, log_date_time, code, message, finished FROM runs WHERE state <>"
+            " 'delivered' AND state = 'finished' ORDER BY finished LIMIT ?",
+            limit,
+        )
+        return [StoredResult(*row) for row in rows]
+
+    def acknowledged(
+        self, state: RunState, since: float, until: float, limit: int
+    ) -> list[StoredResult]:
+        """Results that came into this state between two times of the clock, the oldest first."""
+        rows = self._files.read(
+            "SELECT log_id, log_date_time, code, message, finished FROM runs WHERE state <>"
+            " 'delivered' AND state = ? AND finished >= ? AND finished < ? ORDER BY finished"
+            " LIMIT ?",
+            state.value,
+            since,
+            until,
+            limit,
+        )
+        return [StoredResult(*row) for row in rows]
+
+    def knows(self, log_id: int) -> bool:
+        return bool(self._files.read("SELECT 1 FROM runs WHERE log_id = ?", log_id))
+
+    def latest(self, before: float, handlers: typing.Iterable[str]) -> list[PastRun]:
+        """The RECENT latest runs of each handler that ended before the time `before`, the latest
+        first, at least until all of `handlers` have so many; reads with a connection of its own.
+        Raises JournalError."""
+        missing, found = dict.fromkeys(handlers, RECENT), []
+        with contextlib.closing(read_journal(self._file)) as db:
+            for run in itertools.islice(past_runs(db), LOOK_BACK):
+                wanted = missing.get(run.label, RECENT)
+                if wanted and run.code is not None and run.began + (run.took or 0.0) < before:
+                    found.append(run)
+                    missing[run.label] = wanted - 1
+                    if not any(missing.values()):
+                        break
+        return found
+
+    def counts(self) -> dict[str, int]:
+        """How many results are undelivered, held because they could not be stored, and dead."""
+        held = len(self._results)
+        return {
+            "undelivered": self._counts["finished"] + held,
+            "held": held,
+            "dead": self._counts["dead"],
+        }
+
+    def oldest(self) -> float:
+        """For how many seconds the oldest result waits for the admin; 0 when none does."""
+        rows = self.undelivered(1)
+        return max(0.0, self.clock.now() - rows[0].finished) if rows else 0.0
+
+    def unfinished(self) -> list[Unfinished]:
+        """Every run without a result, in the order of acceptance; read once, at start."""
+        rows = self._files.read(
+            "SELECT log_id, log_date_time, trigger, state, accepted, starts, code, message FROM"
+            " runs WHERE state <> 'delivered' AND state IN ('accepted', 'running')"
+            " ORDER BY accepted"
+        )
+        found, dropped = [], self._dropped()
+        for log_id, date, stored, state, accepted, starts, code, message in rows:
+            try:
+                fields = json.loads(stored)
+                age = seconds_since(fields.pop("accepted", ["", 0.0, accepted]))
+                trigger = Trigger(**fields)
+            except (ValueError, TypeError, AttributeError):  # a page may be damaged unnoticed
+                age = 0.0
+                trigger = Trigger(0, log_id, "(unknown)", log_date_time=date, glue_type="")
+            cancelled = dropped.get(log_id) if code is None else Result(code, message or "")
+            found.append(Unfinished(trigger, RunState(state), age, starts, cancelled))
+        return found
+
+    def _dropped(self) -> dict[int, Result]:
+        """By logId: what was dropped in an earlier life and perhaps not finished."""
+        found: dict[int, Result] = {}
+        for name, value in self._facts.items():
+            if name.startswith(_DROPPED):
+                with contextlib.suppress(ValueError, TypeError):  # a page may be damaged unnoticed
+                    log_ids, code, message = json.loads(value)
+                    found.update(dict.fromkeys(log_ids, Result(code, message)))
+        return found
+
+    def forget_dropped(self) -> None:
+        """Once every run that was dropped in an earlier life is finished; at start."""
+        for name in [name for name in self._facts if name.startswith(_DROPPED)]:
+            del self._facts[name]
+            self.post(Note(name, None))
+
+    def prune(
+        self, stop: typing.Callable[[], bool] = lambda: False, keep: float = REPEAT_WINDOW
+    ) -> int:
+        """Forget delivered runs after `keep` seconds, and before that those beyond KEPT_RUNS, but
+        none within REPEAT_WINDOW; dead ones after four times DEAD_AFTER. Returns how many. Raises
+        JournalError."""
+        keep = max(keep, REPEAT_WINDOW)
+        newest = self._files.read(
+            "SELECT finished FROM runs WHERE state = 'delivered' ORDER BY finished DESC LIMIT 1"
+            f" OFFSET {KEPT_RUNS}"
+        )
+        if newest and isinstance(newest[0][0], float):  # else a damaged row
+            keep = min(keep, max(self.clock.now() - newest[0][0], REPEAT_WINDOW))
+        removed = self._remove("state = 'delivered'", keep, stop)
+        for state in (RunState.ACKNOWLEDGED, RunState.RESENT):
+            condition = f"state <> 'delivered' AND state = '{state.value}'"
+            removed += self._remove(condition, keep, stop)
+        dead = self._remove("state <> 'delivered' AND state = 'dead'", 4 * DEAD_AFTER, stop)
+        if dead:
+            self._ask(self._count_dead)
+        return removed + dead
+
+    def _remove(self, state: str, age: float, stop: typing.Callable[[], bool]) -> int:
+        """In parts: triggers wait meanwhile."""
+        query = (
+            "DELETE FROM runs WHERE log_id IN"
+            f" (SELECT log_id FROM runs WHERE {state} AND finished < ? LIMIT 1000)"
+        )
+        before, removed = (self.clock.now() - age,), 0
+        while not stop():
+            count = self._ask(lambda: self._files.db.execute(query, before).rowcount)
+            if not count:
+                break
+            removed += count
+        return removed
+
+    def _count_dead(self) -> None:
+        query = "SELECT count(*) FROM runs WHERE state <> 'delivered' AND state = 'dead'"
+        self._counts["dead"] = self._files.db.execute(query).fetchone()[0]
+
+    def _ask(self, work: typing.Callable[[], typing.Any]) -> typing.Any:
+        """The value of `work` in the core's next transaction. Raises JournalError."""
+        box: queue.SimpleQueue = queue.SimpleQueue()
+        self.post(Work(work, box.put))
+        try:
+            value = box.get(timeout=PRUNE_PATIENCE)
+        except queue.Empty:
+            raise JournalError(f"{self._file}: the disk is too slow") from None
+        if isinstance(value, Exception):
+            raise value
+        return value
+
+
+class Journal(JournalReader):
+    """Runs and undelivered results in SQLite; what writes is for the core's thread.
+
+    begin, then decisions, then commit, which also stores what has happened since; or take_back,
+    which keeps that for the next commit.
+    """
+
+    def __init__(self, file: str):
+        super().__init__(file)
+        self.post = self.hold
+        self.reserve = self._files.reserve
+        # what has happened and is not stored yet, beside `_results`: rows of the statements in
+        # `commit`
+        self._cancels: list[tuple[int, str, int]] = []
+        self._settled: list[typing.Any] = []
+        self._notes: dict[str, str | None] = {}
+        self._after: list[typing.Callable[[], typing.Any]] = []  # what follows the last commit
+        self.stored: typing.Callable[[], None] = lambda: None  # called when results were committed
+        self._committing = False
+        self._told = False  # that results are held
+        self._tainted = False  # a failed COMMIT may come back until something is written over it
+        self._moved = False  # the files were made anew in this turn: its triggers are refused
+        self._start_clock()
+        self._store_now()
 
     def begin(self) -> None:
         """Begin a transaction. Raises sqlite3.Error and OSError."""
         self._facts_end = len(self._cancels), len(self._results)
-        # What would be written now could not be found if the files are others.
-        if self._closed or self._stamps() != self._places:
-            raise FilesMoved("its files were removed or replaced while it was open: try again")
+        self._files.check()
         if self._tainted:
             self._untaint()
-        self._db.execute("BEGIN IMMEDIATE")
+        self._files.db.execute("BEGIN IMMEDIATE")
 
     def commit(self) -> None:
         """Store what has happened, and commit. Raises sqlite3.Error and OSError."""
-        db, counts = self._db, dict(self._counts)
+        db, counts = self._files.db, dict(self._counts)
         if self._cancels:
             db.executemany(
                 "UPDATE runs SET code = ?, message = ? WHERE log_id = ? AND state = 'running'",
@@ -6428,34 +6895,33 @@ class Journal:
         # What a COMMIT that failed has written may come back after a crash.
         self._tainted, self._committing = self._tainted or self._committing, False
         with contextlib.suppress(sqlite3.Error):
-            self._db.execute("ROLLBACK")
+            self._files.db.execute("ROLLBACK")
 
     def _untaint(self) -> None:
         """Overwrite what a COMMIT that failed has left in the write-ahead log, so that it does not
         come back after a crash: without a sync, which may be what fails, or with no log at all."""
         row = ("tainted", secrets.token_hex(8))
         with contextlib.suppress(sqlite3.Error):
-            self._db.execute("PRAGMA synchronous = OFF")
-            self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", row)
+            self._files.db.execute("PRAGMA synchronous = OFF")
+            self._files.db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", row)
             self._tainted = False
-        self._db.execute("PRAGMA synchronous = FULL")
+        self._files.db.execute("PRAGMA synchronous = FULL")
         if self._tainted:
-            with contextlib.suppress(sqlite3.Error), self._reading:
-                busy, _, _ = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            with contextlib.suppress(sqlite3.Error), self._files.reading:
+                busy, _, _ = self._files.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
                 self._tainted = bool(busy)
 
     def mend(self, error: Exception) -> bool:
         """Whether a transaction that failed so may work now."""
         if isinstance(error, FilesMoved):
-            self._renew()
-            self._moved = not self._closed
+            self._moved = self._files.renew()
             return self._moved
         full = isinstance(error, sqlite3.OperationalError) and _NO_SPACE.search(str(error))
         return bool(full) and self.reserve.give_up()
 
     def give_up(self, error: Exception) -> str:
         """Nothing can be stored now: have nothing of it come back after a crash; the reason."""
-        if self._tainted and not self._closed:
+        if self._tainted and not self._files.closed:
             self._untaint()
         if self._results and not self._told:  # an outage is told once
             self._told = True
@@ -6476,11 +6942,13 @@ class Journal:
     def owes(self) -> bool:
         """Whether something is to be tried again."""
         held = self._cancels or self._results or self._settled or self._notes
-        return bool(held) or self._tainted or self._closed or self.reserve.lost
+        return bool(held) or self._tainted or self._files.closed or self.reserve.lost
 
     def holds(self, log_id: int) -> bool:
         """Whether the run is in the journal, in a transaction."""
-        return bool(self._db.execute("SELECT 1 FROM runs WHERE log_id = ?", (log_id,)).fetchone())
+        return bool(
+            self._files.db.execute("SELECT 1 FROM runs WHERE log_id = ?", (log_id,)).fetchone()
+        )
 
     def accept(self, trigger: Trigger) -> bool:
         """Store a new run; False when its logId is known. Raises Refused."""
@@ -6503,7 +6971,7 @@ class Journal:
             "INSERT OR IGNORE INTO runs (log_id, log_date_time, state, accepted, trigger)"
             " VALUES (?, ?, ?, ?, ?)"
         )
-        return self._db.execute(query, row).rowcount == 1
+        return self._files.db.execute(query, row).rowcount == 1
 
     def start(self, log_id: int) -> bool:
         """accepted -> running; committed before anything of the run starts, so that it never starts
@@ -6512,7 +6980,7 @@ class Journal:
             "UPDATE runs SET state = 'running', starts = starts + 1"
             " WHERE log_id = ? AND state = 'accepted'"
         )
-        return self._db.execute(query, (log_id,)).rowcount == 1
+        return self._files.db.execute(query, (log_id,)).rowcount == 1
 
     def restart(self, trigger: Trigger) -> None:
         """running -> accepted, for a run that a crash interrupted and that its job wants again."""
@@ -6520,7 +6988,7 @@ class Journal:
             "UPDATE runs SET state = 'accepted', accepted = ?, trigger = ?"
             " WHERE log_id = ? AND state = 'running'"
         )
-        self._db.execute(query, (self.clock.now(), self._stored(trigger), trigger.log_id))
+        self._files.db.execute(query, (self.clock.now(), self._stored(trigger), trigger.log_id))
 
     @staticmethod
     def _stored(trigger: Trigger) -> str:
@@ -6536,7 +7004,7 @@ class Journal:
         before the row is forgotten, by the name that is returned."""
         name = f"{_DROPPED}{log_ids[0]}"
         value = json.dumps([log_ids, result.code, result.message])
-        self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
+        self._files.db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
         return name
 
     def finish(self, ended: typing.Sequence[tuple[Trigger, float | None]], result: Result) -> None:
@@ -6561,127 +7029,12 @@ class Journal:
         elif isinstance(message, Note):
             self._notes[message.name] = message.value
 
-    def _renew(self) -> None:
-        """Make the files anew from those that are still open."""
-        try:
-            if not self._closed:
-                self._copy()
-            self._take_copy()
-            log.error(
-                "the files of the journal %s were removed: made anew, all is there", self._file
-            )
-            self._trouble = ""
-        except (sqlite3.Error, OSError) as error:
-            if str(error) != self._trouble:
-                log.error("the files of the journal %s were removed: %s", self._file, error)
-            self._trouble = str(error)
-
-    def _copy(self) -> None:
-        """What is open as FILE.new, whole or not at all; then nothing is open any more."""
-        part = self._file + ".part"
-        for last in (False, True):
-            try:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(part)
-                with contextlib.closing(sqlite3.connect(part, isolation_level=None)) as target:
-                    self._db.backup(target)
-                break
-            except sqlite3.Error as error:
-                with contextlib.suppress(OSError):
-                    os.unlink(part)
-                if last or not _NO_SPACE.search(str(error)) or not self.reserve.give_up():
-                    raise
-        os.chmod(part, 0o640)
-        os.replace(part, self._file + ".new")
-        with self._reading:
-            self._closed = True
-            self._reader.close()
-            self._db.close()
-
-    def _take_copy(self) -> None:
-        """Put FILE.new into its place, aside whatever lies there, and open it."""
-        if os.path.exists(self._file + ".new"):
-            foreign = []
-            for suffix, own, found in zip(_SUFFIXES, self._places, self._stamps()):
-                if found == own is not None:
-                    os.unlink(self._file + suffix)  # what it held is in the copy
-                elif found is not None:
-                    foreign.append(suffix)
-            if foreign:
-                self._set_aside(*foreign)
-            os.replace(self._file + ".new", self._file)
-        db = self._open()
-        with self._reading:
-            self._db = db
-            self._reader = self._connect()
-            self._places, self._closed = self._stamps(), False
-
-    def _open(self) -> sqlite3.Connection:
-        os.close(
-            os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
-        )  # it holds parameters and results
-        with contextlib.suppress(FileNotFoundError):
-            if not os.path.getsize(self._file) and os.path.getsize(
-                self._file + "-wal"
-            ):  # SQLite would delete that one
-                raise sqlite3.DatabaseError("it is empty, its write-ahead log is not")
-        db = self._connect()
-        try:
-            db.executescript(_SCHEMA)
-            found = db.execute("PRAGMA quick_check(1)").fetchone()[0]
-            # What the check does not see: other tables than these (a version that changes them must
-            # convert them before), and a header that forbids to write.
-            with contextlib.closing(sqlite3.connect(":memory:")) as wanted:
-                wanted.executescript(_SCHEMA)
-                if found == "ok" and not self._tables(wanted) <= self._tables(db):
-                    found = "its tables are not those of this program"
-            if found != "ok":
-                raise sqlite3.DatabaseError(found)
-            db.executescript("BEGIN; INSERT OR REPLACE INTO facts VALUES ('', ''); ROLLBACK")
-        except (
-            sqlite3.Error,
-            UnicodeDecodeError,
-        ) as error:  # SQLite's message may quote what is damaged
-            db.close()
-            if isinstance(error, sqlite3.OperationalError) and _OUTSIDE.search(str(error)):
-                raise
-            raise sqlite3.DatabaseError(error) from None
-        return db
-
-    def _connect(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self._file, isolation_level=None, check_same_thread=False, timeout=0.5)
-        # a damaged text must not hide the rows behind it
-        db.text_factory = lambda data: data.decode("utf-8", "replace")
-        return db
-
-    @staticmethod
-    def _tables(db: sqlite3.Connection) -> set[tuple[str, str]]:
-        """(name, SQL) of tables and indexes, however the SQL was laid out."""
-        found = db.execute("SELECT name, sql FROM sqlite_master")
-        return {(name, " ".join((sql or "").split())) for name, sql in found}
-
-    # -- any thread
-
-    def _ask(self, work: typing.Callable[[], typing.Any]) -> typing.Any:
-        """The value of `work` in the core's next transaction. Raises JournalError."""
-        box: queue.SimpleQueue = queue.SimpleQueue()
-        self.post(Work(work, box.put))
-        try:
-            value = box.get(timeout=PRUNE_PATIENCE)
-        except queue.Empty:
-            raise JournalError(f"{self._file}: the disk is too slow") from None
-        if isinstance(value, Exception):
-            raise value
-        return value
-
     def close(self) -> None:
         """Once the core has ended."""
         self.post = self.hold
         self.save_clock()
         self._store_now()
-        with self._reading:
-            self._reader.close()
-        self._db.close()
+        self._files.close()
 
     def _store_now(self) -> None:
         """What is held, while there is no core: if it cannot be stored, the next commit tries."""
@@ -6691,151 +7044,6 @@ class Journal:
         except (sqlite3.Error, OSError) as error:
             self.take_back()
             self.give_up(error)
-
-    def _read(self, query: str, *values: typing.Any) -> list:
-        with self._reading:
-            try:
-                return self._reader.execute(query, values).fetchall()
-            except sqlite3.Error as error:
-                raise JournalError(f"{self._file}: {error}") from None
-
-    def undelivered(self, limit: int) -> list[tuple[int, int, int, str, float]]:
-        """(logId, log_date_time, code, message, finished) of results that wait for the admin, the
-        oldest first."""
-        return self._read(
-            "SELECT log_id, log_date_time, code, message, finished FROM runs WHERE state <>"
-            " 'delivered' AND state = 'finished' ORDER BY finished LIMIT ?",
-            limit,
-        )
-
-    def acknowledged(self, state: RunState, since: float, until: float, limit: int) -> list[tuple]:
-        """The same of results that came into this state between two times of the clock."""
-        return self._read(
-            "SELECT log_id, log_date_time, code, message, finished FROM runs WHERE state <>"
-            " 'delivered' AND state = ? AND finished >= ? AND finished < ? ORDER BY finished"
-            " LIMIT ?",
-            state.value,
-            since,
-            until,
-            limit,
-        )
-
-    def forget_dropped(self) -> None:
-        """Once every run that was dropped in an earlier life is finished; at start."""
-        for name in [name for name in self._facts if name.startswith(_DROPPED)]:
-            del self._facts[name]
-            self.post(Note(name, None))
-
-    def _dropped(self) -> dict[int, Result]:
-        """By logId: what was dropped in an earlier life and perhaps not finished."""
-        found: dict[int, Result] = {}
-        for name, value in self._facts.items():
-            if name.startswith(_DROPPED):
-                with contextlib.suppress(ValueError, TypeError):  # a page may be damaged unnoticed
-                    log_ids, code, message = json.loads(value)
-                    found.update(dict.fromkeys(log_ids, Result(code, message)))
-        return found
-
-    def unfinished(self) -> list[Unfinished]:
-        """Every run without a result, in the order of acceptance; read once, at start."""
-        rows = self._read(
-            "SELECT log_id, log_date_time, trigger, state, accepted, starts, code, message FROM"
-            " runs WHERE state <> 'delivered' AND state IN ('accepted', 'running')"
-            " ORDER BY accepted"
-        )
-        found, dropped = [], self._dropped()
-        for log_id, date, stored, state, accepted, starts, code, message in rows:
-            try:
-                fields = json.loads(stored)
-                age = seconds_since(fields.pop("accepted", ["", 0.0, accepted]))
-                trigger = Trigger(**fields)
-            except (ValueError, TypeError, AttributeError):  # a page may be damaged unnoticed
-                age = 0.0
-                trigger = Trigger(0, log_id, "(unknown)", log_date_time=date, glue_type="")
-            cancelled = dropped.get(log_id) if code is None else Result(code, message or "")
-            found.append(Unfinished(trigger, RunState(state), age, starts, cancelled))
-        return found
-
-    def knows(self, log_id: int) -> bool:
-        return bool(self._read("SELECT 1 FROM runs WHERE log_id = ?", log_id))
-
-    def latest(self, before: float, handlers: typing.Iterable[str]) -> list[PastRun]:
-        """The RECENT latest runs of each handler that ended before the time `before`, the latest
-        first, at least until all of `handlers` have so many; reads with a connection of its own.
-        Raises JournalError."""
-        missing, found = dict.fromkeys(handlers, RECENT), []
-        with contextlib.closing(read_journal(self._file)) as db:
-            for run in itertools.islice(past_runs(db), LOOK_BACK):
-                wanted = missing.get(run.label, RECENT)
-                if wanted and run.code is not None and run.began + (run.took or 0.0) < before:
-                    found.append(run)
-                    missing[run.label] = wanted - 1
-                    if not any(missing.values()):
-                        break
-        return found
-
-    def counts(self) -> dict[str, int]:
-        """How many results are undelivered, held because they could not be stored, and dead."""
-        held = len(self._results)
-        return {
-            "undelivered": self._counts["finished"] + held,
-            "held": held,
-            "dead": self._counts["dead"],
-        }
-
-    def oldest(self) -> float:
-        """For how many seconds the oldest result waits for the admin; 0 when none does."""
-        rows = self.undelivered(1)
-        return max(0.0, self.clock.now() - rows[0][4]) if rows else 0.0
-
-    def fact(self, name: str) -> str:
-        """What was remembered under this name, "" when nothing was."""
-        return self._facts.get(name) or ""
-
-    def learn(self, name: str, value: str) -> None:
-        """Remember it; nobody waits until it is stored."""
-        self._facts[name] = value
-        self.post(Note(name, value))
-
-    def prune(
-        self, stop: typing.Callable[[], bool] = lambda: False, keep: float = REPEAT_WINDOW
-    ) -> int:
-        """Forget delivered runs after `keep` seconds, and before that those beyond KEPT_RUNS, but
-        none within REPEAT_WINDOW; dead ones after four times DEAD_AFTER. Returns how many. Raises
-        JournalError."""
-        keep = max(keep, REPEAT_WINDOW)
-        newest = self._read(
-            "SELECT finished FROM runs WHERE state = 'delivered' ORDER BY finished DESC LIMIT 1"
-            f" OFFSET {KEPT_RUNS}"
-        )
-        if newest and isinstance(newest[0][0], float):  # else a damaged row
-            keep = min(keep, max(self.clock.now() - newest[0][0], REPEAT_WINDOW))
-        removed = self._remove("state = 'delivered'", keep, stop)
-        for state in (RunState.ACKNOWLEDGED, RunState.RESENT):
-            condition = f"state <> 'delivered' AND state = '{state.value}'"
-            removed += self._remove(condition, keep, stop)
-        dead = self._remove("state <> 'delivered' AND state = 'dead'", 4 * DEAD_AFTER, stop)
-        if dead:
-            self._ask(self._count_dead)
-        return removed + dead
-
-    def _remove(self, state: str, age: float, stop: typing.Callable[[], bool]) -> int:
-        """In parts: triggers wait meanwhile."""
-        query = (
-            "DELETE FROM runs WHERE log_id IN"
-            f" (SELECT log_id FROM runs WHERE {state} AND finished < ? LIMIT 1000)"
-        )
-        before, removed = (self.clock.now() - age,), 0
-        while not stop():
-            count = self._ask(lambda: self._db.execute(query, before).rowcount)
-            if not count:
-                break
-            removed += count
-        return removed
-
-    def _count_dead(self) -> None:
-        query = "SELECT count(*) FROM runs WHERE state <> 'delivered' AND state = 'dead'"
-        self._counts["dead"] = self._db.execute(query).fetchone()[0]
 
 
 def read_journal(file: str) -> sqlite3.Connection:
@@ -6912,12 +7120,6 @@ RESEND_AFTER = (120.0, 1200.0)  # seconds since its acknowledgement until a resu
 SUSPECT = 90.0  # seconds: what an admin acknowledged so long before it was missed may be lost
 
 
-def backoff(failures: int) -> float:
-    """Seconds before the next attempt: 1 s to 60 s, with jitter so that many executors do not come
-    at once."""
-    return max(1.0, min(60.0, 2.0 ** min(failures - 1, 6)) * random.uniform(0.5, 1.0))
-
-
 class Callbacks(Watched):
     """One thread delivers finished results from the journal in batches and tries again until each
     is acknowledged; and then twice more, for an admin stores later than it acknowledges.
@@ -6931,15 +7133,14 @@ class Callbacks(Watched):
         self._journal, self._admin, self._metrics = journal, admin, metrics
         self._wake, self._closing, self._abandoned = threading.Event(), threading.Event(), False
         self._next_at = 0.0  # monotonic
-        self._refused: dict[
-            int, tuple[int, float]
-        ] = {}  # logId: (refusals, monotonic time of the next attempt)
+        # by logId: its refusals, and the monotonic time of the next attempt
+        self._refused: dict[int, tuple[Backoff, float]] = {}
         # logIds whose new state is on its way into the journal: a reader would show them as before
         self._settling: set[int] = set()
         # times of the journal's clock between which an admin acknowledged that then went away
         self._suspects: tuple[float, float] | None = None
         self._missed_at = 0.0  # monotonic; the last such absence that was looked at
-        self._failures = 0
+        self._backoff = Backoff()
         self._refusals = 0  # since a result was taken
         self._pardoned = threading.Event()  # the admin takes again what it refused
         self._retry_at = 0.0
@@ -7010,12 +7211,14 @@ class Callbacks(Watched):
                 return self._retry_at - now
             settling = set(self._settling)  # before what is read becomes old
             most = BATCH + len(self._refused) + len(settling)
-            rows = [row for row in self._journal.undelivered(most) if row[0] not in settling]
+            rows = [row for row in self._journal.undelivered(most) if row.log_id not in settling]
             alive = self._bury(rows)
             if len(alive) < len(rows):  # others may stand behind those
                 continue
-            fresh = [row for row in alive if row[0] not in self._refused]
-            again = [row for row in alive if self._refused.get(row[0], (0, now + 1))[1] <= now]
+            fresh = [row for row in alive if row.log_id not in self._refused]
+            again = [
+                row for row in alive if self._refused.get(row.log_id, (None, now + 1))[1] <= now
+            ]
             due = (fresh or again)[:BATCH]
             if len(due) == BATCH:
                 self._attempt(due, RunState.FINISHED, taken)
@@ -7031,14 +7234,13 @@ class Callbacks(Watched):
             soonest = min([wait, *(at - now for _, at in self._refused.values())])
             return None if soonest == float("inf") else max(0.05, soonest)
 
-    def _attempt(self, rows: list, before: RunState, after: RunState) -> bool:
+    def _attempt(self, rows: list[StoredResult], before: RunState, after: RunState) -> bool:
         """Whether the admin took `rows`; else it is left alone for a while."""
         try:
             self._send(rows, before, after)
         except (AdminUnreachable, AdminRefused) as error:
-            self._failures += 1
             self._metrics.count("callback_failures_total")
-            wait = backoff(self._failures)
+            wait = self._backoff.fail()
             self._retry_at = time.monotonic() + wait
             if str(error) != self.last_error:  # an outage is told once, not once a minute
                 log.warning(
@@ -7049,7 +7251,7 @@ class Callbacks(Watched):
                 )
             self.last_error = str(error)
             return False
-        self._failures = 0
+        self._backoff.succeed()
         if not self._refused:
             self.last_error = ""
         return True
@@ -7077,15 +7279,15 @@ class Callbacks(Watched):
                 rows = self._journal.acknowledged(before, 0.0, now - age / 2, most)
             elif oldest:
                 wait = min(wait, oldest[0][4] + age - now)
-            rows = [row for row in rows if row[0] not in settling][:BATCH]
+            rows = [row for row in rows if row.log_id not in settling][:BATCH]
             if rows:
                 return rows, before, after, wait
         self._suspects = None
         return [], RunState.ACKNOWLEDGED, RunState.RESENT, wait
 
-    def _settle(self, rows: list, before: RunState, after: RunState) -> None:
+    def _settle(self, rows: list[StoredResult], before: RunState, after: RunState) -> None:
         """Have the journal remember their new state; they are left alone until it does."""
-        log_ids = [row[0] for row in rows]
+        log_ids = [row.log_id for row in rows]
         self._settling.update(log_ids)
         self._journal.post(Settled(log_ids, before, after, self._settled))
 
@@ -7093,22 +7295,22 @@ class Callbacks(Watched):
         self._settling.difference_update(message.log_ids)
         self._wake.set()
 
-    def _bury(self, rows: list) -> list:
+    def _bury(self, rows: list[StoredResult]) -> list:
         oldest = self._journal.clock.now() - DEAD_AFTER
-        dead = [row for row in rows if row[4] < oldest]
+        dead = [row for row in rows if row.finished < oldest]
         if dead:
             log.error(
                 "giving up %s that the admin did not take for %d days: logId=%s",
                 counted(len(dead), "result"),
                 DEAD_AFTER // 86_400,
-                ",".join(str(row[0]) for row in dead),
+                ",".join(str(row.log_id) for row in dead),
             )
             self._settle(dead, RunState.FINISHED, RunState.DEAD)
             for row in dead:
-                self._refused.pop(row[0], None)
-        return [row for row in rows if row[4] >= oldest]
+                self._refused.pop(row.log_id, None)
+        return [row for row in rows if row.finished >= oldest]
 
-    def _send(self, rows: list, before: RunState, after: RunState) -> None:
+    def _send(self, rows: list[StoredResult], before: RunState, after: RunState) -> None:
         """Also of results that it had taken, when `before` is not FINISHED: a refusal of one, such
         as of a log that was deleted there, is as good as a yes then."""
         self._busy_since = time.monotonic()
@@ -7120,7 +7322,7 @@ class Callbacks(Watched):
                 self._send(rows[: len(rows) // 2], before, after)
                 return
             if before is RunState.FINISHED:
-                self._put_off(rows[0][0], error)
+                self._put_off(rows[0].log_id, error)
                 return
         if before is not RunState.FINISHED:
             self._metrics.count("results_resent_total", len(rows))
@@ -7128,14 +7330,14 @@ class Callbacks(Watched):
             failpoint("sent")
             self._refusals = 0
             for row in rows:
-                self._refused.pop(row[0], None)
-            log.info("delivered %s", " ".join(f"logId={row[0]}" for row in rows))
+                self._refused.pop(row.log_id, None)
+            log.info("delivered %s", " ".join(f"logId={row.log_id}" for row in rows))
         self._settle(rows, before, after)
 
     def _put_off(self, log_id: int, error: AdminRefused) -> None:
         """Try it again later. Raises `error` when this thread is to end."""
-        count = self._refused.get(log_id, (0, 0.0))[0] + 1
-        self._refused[log_id] = (count, time.monotonic() + backoff(count))
+        own, _ = self._refused.get(log_id, (Backoff(), 0.0))
+        self._refused[log_id] = (own, time.monotonic() + own.fail())
         self._metrics.count("callback_failures_total")
         log.warning(
             "the admin refuses the result of logId=%d, trying again later: %s", log_id, error
@@ -7157,7 +7359,7 @@ class Address:
     """One address of the admin and its health."""
 
     def __init__(self, url: str):
-        self.url, self.failures, self.last_error = url, 0, ""
+        self.url, self.backoff, self.last_error = url, Backoff(), ""
         self.not_before, self.tried_at = (
             0.0,
             float("-inf"),
@@ -7381,19 +7583,19 @@ class AdminClient:
         body = {"registryGroup": "EXECUTOR", "registryKey": key, "registryValue": address}
         self._call("/api/registryRemove" if remove else "/api/registry", body, eager=True)
 
-    def callback(self, rows: typing.Sequence[tuple]) -> None:
-        """Deliver (logId, log_date_time, code, message, ...) rows; returns only after an
-        unambiguous acknowledgement, or when there is no admin at all."""
+    def callback(self, rows: typing.Sequence[StoredResult]) -> None:
+        """Deliver results; returns only after an unambiguous acknowledgement, or when there is no
+        admin at all."""
         if not self.addresses:
             return
         items = [
             {
-                "logId": row[0],
-                "logDateTim": row[1],
-                "logDateTime": row[1],
-                "handleCode": row[2],
-                "handleMsg": row[3],
-                "executeResult": {"code": row[2], "msg": row[3]},
+                "logId": row.log_id,
+                "logDateTim": row.log_date_time,
+                "logDateTime": row.log_date_time,
+                "handleCode": row.code,
+                "handleMsg": row.message,
+                "executeResult": {"code": row.code, "msg": row.message},
             }
             for row in rows
         ]  # all spellings, 2.2.0's too
@@ -7441,14 +7643,15 @@ class AdminClient:
                 status, reply = link.post(path, self._headers, data)
             except AdminUnreachable as error:
                 self._miss(address)
-                address.failures, address.well = address.failures + 1, False
+                address.well = False
                 address.last_error = str(error)
                 with self._turn:
                     address.tried_at = time.monotonic()
-                address.not_before = address.tried_at + backoff(address.failures)
+                address.not_before = address.tried_at + address.backoff.fail()
                 failure = error
                 continue
-            address.failures, address.not_before, address.well = 0, 0.0, True
+            address.backoff.succeed()
+            address.not_before, address.well = 0.0, True
             code, message = self._verdict(status, reply)
             if code == SUCCESS:
                 address.last_error, address.last_success = "", time.time()
@@ -7543,6 +7746,8 @@ class AdminClient:
 # --------------------------------------------------------------------------------------------------
 # 12 registration
 # --------------------------------------------------------------------------------------------------
+# seconds; RegistryConfig.BEAT_TIMEOUT of XXL-JOB, the admin forgets after three of them
+REGISTRY_INTERVAL = 30.0
 OUTAGE_INTERVAL = 600.0  # seconds between two lines of the log while the admin is away
 
 
@@ -7588,7 +7793,7 @@ class Registration:
         self._config, self._admin, self._metrics = config, admin, metrics
         self._port, self._hooks = port, hooks
         self._draining, self._closed = threading.Event(), threading.Event()
-        self._failures = 0
+        self._backoff = Backoff()
         self._since, self._told_at = 0.0, 0.0  # monotonic: of the first failure, of the last line
         # once known never changed: the admin compares it as text with where it sent its runs
         self.address = ""
@@ -7651,10 +7856,10 @@ class Registration:
         known = json.dumps([*self._parked, self.address])
         if known != self._hooks.recall("addresses"):
             self._hooks.learn("addresses", known)
-        if self._failures or not self.registered.is_set():
+        if self._backoff.failures or not self.registered.is_set():
             log.info("registered %s as %s", self.address, self._config.executor.app_name)
-        self._hooks.answered(self._failures > 0)
-        self._failures = 0
+        self._hooks.answered(self._backoff.failures > 0)
+        self._backoff.succeed()
         self.registered.set()
 
     def _park(self) -> float:
@@ -7664,7 +7869,7 @@ class Registration:
                 self._admin.registry(address, parked=True)
         except Exception as error:
             return min(self._failed(error), REGISTRY_INTERVAL)
-        self._failures = 0
+        self._backoff.succeed()
         return REGISTRY_INTERVAL
 
     def _take_back(self, address: str, parked: bool) -> None:
@@ -7694,16 +7899,16 @@ class Registration:
         return f"http://{authority(host, self._port)}/"
 
     def _failed(self, error: Exception) -> float:
-        self._failures += 1
         self._metrics.count("registration_failures_total")
-        wait, now = backoff(self._failures), time.monotonic()
-        if self._failures == 1:
+        wait, now = self._backoff.fail(), time.monotonic()
+        first = self._backoff.failures == 1
+        if first:
             self._since = self._told_at = now
         if not isinstance(error, (OSError, ExecutorError)):
             log.exception(
                 "the registration thread goes on after an unexpected error, please report it"
             )
-        elif self._failures == 1:
+        elif first:
             log.warning("cannot register at the admin, trying again until it works: %s", error)
         elif now >= self._told_at + OUTAGE_INTERVAL:
             self._told_at = now
@@ -7791,6 +7996,7 @@ def inherited_listener() -> socket.socket | None:
 # --------------------------------------------------------------------------------------------------
 # 14 daemon
 # --------------------------------------------------------------------------------------------------
+RESUME_WINDOW = 300.0  # seconds; an accepted run that is older is not started after a restart
 HOLD = 1.0  # seconds; the admin waits for an answer at least 3
 # of one run with on_crash: rerun; a job that brings the executor down must not do so for ever
 MAX_STARTS = 3
@@ -7814,7 +8020,7 @@ class Owner(typing.NamedTuple):
     def alive(self) -> bool:
         with contextlib.suppress(OSError):
             found = _process_stat(self.pid)
-            return found is not None and found[3] == self.started
+            return found is not None and found.started == self.started
         return False
 
 
@@ -7854,7 +8060,7 @@ class DataDir:
         valid = re.fullmatch(r"[0-9a-f]{16}", identity) and not copied
         self.identity = identity if valid else secrets.token_hex(8)
         self.key, stat_ = secrets.token_hex(16), _process_stat(os.getpid())
-        self._started = stat_[3] if stat_ is not None else 0
+        self._started = stat_.started if stat_ is not None else 0
         try:
             self.publish("")
         except ExecutorError:
@@ -8056,34 +8262,24 @@ class Signals:
         os.close(self._write)
 
 
-class Daemon:
-    """Builds everything, starts it in order, stops it in reverse; used by the main thread, but for
-    `status` (any thread) and what the pruning thread and the timer of a stop call."""
+# --------------------------------------------------------------------------------------------------
+# 14b wiring, start and stop
+# --------------------------------------------------------------------------------------------------
+class Wiring:
+    """Builds every part of the daemon, and closes it; knows them all. The main thread, but for
+    `status`: any thread."""
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
-
-    def __init__(self, config: Config, signals: Signals | None = None):
-        """`signals`: what has come since the process began; else the daemon takes them later."""
+    def __init__(self, config: Config):
         self.config = config
         self._started, self._began = time.time(), time.monotonic()
-        self._signals = signals
         self._resumed: list[int] = []
-        self._stopping = threading.Event()
-        self._pruning: threading.Thread | None = None
-        self._remembered = False  # what earlier lives ran, for `status`
         self._reload_error = ""  # why the last reload changed nothing
-        self._reap_at: float | None = None
-        self._housekeeping_at = time.monotonic()
-        self._watch_at = self._housekeeping_at if config.executor.watch_config else None
-        self._files = ConfigFiles(config)
         self._stdout = Output(1) if config.executor.log_to_stdout else None
-        self._inherited: tuple | None = (
-            None  # the address of a socket that the service manager handed over
-        )
+        self._inherited: tuple | None = None  # the address of a socket of the service manager
         self._core: Core
 
-    def start(self) -> None:
-        """Raises ExecutorError; nothing runs then."""
+    def build(self) -> None:
+        """Raises ExecutorError; then nothing of it is left."""
         with contextlib.ExitStack() as undo:
             listener, room = self._listen(undo)
             self.metrics = Metrics()
@@ -8092,20 +8288,6 @@ class Daemon:
             self._build_network(listener, room)
             self._add_gauges()
             undo.pop_all()
-        self._start_threads()
-        log.info(
-            "listening on %s%s, %s, %s",
-            "the socket unit's " if self._inherited else "",
-            authority(self.config.executor.bind[0], self.port),
-            counted(len(self.config.jobs), "job"),
-            "admin " + ", ".join(self.config.admin.addresses)
-            if self.config.admin.addresses
-            else "no admin",
-        )
-        trim_memory()
-        self._check_host(self.config)
-        notify(f"READY=1\nSTATUS=listening on {self.url}, {counted(len(self.config.jobs), 'job')}")
-        self._manager = ServiceManager(self._summary, self._well)
 
     def _listen(self, undo: contextlib.ExitStack) -> tuple[socket.socket, int]:
         """The listening socket, and how many connections it may have; `undo` gets what is to be
@@ -8121,7 +8303,16 @@ class Daemon:
             listener = listen(self.config.executor.bind)
             undo.callback(listener.close)
         self.port = listener.getsockname()[1]
+        host = self.config.executor.bind[0]
+        host = "127.0.0.1" if host == "0.0.0.0" else "::1" if host == "::" else host
+        self.url = f"http://{authority(host, self.port)}/"
         return listener, room
+
+    def _bound(self, config: Config) -> Config:
+        """`config` with the address that is listened on: that of an inherited socket takes the
+        place of `executor.bind`."""
+        bind = self._inherited or config.executor.bind
+        return dataclasses.replace(config, executor=dataclasses.replace(config.executor, bind=bind))
 
     def _open_data(self, undo: contextlib.ExitStack) -> None:
         config = self.config.executor
@@ -8199,22 +8390,6 @@ class Daemon:
         gauge("config_last_reload_successful", lambda: int(not self._reload_error))
         gauge("output_dropped_bytes_total", lambda: sum(output.lost for output in Output.all))
 
-    def _start_threads(self) -> None:
-        """In the order in which they need each other."""
-        config = self.config
-        self._processes.start_thread()
-        self._prepare(config)
-        self._resumed = recover(self._journal, self._logs, self._core, self._scripts, config.job)
-        self._core.start()
-        self._core.flush(STORE_LIMIT)
-        self._http.start()
-        host = config.executor.bind[0]
-        host = "127.0.0.1" if host == "0.0.0.0" else "::1" if host == "::" else host
-        self.url = f"http://{authority(host, self.port)}/"
-        self._data.publish(self.url)
-        self._registration.start()
-        self._callbacks.start()
-
     def _well(self) -> bool:
         """Whether every thread that serves all runs makes progress; for the watchdog."""
         admin = self.config.admin
@@ -8225,30 +8400,6 @@ class Daemon:
             and self._processes.alive(STALLED)
             and self._callbacks.alive(patience)
         )
-
-    def _prepare(self, config: Config) -> None:
-        self._processes.prepare(config.jobs.values())
-        self._slots.prepare(config.jobs.values())
-
-    def _check_host(self, config: Config) -> None:
-        """In a thread of its own: it starts programs, and looks into directories that may not
-        answer."""
-
-        def check() -> None:
-            try:
-                for warning in HostCheck(config).warnings():
-                    log.warning("%s", warning)
-            except Exception:
-                log.exception("cannot look for what this host lacks, please report it")
-
-        with contextlib.suppress(RuntimeError):  # no more threads: the first run will tell
-            threading.Thread(target=check, name="host-check", daemon=True).start()
-
-    def _bound(self, config: Config) -> Config:
-        """`config` with the address that is listened on: that of an inherited socket takes the
-        place of `executor.bind`."""
-        bind = self._inherited or config.executor.bind
-        return dataclasses.replace(config, executor=dataclasses.replace(config.executor, bind=bind))
 
     def _summary(self) -> str:
         found, counts = self._core.snapshot(), self._journal.counts()
@@ -8287,10 +8438,101 @@ class Daemon:
             "dead": counts["dead"],
             "connections": self._http.connections,
             "oldestUndelivered": round(self._journal.oldest(), 1) or None,
-            "lastFailure": self._callbacks.last_error,
+            "lastFailedDelivery": self._callbacks.last_error,
             "reloadError": self._reload_error,
             "admins": addresses,
         }
+
+    def _left(self) -> str:
+        """What becomes of results that were not delivered."""
+        counts = self._journal.counts()
+        if counts["held"]:
+            return (
+                f"{counted(counts['held'], 'result')} could not be stored: the next start reports"
+                " their outcome as unknown"
+            )
+        if counts["undelivered"]:
+            return f"{counted(counts['undelivered'], 'result')} kept for the next start"
+        return "every result is delivered"
+
+    def _close_all(self) -> None:
+        self._slots.close()
+        self._processes.close(FLUSH_LIMIT)
+        kill_family(f"{self._data.identity}-")
+        self._admin.close()
+        self._journal.close()
+        self._logs.close()
+        self._data.close()
+        if self._stdout is not None:
+            self._stdout.flush(FLUSH_LIMIT)
+
+
+class Daemon(Wiring):
+    """Starts everything in order, stops it in reverse, acts on signals; the main thread, but for
+    what the pruning thread and the timer of a stop call."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
+
+    def __init__(self, config: Config, signals: Signals | None = None):
+        """`signals`: what has come since the process began; else the daemon takes them later."""
+        super().__init__(config)
+        self._signals = signals
+        self._stopping = threading.Event()
+        self._pruning: threading.Thread | None = None
+        self._remembered = False  # what earlier lives ran, for `status`
+        self._reap_at: float | None = None
+        self._housekeeping_at = time.monotonic()
+        self._watch_at = self._housekeeping_at if config.executor.watch_config else None
+        self._files = ConfigFiles(config)
+
+    def start(self) -> None:
+        """Raises ExecutorError; nothing runs then."""
+        self.build()
+        self._start_threads()
+        log.info(
+            "listening on %s%s, %s, %s",
+            "the socket unit's " if self._inherited else "",
+            authority(self.config.executor.bind[0], self.port),
+            counted(len(self.config.jobs), "job"),
+            "admin " + ", ".join(self.config.admin.addresses)
+            if self.config.admin.addresses
+            else "no admin",
+        )
+        trim_memory()
+        self._check_host(self.config)
+        notify(f"READY=1\nSTATUS=listening on {self.url}, {counted(len(self.config.jobs), 'job')}")
+        self._manager = ServiceManager(self._summary, self._well)
+
+    def _start_threads(self) -> None:
+        """In the order in which they need each other."""
+        config = self.config
+        self._processes.start_thread()
+        self._prepare(config)
+        self._resumed = recover(self._journal, self._logs, self._core, self._scripts, config.job)
+        self._core.start()
+        self._core.flush(STORE_LIMIT)
+        self._http.start()
+        self._data.publish(self.url)
+        self._registration.start()
+        self._callbacks.start()
+
+    def _prepare(self, config: Config) -> None:
+        self._processes.prepare(config.jobs.values())
+        self._slots.prepare(config.jobs.values())
+
+    def _check_host(self, config: Config) -> None:
+        """In a thread of its own: it starts programs, and looks into directories that may not
+        answer."""
+
+        def check() -> None:
+            try:
+                for warning in HostCheck(config).warnings():
+                    log.warning("%s", warning)
+            except Exception:
+                log.exception("cannot look for what this host lacks, please report it")
+
+        with contextlib.suppress(RuntimeError):  # no more threads: the first run will tell
+            threading.Thread(target=check, name="host-check", daemon=True).start()
 
     # -- the main thread's loop
 
@@ -8394,39 +8636,41 @@ class Daemon:
             self._reload_error = f"{stamp(int(time.time()))}: {first}"
         else:
             self._reload_error = ""
-            admin = dataclasses.replace(old.admin, access_token=new.admin.access_token)
-            if admin != old.admin:
-                self._admin.use_token(admin.access_token)
-                log.info("the access token has changed")
-            for part in ("admin", "executor", "glue"):
-                if getattr(dataclasses.replace(old, admin=admin), part) != getattr(new, part):
-                    log.warning(
-                        "%s has changed in %s: that takes effect at a restart, a reload takes over"
-                        " only jobs and the token",
-                        part,
-                        old.file,
-                    )
-            added, removed = (
-                sorted(new.jobs.keys() - old.jobs.keys()),
-                sorted(old.jobs.keys() - new.jobs.keys()),
-            )
-            changed = sorted(
-                name
-                for name in old.jobs.keys() & new.jobs.keys()
-                if old.jobs[name] != new.jobs[name]
-            )
-            self.config = self._api.config = dataclasses.replace(
-                old, admin=admin, jobs=new.jobs, scripts=new.scripts
-            )
-            self._prepare(new)
-            self._check_host(new)
-            log.info(
-                "reloaded %s: %s, added %s, changed %s, removed %s",
-                old.file,
-                counted(len(new.jobs), "job"),
-                *(", ".join(names) or "none" for names in (added, changed, removed)),
-            )
+            self._take_over(old, new)
         notify("READY=1")
+
+    def _take_over(self, old: Config, new: Config) -> None:
+        """What a reload may change; warns of what it may not."""
+        admin = dataclasses.replace(old.admin, access_token=new.admin.access_token)
+        if admin != old.admin:
+            self._admin.use_token(admin.access_token)
+            log.info("the access token has changed")
+        for part in ("admin", "executor", "glue"):
+            if getattr(dataclasses.replace(old, admin=admin), part) != getattr(new, part):
+                log.warning(
+                    "%s has changed in %s: that takes effect at a restart, a reload takes over"
+                    " only jobs and the token",
+                    part,
+                    old.file,
+                )
+        added, removed = (
+            sorted(new.jobs.keys() - old.jobs.keys()),
+            sorted(old.jobs.keys() - new.jobs.keys()),
+        )
+        changed = sorted(
+            name for name in old.jobs.keys() & new.jobs.keys() if old.jobs[name] != new.jobs[name]
+        )
+        self.config = self._api.config = dataclasses.replace(
+            old, admin=admin, jobs=new.jobs, scripts=new.scripts
+        )
+        self._prepare(new)
+        self._check_host(new)
+        log.info(
+            "reloaded %s: %s, added %s, changed %s, removed %s",
+            old.file,
+            counted(len(new.jobs), "job"),
+            *(", ".join(names) or "none" for names in (added, changed, removed)),
+        )
 
     def _tell_stopping(self) -> None:
         """Answer who is held: the next executor does not come soon enough for him."""
@@ -8487,29 +8731,6 @@ class Daemon:
                 not idle.is_set() and time.monotonic() < deadline
             ):  # bounded, and needed: nothing may be left behind
                 self._next(deadline)
-
-    def _left(self) -> str:
-        """What becomes of results that were not delivered."""
-        counts = self._journal.counts()
-        if counts["held"]:
-            return (
-                f"{counted(counts['held'], 'result')} could not be stored: the next start reports"
-                " their outcome as unknown"
-            )
-        if counts["undelivered"]:
-            return f"{counted(counts['undelivered'], 'result')} kept for the next start"
-        return "every result is delivered"
-
-    def _close_all(self) -> None:
-        self._slots.close()
-        self._processes.close(FLUSH_LIMIT)
-        kill_family(f"{self._data.identity}-")
-        self._admin.close()
-        self._journal.close()
-        self._logs.close()
-        self._data.close()
-        if self._stdout is not None:
-            self._stdout.flush(FLUSH_LIMIT)
 
 
 def listen(bind: tuple[str, int]) -> socket.socket:
@@ -9016,6 +9237,9 @@ def run_here(trigger: Trigger, job: JobConfig) -> Result:
     return box[0]
 
 
+# --------------------------------------------------------------------------------------------------
+# 15b looking back
+# --------------------------------------------------------------------------------------------------
 def find_data(arguments: argparse.Namespace) -> tuple[str, Config | None]:
     """(data_dir, the configuration as far as it can be read): a mistake in it, or a token that is
     not set here, is no reason not to look. Raises ConfigError when nothing names the directory."""
@@ -9227,8 +9451,8 @@ def _status_tail(found: dict) -> list[str]:
     waits = f", the oldest for {seconds_text(oldest)}" if oldest else ""
     dead = f", {found['dead']} given up" if found["dead"] else ""
     lines = ["", f"{counted(found['undelivered'], 'result')} undelivered{waits}{dead}"]
-    if found.get("lastFailure"):
-        lines.append(f"last failed delivery: {found['lastFailure']}")
+    if found.get("lastFailedDelivery"):
+        lines.append(f"last failed delivery: {found['lastFailedDelivery']}")
     for admin in found.get("admins", []):
         since = (
             f"last answer {seconds_text(time.time() - admin['lastSuccess'])} ago"
@@ -9252,9 +9476,7 @@ def _outcome(run: PastRun, alive: bool) -> str:
 
 
 def unknown_run(wanted: str, known: typing.Iterable[str], path: str) -> ExecutorError:
-    near = difflib.get_close_matches(wanted, list(known), 1)
-    hint = f', did you mean "{near[0]}"?' if near and near[0] != wanted else ""
-    return ExecutorError(f'no run of "{wanted}" is known in {path}{hint}')
+    return ExecutorError(f'no run of "{wanted}" is known in {path}{did_you_mean(wanted, known)}')
 
 
 def cmd_runs(arguments: argparse.Namespace) -> int:
@@ -9376,6 +9598,9 @@ def show_log(stream: typing.BinaryIO, most: int | None, ended: typing.Callable[[
         threading.Event().wait(FOLLOW_INTERVAL)
 
 
+# --------------------------------------------------------------------------------------------------
+# 15c options, and the lines of the log
+# --------------------------------------------------------------------------------------------------
 def _shard(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d+)/(\d+)", text, re.ASCII)
     if not found or int(found[1]) >= int(found[2]):

@@ -16,7 +16,7 @@ import pytest
 from conftest import result_of, run_job, wait_until
 
 import xxl_executor
-from xxl_executor import AdminClient, backoff, resolve
+from xxl_executor import AdminClient, Backoff, StoredResult, resolve
 
 VERSIONS = ("2.2.0", "2.3", "3.3", "3.5")
 HELLO = {"hello": {"shell": "echo hello $1"}}
@@ -204,11 +204,11 @@ def test_message_is_cut_to_what_the_admin_stores(executor, admin):
 def test_admin_that_comes_later(executor, loopback, port):
     daemon = executor(HELLO, admin=absent(port))
     trigger(daemon, 1, executorParams="later")
-    wait_until(lambda: daemon.status()["lastFailure"])
+    wait_until(lambda: daemon.status()["lastFailedDelivery"])
     status = daemon.status()
     assert (status["undelivered"], status["registered"]) == (1, False)
     refused = rf"http://127\.0\.0\.1:{port}/api/%s: \[Errno 111\] Connection refused"
-    assert re.fullmatch(refused % "(callback|registry)", status["lastFailure"])
+    assert re.fullmatch(refused % "(callback|registry)", status["lastFailedDelivery"])
     assert [(entry["address"], entry["ok"]) for entry in status["admins"]] == [
         (f"http://127.0.0.1:{port}", False)
     ]
@@ -219,7 +219,7 @@ def test_admin_that_comes_later(executor, loopback, port):
 
     def well():  # the daemon hears of it after the admin
         status = daemon.status()
-        return (status["registered"], status["lastFailure"], status["admins"][0]["ok"]) == (
+        return (status["registered"], status["lastFailedDelivery"], status["admins"][0]["ok"]) == (
             True,
             "",
             True,
@@ -310,7 +310,7 @@ def test_only_a_clear_answer_is_an_acknowledgement(executor, admin):
     admin.behave = normal
     assert result_of(admin, log_id, 20)["handleMsg"] == "hello you"
     wait_until(lambda: daemon.status()["undelivered"] == 0)
-    assert daemon.status()["lastFailure"] == ""
+    assert daemon.status()["lastFailedDelivery"] == ""
     metrics = daemon.session.get(daemon.url + "/metrics", timeout=10).text
     assert re.search(r"^xxl_executor_callback_failures_total [1-9]", metrics, re.M)
 
@@ -376,7 +376,7 @@ def test_one_bad_result_holds_back_nobody(executor, loopback, port):
     wait_until(lambda: daemon.status()["undelivered"] == 1)
     reason = f"{admin.url}/api/callback: code 500: poison"
     assert f"the admin refuses the result of logId=4, trying again later: {reason}\n" in daemon.log
-    assert daemon.status()["lastFailure"] == reason, (
+    assert daemon.status()["lastFailedDelivery"] == reason, (
         "while something is refused, the status tells why"
     )
     admin.behave = normal
@@ -531,7 +531,9 @@ def test_a_clear_refusal_is_not_asked_again_elsewhere(executor, loopback):
     one.behave = fail_callbacks((200, b'{"code":500,"msg":"no"}'))
     daemon = executor(HELLO, admin_options={**SHORT, "addresses": [one.url, two.url]})
     log_id, _ = one.trigger(daemon.url, "hello")
-    wait_until(lambda: daemon.status()["lastFailure"] == f"{one.url}/api/callback: code 500: no")
+    wait_until(
+        lambda: daemon.status()["lastFailedDelivery"] == f"{one.url}/api/callback: code 500: no"
+    )
     assert not calls(two, "callback")
     one.behave = normal
     result_of(one, log_id)
@@ -543,11 +545,11 @@ def test_a_clear_refusal_is_not_asked_again_elsewhere(executor, loopback):
 def test_backoff_bounds():
     random.seed(1)
     for failures in range(1, 200):
-        values = [backoff(failures) for _ in range(50)]
+        values = [Backoff(failures - 1).fail() for _ in range(50)]
         longest = min(60, 2 ** min(failures - 1, 10))
         assert max(1, longest / 2) <= min(values) and max(values) <= max(1, longest)
-    assert len({backoff(10) for _ in range(50)}) > 10, "many executors would come at once"
-    assert backoff(1) == 1.0 and min(backoff(10**9) for _ in range(50)) > 29
+    assert len({Backoff(9).fail() for _ in range(50)}) > 10, "many executors would come at once"
+    assert Backoff().fail() == 1.0 and min(Backoff(10**9 - 1).fail() for _ in range(50)) > 29
 
 
 @pytest.mark.parametrize(
@@ -633,11 +635,13 @@ def test_failover_is_in_process_too(loopback, port, tmp_path):
         xxl_executor.load_config(str(file)), "wrapper", lambda *fact: learned.append(fact)
     )
     try:
-        client.callback([(1, 2, 200, "a", 0.0)])
-        client.callback([(2, 2, 200, "b", 0.0)])
+        client.callback([StoredResult(1, 2, 200, "a", 0.0)])
+        client.callback([StoredResult(2, 2, 200, "b", 0.0)])
         assert sorted(admin.results) == [1, 2] and not learned
         dead, good = client.addresses
-        assert (dead.failures, good.failures) == (1, 0), "it is left alone during its backoff"
+        assert (dead.backoff.failures, good.backoff.failures) == (1, 0), (
+            "it is left alone during its backoff"
+        )
         assert (
             dead.last_error
             == f"http://127.0.0.1:{port}/api/callback: [Errno 111] Connection refused"
@@ -645,11 +649,11 @@ def test_failover_is_in_process_too(loopback, port, tmp_path):
         client.learned("/run")
         client.learned("/run")
         assert learned == [("dialect", "array")]
-        client.callback([(3, 2, 200, "c", 0.0)])
+        client.callback([StoredResult(3, 2, 200, "c", 0.0)])
         assert learned == [("dialect", "array"), ("dialect", "wrapper")]
         admin.behave = lambda path, body: (200, b'{"code":500,"msg":"no"}')
         with pytest.raises(xxl_executor.AdminRefused) as caught:
-            client.callback([(4, 2, 200, "d", 0.0)])
+            client.callback([StoredResult(4, 2, 200, "d", 0.0)])
         assert str(caught.value) == f"{admin.url}/api/callback: code 500: no"
     finally:
         client.close()
@@ -671,7 +675,7 @@ def test_threads_wait_for_their_turn_at_an_address_that_refuses(port, tmp_path):
 
     with contextlib.closing(client), ThreadPoolExecutor(2) as pool:
         beat = pool.submit(failure, client.registry, "http://127.0.0.1:1/")
-        result = pool.submit(failure, client.callback, [(1, 2, 200, "a", 0.0)])
+        result = pool.submit(failure, client.callback, [StoredResult(1, 2, 200, "a", 0.0)])
     for path, told in (("registry", beat.result()), ("callback", result.result())):
         assert told == f"http://127.0.0.1:{port}/api/{path}: [Errno 111] Connection refused"
 
@@ -765,6 +769,6 @@ def test_without_an_admin(executor):
     wait_until(lambda: "finished hello logId=1 jobId=1 code=200" in daemon.log)
     wait_until(lambda: daemon.status()["undelivered"] == 0)
     status = daemon.status()
-    assert (status["registered"], status["admins"], status["lastFailure"]) == (False, [], "")
+    assert (status["registered"], status["admins"], status["lastFailedDelivery"]) == (False, [], "")
     assert daemon.stop() == 0
     assert not re.search("WARNING|ERROR", daemon.log)

@@ -828,7 +828,9 @@ def test_status_of_an_undelivered_result(executor, place):
             "logDateTime": 1,
         }
         assert daemon.post("/run", trigger)["code"] == 200
-        wait_until(lambda: daemon.status()["undelivered"] == 1 and daemon.status()["lastFailure"])
+        wait_until(
+            lambda: daemon.status()["undelivered"] == 1 and daemon.status()["lastFailedDelivery"]
+        )
         status, out, err = place.run("-c", str(daemon.file), "status")
         assert (status, err) == (0, "")
         assert out.split("\n")[0].endswith("  not registered")

@@ -278,3 +278,12 @@ def test_no_function_is_longer_than_a_screen():
         if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 50
     ]
     assert long == []
+
+
+def test_no_part_of_a_section_is_longer_than_600_lines():
+    begins = [
+        (match[1], SOURCE.count("\n", 0, match.start()))
+        for match in re.finditer(r"^# (\d+[a-z]? .+)\n# -{20,}\n", SOURCE, re.MULTILINE)
+    ]
+    ends = [line for _, line in begins[1:]] + [SOURCE.count("\n")]
+    assert [part for (part, first), end in zip(begins, ends) if end - first > 600] == []
