@@ -142,3 +142,25 @@ def test_the_first_job_of_the_readme_does_what_the_page_shows(tmp_path):
         env={**os.environ, "XXL_JOB_ACCESS_TOKEN": "t"},
     )
     assert (ran.returncode, ran.stderr) == (2, mistake + "\n")
+
+
+def test_the_table_for_contributors_names_what_is_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (?!change|---)(.+?) \| (.+) \|$", text, re.MULTILINE)
+    assert len(rows) >= 12
+    for change, place in rows:
+        names = [name for name in re.findall(r"`([^`]+)`", place) if "/" not in name]
+        assert names, change
+        for name in names:
+            found = xxl_executor
+            for part in name.split("."):
+                assert hasattr(found, part), f"{change}: there is no {name}"
+                found = getattr(found, part)
+
+
+def test_the_picture_is_the_same_in_both_places():
+    pictures = [
+        re.search(r"^ sockets  .+?^ pool: what may read[^\n(]+", text, re.MULTILINE | re.DOTALL)[0]
+        for text in ((ROOT / "CONTRIBUTING.md").read_text(), PROGRAM.read_text())
+    ]
+    assert pictures[0].replace(" ", "") == pictures[1].replace(" ", "")
