@@ -462,7 +462,7 @@ class Reply(typing.NamedTuple):
     """An answer to be rendered: HTTP status, content type, body."""
 
     status: int
-    kind: str
+    content_type: str
     body: bytes
 
 
@@ -553,10 +553,10 @@ class Output:
 
     def __init__(self, fd: int):
         try:
-            found = os.fstat(fd)
+            status = os.fstat(fd)
         except OSError:  # it is closed: its number may soon be that of a file
             fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-            found = os.fstat(fd)
+            status = os.fstat(fd)
         self._fd, self._lock = fd, threading.Lock()
         self._waiting, self._dropped = bytearray(), 0  # bytes
         self.lost = 0  # bytes that were dropped, in all
@@ -564,8 +564,8 @@ class Output:
         self._idle = threading.Event()
         self._idle.set()
         # poll(2) promises so much of a pipe or a socket; a file never has anybody wait for a reader
-        self._part = 1 << 30 if stat.S_ISREG(found.st_mode) else select.PIPE_BUF
-        if os.isatty(fd) or stat.S_ISFIFO(found.st_mode):
+        self._part = 1 << 30 if stat.S_ISREG(status.st_mode) else select.PIPE_BUF
+        if os.isatty(fd) or stat.S_ISFIFO(status.st_mode):
             # A terminal promises nothing, a pipe has other writers: opened anew it does not wait.
             with contextlib.suppress(OSError):
                 flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
@@ -713,10 +713,10 @@ class _Bad(Exception):
 
 
 def _expected(what: str, node: Node) -> _Bad:
-    kind = node.id if node.id != "scalar" else node.tag.rpartition(":")[2]
-    got = {"mapping": "a mapping", "sequence": "a list", "null": "nothing"}.get(kind) or _TAGS.get(
-        kind, "{}"
-    ).format(node.value)
+    node_type = node.id if node.id != "scalar" else node.tag.rpartition(":")[2]
+    got = {"mapping": "a mapping", "sequence": "a list", "null": "nothing"}.get(
+        node_type
+    ) or _TAGS.get(node_type, "{}").format(node.value)
     return _Bad(f"expected {what}, got {got}", node)
 
 
@@ -792,10 +792,10 @@ def _choice(*values: str) -> Parse:
 
 def amount(text: str, pattern: str, units: dict) -> float | None:
     """The number in `text` times its unit, an int unless it has a point; None when it is none."""
-    found = re.fullmatch(pattern, text, re.ASCII)
-    if not found or found[2] not in units:
+    match = re.fullmatch(pattern, text, re.ASCII)
+    if not match or match[2] not in units:
         return None
-    return (float(found[1]) if "." in found[1] else int(found[1])) * units[found[2]]
+    return (float(match[1]) if "." in match[1] else int(match[1])) * units[match[2]]
 
 
 LEAST_RETENTION = 3600.0  # seconds; `log_retention: 30` meant 30 s, and the logs were gone
@@ -934,19 +934,19 @@ def _urls(reader: _YamlReader, node: Node) -> tuple:
     # One text with commas is how the Java executor's xxl.job.admin.addresses is written, and what
     # ${NAME} can hold.
     if node.id == "scalar" and node.tag.endswith(":str"):
-        found = [
+        parts = [
             reader.scalar(part.strip(), node) for part in node.value.split(",") if part.strip()
         ]
-        return tuple(_url(reader, part).rstrip("/") for part in found)
+        return tuple(_url(reader, part).rstrip("/") for part in parts)
     return tuple(value.rstrip("/") for value in _list(_url)(reader, node))
 
 
 def _bind(reader: _YamlReader, node: Node) -> tuple[str, int]:
     value = _text(reader, node)
-    found = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]*):(\d{1,5})", value, re.ASCII)
-    if not found or int(found[2]) > 65_535:
+    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]*):(\d{1,5})", value, re.ASCII)
+    if not match or int(match[2]) > 65_535:
         raise _expected('host:port such as "0.0.0.0:9999" or "[::]:9999"', node)
-    return found[1].strip("[]") or "0.0.0.0", int(found[2])
+    return match[1].strip("[]") or "0.0.0.0", int(match[2])
 
 
 def _option(parse: Parse, default: str = "", *, raw: bool = False) -> typing.Any:
@@ -1077,19 +1077,19 @@ class ScriptsConfig:
             trusted.add(pwd.getpwnam(self.template.user or "").pw_uid)
         try:
             for place in (directory, file):
-                found = os.stat(place) if place is directory else os.lstat(place)
-                if place is file and not stat.S_ISREG(found.st_mode):
+                status = os.stat(place) if place is directory else os.lstat(place)
+                if place is file and not stat.S_ISREG(status.st_mode):
                     return f"{file} is no regular file"
-                if found.st_mode & 0o022:
+                if status.st_mode & 0o022:
                     return f"others may write {place}: chmod go-w {place}"
-                if not os.geteuid() and found.st_uid not in trusted:
+                if not os.geteuid() and status.st_uid not in trusted:
                     return f"{place} belongs to another user, who could change it: chown root"
             above = os.path.realpath(directory)
             while above != os.path.dirname(above):
                 above = os.path.dirname(above)
-                found = os.stat(above)
-                moved = found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX
-                if moved or not os.geteuid() and found.st_uid not in trusted:
+                status = os.stat(above)
+                moved = status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX
+                if moved or not os.geteuid() and status.st_uid not in trusted:
                     return f"others may write {above} and so put another {directory} there"
         except OSError as error:
             return f"{file}: {error.strerror}"
@@ -1258,14 +1258,14 @@ class _YamlReader:
         if node.id != "scalar" or "${" not in node.value:
             return node
 
-        def value(found: re.Match) -> str:
-            if found[0].startswith("$$"):
+        def value(match: re.Match) -> str:
+            if match[0].startswith("$$"):
                 return "${"
-            text = os.environ.get(found[1], "") or found[2]
+            text = os.environ.get(match[1], "") or match[2]
             if text is None:
                 raise _Bad(
-                    f"the environment variable {found[1]} is empty or not set: set it, or write"
-                    f" ${{{found[1]}:-default}}",
+                    f"the environment variable {match[1]} is empty or not set: set it, or write"
+                    f" ${{{match[1]}:-default}}",
                     node,
                 )
             return text
@@ -1319,10 +1319,10 @@ class _YamlReader:
                 sources.append(source)
         return sources
 
-    def section(self, kind: type, node: Node, path: str, **fixed: typing.Any) -> typing.Any:
-        """An instance of the dataclass `kind` from a mapping; a key that is absent or null has its
-        default."""
-        fields = {field.name: field for field in dataclasses.fields(kind) if field.metadata}
+    def section(self, wanted: type, node: Node, path: str, **fixed: typing.Any) -> typing.Any:
+        """An instance of the dataclass `wanted` from a mapping; a key that is absent or null has
+        its default."""
+        fields = {field.name: field for field in dataclasses.fields(wanted) if field.metadata}
         values = dict(fixed)
         given = {}
         if not _absent(node) and node.id != "mapping":
@@ -1347,7 +1347,7 @@ class _YamlReader:
                 values[name] = None if value is None else parse(self, value)
             except _Bad as error:
                 self.problem(error.node, f"{path}.{name}{error.key}: {error}")
-        return kind(**values)
+        return wanted(**values)
 
     def _default(self, text: str, node: Node) -> Node:
         mark = node.start_mark if node is not None else self.yaml.Mark(self.file, 0, 0, 0, None, 0)
@@ -1400,7 +1400,7 @@ class _ConfigReader(_YamlReader):
                 )
         return job
 
-    def jobs(self, node: Node, found: dict, where: dict) -> None:
+    def jobs(self, node: Node, defined: dict, where: dict) -> None:
         if _absent(node):
             return
         if node.id != "mapping":
@@ -1418,7 +1418,7 @@ class _ConfigReader(_YamlReader):
             self.places[f"jobs.{key.value}"] = where[key.value]
             job = self.job(key, value)
             if job is not None:
-                found[job.name] = job
+                defined[job.name] = job
 
     def config(self) -> Config | None:
         root = self.document(self.file)
@@ -1574,18 +1574,18 @@ class HostCheck:
 
     def warnings(self) -> list[str]:
         """One `file:line: key: problem` for each."""
-        config, found = self._config, []
+        config, warnings = self._config, []
         scripts, problems = config.scripts.look()
-        found += [config.told("scripts.directories", problem) for problem in problems]
+        warnings += [config.told("scripts.directories", problem) for problem in problems]
         for name in sorted(scripts.keys() & config.jobs.keys()):
             told = f"the script {scripts[name].command[0]} has the same name and does not run"
-            found.append(config.told(f"jobs.{name}", told))
+            warnings.append(config.told(f"jobs.{name}", told))
         if not config.jobs and not scripts and not config.glue.enabled:
-            found.append(config.told("jobs", "there are none: every trigger will be refused"))
+            warnings.append(config.told("jobs", "there are none: every trigger will be refused"))
         for job in config.jobs.values():
             for key, text in self._job(job):
-                found.append(config.told(f"jobs.{job.name}{key and '.'}{key}", text))
-        return found
+                warnings.append(config.told(f"jobs.{job.name}{key and '.'}{key}", text))
+        return warnings
 
     def _job(self, job: JobConfig) -> typing.Iterator[tuple[str, str]]:
         """(key, what is wrong)"""
@@ -1670,7 +1670,7 @@ class HostCheck:
         if interpreter not in self._paths:
             code = "import sys; print(list(sys.version_info[:2])); print('\\n'.join(sys.path))"
             try:
-                found = subprocess.run(
+                ran = subprocess.run(
                     [interpreter, "-c", code],
                     stdin=subprocess.DEVNULL,
                     capture_output=True,
@@ -1678,7 +1678,7 @@ class HostCheck:
                     cwd="/",
                     env=self._environment,
                 )
-                version, *path = os.fsdecode(found.stdout).splitlines()
+                version, *path = os.fsdecode(ran.stdout).splitlines()
                 major, minor = json.loads(version)
             except (OSError, ValueError, subprocess.TimeoutExpired):
                 raise ExecutorError(f"{interpreter} is no Python that runs") from None
@@ -1732,8 +1732,8 @@ class HostCheck:
         if len(source) == SOURCE_LIMIT:
             return ""
         if not self._deep:
-            found = re.search(rb"\b%s\b|import \*|__getattr__" % function.encode(), source)
-            return "" if found else f"{spec.origin} has no function {function}"
+            defined = re.search(rb"\b%s\b|import \*|__getattr__" % function.encode(), source)
+            return "" if defined else f"{spec.origin} has no function {function}"
         try:
             names = self._names(source)
         except SyntaxError as error:
@@ -1827,9 +1827,9 @@ class Metrics:
         # From the start, where no label is awaited: a rate counts from the 0 before the first
         # failure.
         self._values: dict[tuple, typing.Any] = {
-            (name, ()): 0 if kind == "counter" else [0] * (len(_BUCKETS) + 1) + [0.0]
-            for name, (kind, _, *labels) in _METRICS.items()
-            if kind != "gauge" and not labels
+            (name, ()): 0 if type_ == "counter" else [0] * (len(_BUCKETS) + 1) + [0.0]
+            for name, (type_, _, *labels) in _METRICS.items()
+            if type_ != "gauge" and not labels
         }
         self._gauges: dict[str, typing.Callable[[], float]] = {}
 
@@ -1864,12 +1864,12 @@ class Metrics:
             }
         values.update({(name, ()): value() for name, value in self._gauges.items()})
         lines = []
-        for name, (kind, text, *_) in _METRICS.items():
-            lines += [f"# HELP xxl_executor_{name} {text}", f"# TYPE xxl_executor_{name} {kind}"]
-            for (found, labels), value in values.items():
-                if found == name and kind == "histogram":
+        for name, (type_, text, *_) in _METRICS.items():
+            lines += [f"# HELP xxl_executor_{name} {text}", f"# TYPE xxl_executor_{name} {type_}"]
+            for (owner, labels), value in values.items():
+                if owner == name and type_ == "histogram":
                     lines += _histogram(f"xxl_executor_{name}", labels, value)
-                elif found == name:
+                elif owner == name:
                     lines.append(f"xxl_executor_{name}{_labels(labels)} {value}")
         lines += [
             "# HELP xxl_executor_build_info Version of the executor and its Python.",
@@ -1917,7 +1917,7 @@ def _process_metrics() -> list[str]:
     """What every Prometheus client tells of its process, under the same names; see
     https://prometheus.io/docs/instrumenting/writing_clientlibs/#process-metrics"""
     used = resource.getrusage(resource.RUSAGE_SELF)
-    found: list[tuple[str, str, str, float]] = [
+    metrics: list[tuple[str, str, str, float]] = [
         (
             "cpu_seconds_total",
             "counter",
@@ -1929,7 +1929,7 @@ def _process_metrics() -> list[str]:
         fields = _read_proc("/proc/self/stat").rpartition(b") ")[2].split()
         began = _process_began()
         resident = int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
-        found += [
+        metrics += [
             (
                 "start_time_seconds",
                 "gauge",
@@ -1941,13 +1941,13 @@ def _process_metrics() -> list[str]:
             ("open_fds", "gauge", "Open file descriptors.", len(os.listdir("/proc/self/fd"))),
         ]
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    found.append(("max_fds", "gauge", "Maximum of open file descriptors.", most))
+    metrics.append(("max_fds", "gauge", "Maximum of open file descriptors.", most))
     return [
         line
-        for name, kind, text, value in found
+        for name, type_, text, value in metrics
         for line in (
             f"# HELP process_{name} {text}",
-            f"# TYPE process_{name} {kind}",
+            f"# TYPE process_{name} {type_}",
             f"process_{name} {value}",
         )
     ]
@@ -2109,7 +2109,7 @@ def render(reply: Reply, close: bool, head: Head | None = None) -> bytes:
     connection = "close" if close else "keep-alive" if head is not None and head.old else ""
     text = (
         f"HTTP/1.1 {reply.status} {reason}\r\nDate: {_http_date(int(time.time()))}\r\n"
-        f"Content-Type: {reply.kind}\r\nContent-Length: {len(reply.body)}\r\n"
+        f"Content-Type: {reply.content_type}\r\nContent-Length: {len(reply.body)}\r\n"
         + (f"Connection: {connection}\r\n" if connection else "")
         + "\r\n"
     )
@@ -2347,16 +2347,16 @@ class Connections:
     def _make_room(self) -> bool:
         """Close what can be done without best: who has never shown the token, then the longest
         idle, but none of those that has something unread or a request under way."""
-        found = [
+        candidates = [
             connection
             for connection in self._connections.values()
             if connection.phase is Phase.IDLE
             or connection.phase in (Phase.HEAD, Phase.SENDING, Phase.LINGERING)
             and not connection.trusted
         ]
-        found.sort(key=lambda connection: (connection.trusted, connection.since))
+        candidates.sort(key=lambda connection: (connection.trusted, connection.since))
         made = 0
-        for connection in found:
+        for connection in candidates:
             if made and (connection.trusted or made >= self._limit // 64):
                 break  # several strangers at once: a crowd of them must not have each one searched
             # Of a stranger who does not take his answer something is always unread.
@@ -2775,16 +2775,16 @@ def whole(value: typing.Any, name: str) -> int:
 def decode(body: bytes) -> dict:
     """The JSON object of a request; raises Refused."""
     try:
-        found = json.loads(body.decode("utf-8"))
+        fields = json.loads(body.decode("utf-8"))
     except RecursionError:
         raise Refused("the body is nested too deeply") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise Refused(f"the body is not JSON: {error}") from None
     except ValueError:  # CPython converts at most 4,300 digits
         raise Refused("the body holds a number of too many digits") from None
-    if not isinstance(found, dict):
-        raise Refused(f"expected a JSON object, got {json.dumps(found)[:100]}")
-    return found
+    if not isinstance(fields, dict):
+        raise Refused(f"expected a JSON object, got {json.dumps(fields)[:100]}")
+    return fields
 
 
 def number_of(fields: dict, name: str, default: int | None = None) -> int:
@@ -3082,8 +3082,8 @@ class Api:
         return refusal(503, "stopping") if self.draining else _YES
 
     def _show_metrics(self, request: Request) -> Reply:
-        kind = "text/plain; version=0.0.4; charset=utf-8"
-        return Reply(200, kind, self._metrics.render().encode())
+        content_type = "text/plain; version=0.0.4; charset=utf-8"
+        return Reply(200, content_type, self._metrics.render().encode())
 
     def _show_status(self, request: Request) -> Reply:
         self._authorize(request)
@@ -3817,9 +3817,9 @@ class Context:
         if not self.param.strip():
             return {}
         with contextlib.suppress(ValueError):
-            found = json.loads(self.param)
-            if isinstance(found, dict):
-                return found
+            fields = json.loads(self.param)
+            if isinstance(fields, dict):
+                return fields
         with contextlib.suppress(ValueError):
             if not re.search(r"\s", self.param.strip()):
                 return dict(
@@ -3883,29 +3883,35 @@ class Scripts:
 
     def job(self, trigger: Trigger) -> JobConfig:
         """What runs the script of `trigger`. Raises Refused."""
-        kind = trigger.glue_type[:100]
-        if kind == "GLUE_GROOVY":
+        glue_type = trigger.glue_type[:100]
+        if glue_type == "GLUE_GROOVY":
             raise Refused(
                 "GLUE_GROOVY: Groovy runs inside the Java executor only: choose another language,"
                 " or a script of this host",
                 "glue",
             )
-        if kind not in GLUE:
-            raise Refused(f"{kind}: no such kind of script: known are {', '.join(GLUE)}", "glue")
+        if glue_type not in GLUE:
+            raise Refused(
+                f"{glue_type}: no such kind of script: known are {', '.join(GLUE)}", "glue"
+            )
         if not self._config.enabled:
             raise Refused(
-                f"{kind}: scripts from the admin are not enabled here: write the script to this"
-                " host, list it under jobs in the configuration and choose BEAN with its name as"
-                " JobHandler, or set glue.enabled: true",
+                f"{glue_type}: scripts from the admin are not enabled here: write the script to"
+                " this host, list it under jobs in the configuration and choose BEAN with its name"
+                " as JobHandler, or set glue.enabled: true",
                 "glue",
             )
-        if kind not in self._config.languages:
+        if glue_type not in self._config.languages:
             raise Refused(
-                f"{kind}: is not among glue.languages:"
+                f"{glue_type}: is not among glue.languages:"
                 f" {', '.join(self._config.languages) or 'none'}",
                 "glue",
             )
-        command = (GLUE[kind][0], self._path(trigger), *(f"{{{word}}}" for word in PLACEHOLDERS))
+        command = (
+            GLUE[glue_type][0],
+            self._path(trigger),
+            *(f"{{{word}}}" for word in PLACEHOLDERS),
+        )
         return dataclasses.replace(
             self._config.template,
             name=trigger.handler,
@@ -4032,10 +4038,10 @@ class _Forker:
     def _look_at_children(self) -> None:
         """Some have ended."""
         for report, pid in list(self._running.items()):
-            found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            if found is not None:
+            outcome = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if outcome is not None:
                 self._ended[report] = self._running.pop(report)
-                _report(report, status=exit_status(found))
+                _report(report, status=exit_status(outcome))
         self._left = {pid for pid in self._left if os.waitpid(pid, os.WNOHANG)[0] == 0}
 
     def _release(self, report: int) -> None:
@@ -4223,9 +4229,9 @@ def trim_memory() -> None:
         LIBC.malloc_trim(0)
 
 
-def exit_status(found: os.waitid_result) -> int:
+def exit_status(outcome: os.waitid_result) -> int:
     """What waitid() found as an exit status, negative for a signal."""
-    return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+    return outcome.si_status if outcome.si_code == os.CLD_EXITED else -outcome.si_status
 
 
 @functools.lru_cache(1)
@@ -4285,8 +4291,8 @@ class Child:
     def poll(self) -> int | None:
         """The exit status, negative for a signal, or None while it runs."""
         if self._status is None:
-            found = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            self._status = None if found is None else exit_status(found)
+            outcome = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            self._status = None if outcome is None else exit_status(outcome)
         return self._status
 
     def close(self) -> None:
@@ -4310,9 +4316,9 @@ class ForkedChild:
 
     def go_on(self, request: dict) -> None:
         """Its PID is known: have it run `request`."""
-        found = _process_stat(self.pid)
-        if found is not None:
-            self.seen = {self.pid: found.started}  # before it has its session and its marker
+        process = _process_stat(self.pid)
+        if process is not None:
+            self.seen = {self.pid: process.started}  # before it has its session and its marker
         with open(os.memfd_create("request"), "wb") as stream:
             stream.write(json.dumps(request).encode())
             stream.flush()
@@ -4337,10 +4343,10 @@ class ForkedChild:
     def session(self) -> int:
         """The number of its session, 0 once it may belong to somebody else."""
         try:
-            found = _process_stat(self.pid) if self.lost else None
+            process = _process_stat(self.pid) if self.lost else None
         except OSError:  # no descriptor free: its marker tells
             return 0
-        known = not self.lost or found is not None and self.seen.get(self.pid) == found.started
+        known = not self.lost or process is not None and self.seen.get(self.pid) == process.started
         return self.pid if known else 0
 
     @property
@@ -4525,10 +4531,10 @@ def _process_stat(pid: int) -> ProcessStat | None:
 def has_ended(pid: int) -> bool:
     """Whether a process that nobody has reaped has ended."""
     try:
-        found = _process_stat(pid)
+        process = _process_stat(pid)
     except OSError:  # no descriptor free: nobody can tell
         return False
-    return found is None or not found.alive
+    return process is None or not process.alive
 
 
 def _pids() -> list[int]:
@@ -4558,21 +4564,21 @@ def family(
     stats, members = {}, []
     children = collections.defaultdict(list)
     for pid in _pids():
-        found = _patiently(functools.partial(_process_stat, pid))
-        if found is None or pid == os.getpid():
+        process = _patiently(functools.partial(_process_stat, pid))
+        if process is None or pid == os.getpid():
             continue
-        stats[pid] = found
-        children[found.parent].append(pid)
+        stats[pid] = process
+        children[process.parent].append(pid)
         # 0 is the session of all that came from outside a PID namespace
         if (
-            seen.get(pid) == found.started
+            seen.get(pid) == process.started
             or session
-            and found.session == session
-            or found.alive
+            and process.session == session
+            or process.alive
             and _marked(pid, needle)
         ):
             members.append(pid)
-            act(pid, found.started)
+            act(pid, process.started)
     for pid in members:  # grows while it is walked
         for child in children[pid]:
             if child not in members:
@@ -4590,8 +4596,8 @@ def send_signal(members: dict[int, int], number: int) -> list[int]:
         with contextlib.suppress(ProcessLookupError):
             fd = _patiently(functools.partial(os.pidfd_open, pid))
             fds.append(fd)
-            found = _patiently(functools.partial(_process_stat, pid))
-            if found is None or found.started != started:
+            process = _patiently(functools.partial(_process_stat, pid))
+            if process is None or process.started != started:
                 os.close(fds.pop())
                 continue
             signal.pidfd_send_signal(fd, number)
@@ -4683,10 +4689,10 @@ def _reap() -> tuple[bool, bool]:
 def _is_kept(pid: int) -> bool:
     """Whether a job with background: keep left it."""
     try:
-        found = _process_stat(pid)
+        process = _process_stat(pid)
     except OSError:  # no descriptor free
         return False
-    return found is not None and found.started == _KEPT.get(pid)
+    return process is not None and process.started == _KEPT.get(pid)
 
 
 def reap_orphans() -> bool:
@@ -4773,10 +4779,10 @@ class ResultFiles:
         except OSError:
             return ""
         try:
-            found = os.fstat(fd)
-            if not stat.S_ISREG(found.st_mode) or found.st_uid != owner:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode) or status.st_uid != owner:
                 return ""
-            data = os.pread(fd, 4 * MESSAGE_LIMIT, max(0, found.st_size - 4 * MESSAGE_LIMIT))
+            data = os.pread(fd, 4 * MESSAGE_LIMIT, max(0, status.st_size - 4 * MESSAGE_LIMIT))
         finally:
             os.close(fd)
         return data.decode("utf-8", "replace").strip().replace("\0", "\ufffd")
@@ -5203,11 +5209,11 @@ class Launch:
         self.read, self.write = os.pipe()
         os.set_blocking(self.read, False)  # a job may take back what it wrote
         if self._user is not None:
-            found = self._user[0]
+            account = self._user[0]
             if not self._result_file:
-                self._result_file = self._supervisor.results.create(found)
-                self._owner = found.pw_uid
-            os.fchown(self.write, found.pw_uid, found.pw_gid)  # for who opens /dev/stderr anew
+                self._result_file = self._supervisor.results.create(account)
+                self._owner = account.pw_uid
+            os.fchown(self.write, account.pw_uid, account.pw_gid)  # for who opens /dev/stderr anew
         if self._job.python:
             os.stat(self._job.cwd)  # the child would report it with less to go by
             return None
@@ -5225,7 +5231,7 @@ class Launch:
         else:
             values = {"param": trigger.param, **shards}
             command = [
-                re.sub(r"\{(param|shard_index|shard_total)\}", lambda found: values[found[1]], word)
+                re.sub(r"\{(param|shard_index|shard_total)\}", lambda match: values[match[1]], word)
                 for word in job.command
             ]
         # Without user= and preexec_fn subprocess uses vfork, which costs the same however large the
@@ -6134,13 +6140,13 @@ class JobLogs:
     def _open_day(self, directory: str, make: bool) -> int:
         """A descriptor of the directory of a day, kept for the next log. With the lock held."""
         try:
-            found = os.lstat(directory)
+            status = os.lstat(directory)
         except FileNotFoundError:
             if not make:
                 raise
             os.mkdir(directory, 0o750)
-            found = os.lstat(directory)
-        day = (directory, found.st_dev, found.st_ino)
+            status = os.lstat(directory)
+        day = (directory, status.st_dev, status.st_ino)
         if day != self._day:
             fd = os.open(directory, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             if self._day_fd >= 0:
@@ -6332,8 +6338,8 @@ class Reserve:
     def restore(self) -> bool:
         """Have the space again, once as much is free besides."""
         with contextlib.suppress(OSError):  # the directory is away
-            found = os.statvfs(os.path.dirname(self._file))
-            if self.lost and found.f_bavail * found.f_frsize >= 2 * RESERVE and self._allocate():
+            disk = os.statvfs(os.path.dirname(self._file))
+            if self.lost and disk.f_bavail * disk.f_frsize >= 2 * RESERVE and self._allocate():
                 self.lost = False
                 log.info("there is space on the disk again, triggers are accepted")
         return not self.lost
@@ -6492,10 +6498,10 @@ class JournalFiles:
 
         def stamp(suffix: str) -> tuple[int, int] | None:
             try:
-                found = os.stat(self._file + suffix)
+                status = os.stat(self._file + suffix)
             except FileNotFoundError:
                 return None
-            return found.st_dev, found.st_ino
+            return status.st_dev, status.st_ino
 
         return tuple(map(stamp, _SUFFIXES))
 
@@ -6542,10 +6548,10 @@ class JournalFiles:
         """Put FILE.new into its place, aside whatever lies there, and open it."""
         if os.path.exists(self._file + ".new"):
             foreign = []
-            for suffix, own, found in zip(_SUFFIXES, self._places, self._stamps()):
-                if found == own is not None:
+            for suffix, own, present in zip(_SUFFIXES, self._places, self._stamps()):
+                if present == own is not None:
                     os.unlink(self._file + suffix)  # what it held is in the copy
-                elif found is not None:
+                elif present is not None:
                     foreign.append(suffix)
             if foreign:
                 self._set_aside(*foreign)
@@ -6568,15 +6574,15 @@ class JournalFiles:
         db = self._connect()
         try:
             db.executescript(_SCHEMA)
-            found = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+            verdict = db.execute("PRAGMA quick_check(1)").fetchone()[0]
             # What the check does not see: other tables than these (a version that changes them must
             # convert them before), and a header that forbids to write.
             with contextlib.closing(sqlite3.connect(":memory:")) as wanted:
                 wanted.executescript(_SCHEMA)
-                if found == "ok" and not self._tables(wanted) <= self._tables(db):
-                    found = "its tables are not those of this program"
-            if found != "ok":
-                raise sqlite3.DatabaseError(found)
+                if verdict == "ok" and not self._tables(wanted) <= self._tables(db):
+                    verdict = "its tables are not those of this program"
+            if verdict != "ok":
+                raise sqlite3.DatabaseError(verdict)
             db.executescript("BEGIN; INSERT OR REPLACE INTO facts VALUES ('', ''); ROLLBACK")
         except (
             sqlite3.Error,
@@ -6597,8 +6603,8 @@ class JournalFiles:
     @staticmethod
     def _tables(db: sqlite3.Connection) -> set[tuple[str, str]]:
         """(name, SQL) of tables and indexes, however the SQL was laid out."""
-        found = db.execute("SELECT name, sql FROM sqlite_master")
-        return {(name, " ".join((sql or "").split())) for name, sql in found}
+        rows = db.execute("SELECT name, sql FROM sqlite_master")
+        return {(name, " ".join((sql or "").split())) for name, sql in rows}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6660,8 +6666,8 @@ class JournalReader(Facts):
         self._file = file
         self._results: list[tuple[int, str, str, int]] = []  # that are not stored yet
         counts = "SELECT state, count(*) FROM runs WHERE state <> 'delivered' GROUP BY state"
-        found = dict(self._files.read(counts))
-        self._counts = {state: found.get(state, 0) for state in ("finished", "dead")}
+        numbers = dict(self._files.read(counts))
+        self._counts = {state: numbers.get(state, 0) for state in ("finished", "dead")}
 
     def undelivered(self, limit: int) -> list[StoredResult]:
         """Results that wait for the admin, the oldest first."""
@@ -6694,16 +6700,16 @@ class JournalReader(Facts):
         """The RECENT latest runs of each handler that ended before the time `before`, the latest
         first, at least until all of `handlers` have so many; reads with a connection of its own.
         Raises JournalError."""
-        missing, found = dict.fromkeys(handlers, RECENT), []
+        missing, latest = dict.fromkeys(handlers, RECENT), []
         with contextlib.closing(read_journal(self._file)) as db:
             for run in itertools.islice(past_runs(db), LOOK_BACK):
                 wanted = missing.get(run.label, RECENT)
                 if wanted and run.code is not None and run.began + (run.took or 0.0) < before:
-                    found.append(run)
+                    latest.append(run)
                     missing[run.label] = wanted - 1
                     if not any(missing.values()):
                         break
-        return found
+        return latest
 
     def counts(self) -> dict[str, int]:
         """How many results are undelivered, held because they could not be stored, and dead."""
@@ -6726,7 +6732,7 @@ class JournalReader(Facts):
             " runs WHERE state <> 'delivered' AND state IN ('accepted', 'running')"
             " ORDER BY accepted"
         )
-        found, dropped = [], self._dropped()
+        runs, dropped = [], self._dropped()
         for log_id, date, stored, state, accepted, starts, code, message in rows:
             try:
                 fields = json.loads(stored)
@@ -6736,18 +6742,18 @@ class JournalReader(Facts):
                 age = 0.0
                 trigger = Trigger(0, log_id, "(unknown)", log_date_time=date, glue_type="")
             cancelled = dropped.get(log_id) if code is None else Result(code, message or "")
-            found.append(Unfinished(trigger, RunState(state), age, starts, cancelled))
-        return found
+            runs.append(Unfinished(trigger, RunState(state), age, starts, cancelled))
+        return runs
 
     def _dropped(self) -> dict[int, Result]:
         """By logId: what was dropped in an earlier life and perhaps not finished."""
-        found: dict[int, Result] = {}
+        dropped: dict[int, Result] = {}
         for name, value in self._facts.items():
             if name.startswith(_DROPPED):
                 with contextlib.suppress(ValueError, TypeError):  # a page may be damaged unnoticed
                     log_ids, code, message = json.loads(value)
-                    found.update(dict.fromkeys(log_ids, Result(code, message)))
-        return found
+                    dropped.update(dict.fromkeys(log_ids, Result(code, message)))
+        return dropped
 
     def forget_dropped(self) -> None:
         """Once every run that was dropped in an earlier life is finished; at start."""
@@ -7078,8 +7084,8 @@ def past_runs(db: sqlite3.Connection, log_id: int | None = None) -> typing.Itera
     query = "SELECT log_id, log_date_time, state, trigger, code, message FROM runs"
     one = ("", ()) if log_id is None else (" WHERE log_id = ?", (log_id,))
     try:
-        for found in db.execute(f"{query}{one[0]} ORDER BY log_id DESC", one[1]):
-            yield _past_run(*found)
+        for row in db.execute(f"{query}{one[0]} ORDER BY log_id DESC", one[1]):
+            yield _past_run(*row)
     except sqlite3.Error as error:
         raise JournalError(f"the journal cannot be read: {error}") from None
 
@@ -7433,30 +7439,31 @@ class _Link:
         deadline = time.monotonic() + self._connect_timeout
         try:
             error: Exception = OSError(f"{connection.host} has no address")
-            for family_, kind, protocol, _, target in resolve(
+            for family_, type_, protocol, _, target in resolve(
                 connection.host, connection.port, self._connect_timeout
             ):
-                sock = socket.socket(family_, kind, protocol)
+                sock = socket.socket(family_, type_, protocol)
                 try:
                     sock.settimeout(max(0.01, deadline - time.monotonic()))
                     sock.connect(target)
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                except OSError as found:
+                except OSError as failure:
                     sock.close()
-                    error = found
+                    error = failure
                     continue
                 self._disconnect()
                 self._socket = sock.dup()  # stays usable for the timer when TLS wraps the original
                 return sock
             raise error
-        except OSError as found:
-            raise urllib3.exceptions.NewConnectionError(connection, str(found)) from found
+        except OSError as failure:
+            raise urllib3.exceptions.NewConnectionError(connection, str(failure)) from failure
 
     def _expire(self) -> None:
         self._expired = True
-        with contextlib.suppress(OSError):
-            if self._socket is not None:
-                self._socket.shutdown(socket.SHUT_RDWR)
+        sock = self._socket  # once: its thread may close it meanwhile
+        if sock is not None:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
 
     def post(self, path: str, headers: dict[str, str], body: bytes) -> tuple[int, bytes]:
         """(HTTP status, at most REPLY_LIMIT + 1 bytes). Raises AdminUnreachable."""
@@ -7494,11 +7501,12 @@ class _Link:
             timer.cancel()
 
     def _disconnect(self) -> None:
-        if self._socket is not None:
+        """By its thread, or by the main thread at the end, perhaps at once."""
+        sock, self._socket = self._socket, None
+        if sock is not None:
             with contextlib.suppress(OSError):
-                self._socket.shutdown(socket.SHUT_RDWR)
-            self._socket.close()
-            self._socket = None
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
 
     def close(self) -> None:
         self._session.close()
@@ -7509,9 +7517,9 @@ def root_cause(error: BaseException) -> str:
     """What lies below the wrappings of requests and urllib3, in a few words."""
     while True:
         inner = [
-            found
-            for found in (getattr(error, "reason", None), error.__cause__, *error.args)
-            if isinstance(found, BaseException)
+            cause
+            for cause in (getattr(error, "reason", None), error.__cause__, *error.args)
+            if isinstance(cause, BaseException)
         ]
         if not inner:
             shown = "".join(char if char.isprintable() else " " for char in str(error))
@@ -7535,14 +7543,14 @@ def resolve(host: str, port: int, seconds: float) -> list:
 
     try:
         threading.Thread(target=work, name="resolver", daemon=True).start()
-        found = box.get(timeout=seconds)
+        answer = box.get(timeout=seconds)
     except RuntimeError as error:
         raise OSError(f"{host} was not resolved: {error}") from None
     except queue.Empty:
         raise OSError(f"{host} was not resolved within {seconds_text(seconds)}") from None
-    if isinstance(found, OSError):
-        raise OSError(f"{host}: {found.strerror or found}")
-    return found
+    if isinstance(answer, OSError):
+        raise OSError(f"{host}: {answer.strerror or answer}")
+    return answer
 
 
 class AdminClient:
@@ -7721,13 +7729,13 @@ class AdminClient:
         if len(reply) > REPLY_LIMIT:
             return None, f"an answer of more than {REPLY_LIMIT} bytes"
         try:
-            found = json.loads(reply)
-            code = found["code"]
+            answer = json.loads(reply)
+            code = answer["code"]
         except (ValueError, TypeError, KeyError, RecursionError):
             return None, f"no XXL-JOB answer: {reply[:60]!r}"
         if type(code) is not int:
             return None, f"no XXL-JOB answer: {reply[:60]!r}"
-        return code, f"code {code}: {str(found.get('msg'))[:500]}"
+        return code, f"code {code}: {str(answer.get('msg'))[:500]}"
 
     def _link(self, url: str) -> _Link:
         links = self._local.__dict__.setdefault("links", {})
@@ -7892,8 +7900,8 @@ class Registration:
                 try:
                     host = facing_address(admin.url, self._config.admin.connect_timeout)
                     break
-                except OSError as found:
-                    error = found
+                except OSError as failure:
+                    error = failure
             else:
                 raise error
         return f"http://{authority(host, self._port)}/"
@@ -8019,8 +8027,8 @@ class Owner(typing.NamedTuple):
 
     def alive(self) -> bool:
         with contextlib.suppress(OSError):
-            found = _process_stat(self.pid)
-            return found is not None and found.started == self.started
+            process = _process_stat(self.pid)
+            return process is not None and process.started == self.started
         return False
 
 
@@ -8048,9 +8056,9 @@ class DataDir:
             ) from None
         lock = os.fstat(self._fd)
         self._place = f"{lock.st_dev}:{lock.st_ino}"
-        found = os.pread(self._fd, 4096, 0).decode("ascii", "replace").splitlines()
-        identity = found[0].partition(" ")[0] if found else ""
-        copied = len(found) > 1 and found[1] != self._place  # of another one's, who may be running
+        lines = os.pread(self._fd, 4096, 0).decode("ascii", "replace").splitlines()
+        identity = lines[0].partition(" ")[0] if lines else ""
+        copied = len(lines) > 1 and lines[1] != self._place  # of another one's, who may be running
         if copied:
             log.warning(
                 "%s was copied, or its file system is mounted anew: what was started from the"
@@ -8112,9 +8120,9 @@ def end_leftovers(journal: Journal, identity: str) -> None:
         if state is RunState.RUNNING
     ]
     for marker in markers:
-        found = family(marker)
-        if found:
-            log.warning("ending %d processes that jobs of an earlier executor left", len(found))
+        leftovers = family(marker)
+        if leftovers:
+            log.warning("ending %d processes that jobs of an earlier executor left", len(leftovers))
             survivors = kill_family(marker)
             if survivors:
                 log.error("processes %s cannot be ended: end them by hand", survivors)
@@ -8189,8 +8197,8 @@ class ConfigFiles:
         stamps = []
         for file in itertools.chain.from_iterable(map(glob.glob, self._patterns)):
             with contextlib.suppress(OSError):
-                found = os.stat(file)
-                stamps.append((file, found.st_mtime_ns, found.st_ino, found.st_size))
+                status = os.stat(file)
+                stamps.append((file, status.st_mtime_ns, status.st_ino, status.st_size))
         return sorted(stamps)
 
     def changed(self) -> bool:
@@ -8402,10 +8410,10 @@ class Wiring:
         )
 
     def _summary(self) -> str:
-        found, counts = self._core.snapshot(), self._journal.counts()
+        runs, counts = self._core.snapshot(), self._journal.counts()
         failed = "RELOAD FAILED, the old jobs stay, " if self._reload_error else ""
         return (
-            f"{failed}{len(found['running'])} running, {sum(found['queued'].values())} queued,"
+            f"{failed}{len(runs['running'])} running, {sum(runs['queued'].values())} queued,"
             f" {counts['undelivered']} undelivered"
         )
 
@@ -8737,10 +8745,10 @@ def listen(bind: tuple[str, int]) -> socket.socket:
     """The listening socket. Raises ExecutorError."""
     host, port = bind
     try:
-        family_, kind, protocol, _, target = socket.getaddrinfo(
+        family_, type_, protocol, _, target = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        listener = socket.socket(family_, kind, protocol)
+        listener = socket.socket(family_, type_, protocol)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family_ == socket.AF_INET6:
@@ -9246,8 +9254,8 @@ def find_data(arguments: argparse.Namespace) -> tuple[str, Config | None]:
     config, error = None, None
     try:
         config = load_config(find_config(arguments.config))
-    except ConfigError as found:
-        config, error = found.config, found
+    except ConfigError as failure:
+        config, error = failure.config, failure
     path = arguments.data_dir or (config.executor.data_dir if config is not None else None)
     if not path:
         raise ConfigError(f"{error}\nThis command needs only executor.data_dir: --data-dir DIR")
@@ -9257,7 +9265,7 @@ def find_data(arguments: argparse.Namespace) -> tuple[str, Config | None]:
 class Look(typing.NamedTuple):
     """What `status` has found; `trouble`: why it does not come from a running executor."""
 
-    found: dict
+    state: dict
     trouble: str
 
 
@@ -9281,7 +9289,7 @@ def look(path: str, config: Config | None) -> Look:
         )
     elif owner is not None:
         trouble = f"not running, it stopped at {stamp(int(owner.since))}"
-    found: dict = {
+    state: dict = {
         "app": config.executor.app_name if config is not None else path,
         "jobs": sorted(config.jobs) if config is not None else [],
         "trouble": trouble,
@@ -9293,20 +9301,20 @@ def look(path: str, config: Config | None) -> Look:
         "dead": 0,
     }
     if owner is not None:
-        _look_back(path, found)
-    return Look(found, trouble)
+        _look_back(path, state)
+    return Look(state, trouble)
 
 
-def _look_back(path: str, found: dict) -> None:
+def _look_back(path: str, state: dict) -> None:
     """Complete `found` from the journal that an executor has left."""
     with contextlib.closing(read_journal(os.path.join(path, "journal.db"))) as db:
         for run in itertools.islice(past_runs(db), LOOK_BACK):
-            found["undelivered"] += run.state == RunState.FINISHED.value
-            found["dead"] += run.state == RunState.DEAD.value
+            state["undelivered"] += run.state == RunState.FINISHED.value
+            state["dead"] += run.state == RunState.DEAD.value
             if run.code is not None:
-                codes = found["recent"].setdefault(run.label, [])
+                codes = state["recent"].setdefault(run.label, [])
                 if not codes and run.code != SUCCESS:
-                    found["failures"].append(run.shown())
+                    state["failures"].append(run.shown())
                 if len(codes) < RECENT:
                     codes.insert(0, run.code)
 
@@ -9318,13 +9326,17 @@ def ask_status(owner: Owner) -> dict:
         place = urllib.parse.urlsplit(owner.url).netloc
         with contextlib.closing(http.client.HTTPConnection(place, timeout=5)) as connection:
             connection.request("GET", "/status", headers={"Authorization": f"Bearer {owner.key}"})
-            found = json.loads(connection.getresponse().read())
+            answer = json.loads(connection.getresponse().read())
     except (OSError, http.client.HTTPException, ValueError) as error:
         told = getattr(error, "strerror", None) or error
         raise ExecutorError(f"pid {owner.pid} on {owner.url} does not answer: {told}") from None
-    if not isinstance(found, dict) or found.get("pid") != owner.pid or "reloadError" not in found:
+    if (
+        not isinstance(answer, dict)
+        or answer.get("pid") != owner.pid
+        or "reloadError" not in answer
+    ):
         raise ExecutorError(f"what listens on {owner.url} is not the executor of pid {owner.pid}")
-    return found
+    return answer
 
 
 def cmd_status(arguments: argparse.Namespace) -> int:
@@ -9336,7 +9348,7 @@ def cmd_status(arguments: argparse.Namespace) -> int:
             seen = look(*find_data(arguments))
             if arguments.json:
                 indent = None if arguments.watch else 2
-                print(json.dumps(seen.found, ensure_ascii=False, indent=indent), flush=True)
+                print(json.dumps(seen.state, ensure_ascii=False, indent=indent), flush=True)
             elif live:
                 lines = map(printable, status_lines(seen, shutil.get_terminal_size().lines - 1))
                 # line by line, so that nothing flickers; then whatever an earlier one left below
@@ -9351,12 +9363,12 @@ def cmd_status(arguments: argparse.Namespace) -> int:
 
 def status_lines(seen: Look, most: int = sys.maxsize) -> list[str]:
     """What `status` shows, in at most `most` lines: first what runs and what has failed."""
-    found = seen.found
-    head, tail = _status_head(seen), _status_tail(found)
+    state = seen.state
+    head, tail = _status_head(seen), _status_tail(state)
     left = most - len(head) - len(tail) - _JOB_LINES
-    running = _cut(_running_lines(found), left)
-    failed = _cut(_failure_lines(found), left - len(running))
-    jobs = _job_lines(found, left + _JOB_LINES - len(running) - len(failed))
+    running = _cut(_running_lines(state), left)
+    failed = _cut(_failure_lines(state), left - len(running))
+    jobs = _job_lines(state, left + _JOB_LINES - len(running) - len(failed))
     return (head + running + failed + jobs + tail)[:most]
 
 
@@ -9371,43 +9383,40 @@ def _cut(lines: list[str], most: int) -> list[str]:
 
 
 def _status_head(seen: Look) -> list[str]:
-    found = seen.found
+    state = seen.state
     if seen.trouble:
-        return [f"{found['app']}  {seen.trouble}", ""]
-    state = (
-        "stopping"
-        if found["draining"]
-        else (
-            "no admin"
-            if not found["admins"]
-            else ("registered" if found["registered"] else "not registered")
-        )
-    )
-    place = f"{found['address']}  pid {found['pid']}  up {seconds_text(found['uptime'])}"
-    lines = [f"{found['app']}  {state}", f"{place}  version {found['version']}"]
-    if found["reloadError"]:
-        lines.append(f"RELOAD FAILED, the old jobs stay: {found['reloadError']}")
+        return [f"{state['app']}  {seen.trouble}", ""]
+    if state["draining"]:
+        word = "stopping"
+    elif not state["admins"]:
+        word = "no admin"
+    else:
+        word = "registered" if state["registered"] else "not registered"
+    place = f"{state['address']}  pid {state['pid']}  up {seconds_text(state['uptime'])}"
+    lines = [f"{state['app']}  {word}", f"{place}  version {state['version']}"]
+    if state["reloadError"]:
+        lines.append(f"RELOAD FAILED, the old jobs stay: {state['reloadError']}")
     return [*lines, ""]
 
 
-def _running_lines(found: dict) -> list[str]:
-    if not found["running"]:
+def _running_lines(state: dict) -> list[str]:
+    if not state["running"]:
         return []
     stuck = " (cancelled, but its thread does not return)"
     rows = [
         (run["job"], run["logId"], seconds_text(run["seconds"]) + (stuck if run["stuck"] else ""))
-        for run in found["running"]
+        for run in state["running"]
     ]
     return [*table(("RUNNING", "LOGID", "FOR"), rows), ""]
 
 
-def _failure_lines(found: dict) -> list[str]:
+def _failure_lines(state: dict) -> list[str]:
     """Of each job whose latest run has failed."""
-    if not found["failures"]:
+    if not state["failures"]:
         return []
     rows = [
         (run["job"], stamp(int(_end_of(run))), run["logId"], printable(run["message"]))
-        for run in sorted(found["failures"], key=_end_of, reverse=True)
+        for run in sorted(state["failures"], key=_end_of, reverse=True)
     ]
     return [*table(("FAILED", "AT", "LOGID", "MESSAGE"), rows), ""]
 
@@ -9416,25 +9425,25 @@ def _end_of(run: dict) -> float:
     return run["began"] + (run["seconds"] or 0.0)
 
 
-def _job_lines(found: dict, most: int) -> list[str]:
+def _job_lines(state: dict, most: int) -> list[str]:
     """As many jobs as fit, those that wait first when not all do."""
     marks = {SUCCESS: ".", FAILURE: "F", TIMEOUT: "T"}
-    running = collections.Counter(run["job"] for run in found["running"])
-    failed = {run["job"] for run in found["failures"]}
-    names = [*found["jobs"], *sorted(found["recent"].keys() - set(found["jobs"]))]
+    running = collections.Counter(run["job"] for run in state["running"])
+    failed = {run["job"] for run in state["failures"]}
+    names = [*state["jobs"], *sorted(state["recent"].keys() - set(state["jobs"]))]
     room = max(0, most - 4)  # for the head, what is left out, an empty line and what marks mean
     left_out = ""
     if len(names) > room:
         names.sort(
-            key=lambda name: (not found["queued"].get(name), name in failed or running[name])
+            key=lambda name: (not state["queued"].get(name), name in failed or running[name])
         )
         left_out = f"... and {counted(len(names) - room, 'more job')}"
     rows = [
         (
             name,
-            "".join(marks.get(code, "?") for code in found["recent"].get(name, [])) or "-",
+            "".join(marks.get(code, "?") for code in state["recent"].get(name, [])) or "-",
             running[name],
-            found["queued"].get(name, 0),
+            state["queued"].get(name, 0),
         )
         for name in names[:room]
     ]
@@ -9446,14 +9455,14 @@ def _job_lines(found: dict, most: int) -> list[str]:
     ]
 
 
-def _status_tail(found: dict) -> list[str]:
-    oldest = found.get("oldestUndelivered")
+def _status_tail(state: dict) -> list[str]:
+    oldest = state.get("oldestUndelivered")
     waits = f", the oldest for {seconds_text(oldest)}" if oldest else ""
-    dead = f", {found['dead']} given up" if found["dead"] else ""
-    lines = ["", f"{counted(found['undelivered'], 'result')} undelivered{waits}{dead}"]
-    if found.get("lastFailedDelivery"):
-        lines.append(f"last failed delivery: {found['lastFailedDelivery']}")
-    for admin in found.get("admins", []):
+    dead = f", {state['dead']} given up" if state["dead"] else ""
+    lines = ["", f"{counted(state['undelivered'], 'result')} undelivered{waits}{dead}"]
+    if state.get("lastFailedDelivery"):
+        lines.append(f"last failed delivery: {state['lastFailedDelivery']}")
+    for admin in state.get("admins", []):
         since = (
             f"last answer {seconds_text(time.time() - admin['lastSuccess'])} ago"
             if admin["lastSuccess"]
@@ -9497,8 +9506,8 @@ def cmd_runs(arguments: argparse.Namespace) -> int:
     if arguments.job and not runs and arguments.job not in handlers:
         raise unknown_run(arguments.job, handlers, path)
     if arguments.json:
-        found = [{**run.shown(), "outcome": _outcome(run, alive)} for run in runs]
-        print(json.dumps(found, ensure_ascii=False, indent=2))
+        rows = [{**run.shown(), "outcome": _outcome(run, alive)} for run in runs]
+        print(json.dumps(rows, ensure_ascii=False, indent=2))
     elif not runs:
         of = f' of "{arguments.job}"' if arguments.job else ""
         print(f"no {'failed ' if arguments.failed else ''}run{of} is known in {path}")
@@ -9545,10 +9554,10 @@ def cmd_logs(arguments: argparse.Namespace) -> int:
         def ended() -> bool:
             """Whether nothing will be added any more."""
             with contextlib.closing(read_journal(file)) as now:  # an executor may have started
-                found = next(past_runs(now, log_id), None)
+                run = next(past_runs(now, log_id), None)
             owner = DataDir.owner(path)
             alive = owner is not None and owner.alive()
-            return found is None or found.code is not None or not alive
+            return run is None or run.code is not None or not alive
 
         while True:
             over = not arguments.follow or ended()  # before what is read then
@@ -9602,10 +9611,10 @@ def show_log(stream: typing.BinaryIO, most: int | None, ended: typing.Callable[[
 # 15c options, and the lines of the log
 # --------------------------------------------------------------------------------------------------
 def _shard(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)/(\d+)", text, re.ASCII)
-    if not found or int(found[1]) >= int(found[2]):
+    match = re.fullmatch(r"(\d+)/(\d+)", text, re.ASCII)
+    if not match or int(match[1]) >= int(match[2]):
         raise argparse.ArgumentTypeError(f'expected index/total such as 0/3, got "{text}"')
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
 def _lines(text: str) -> int:

@@ -596,7 +596,7 @@ def fuzz(port, seed, first, count):
                 target = head.split(b" ", 2)[1].decode("latin-1").partition("?")[0]
                 target = re.sub("/+", "/", re.sub("^http://x(?=/)", "", target))
                 if target in ("/run", "/trigger"):
-                    accepted.append(xxl_executor.number(xxl_executor.decode(body), "logId"))
+                    accepted.append(xxl_executor.number_of(xxl_executor.decode(body), "logId"))
             if (
                 b"\r\nConnection: close" in answer[1]
             ):  # those behind it were not looked at: they come again
