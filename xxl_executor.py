@@ -2095,6 +2095,7 @@ def _body_length(fields: dict[bytes, list[bytes]], old: bool) -> int:
     return int(digits or b"0")
 
 
+# tests/bench.py, beat: 0.3 times the requests without it, 0.85 without that of dates.
 _known_head = functools.lru_cache(256)(parse_head)
 
 
@@ -3836,7 +3837,7 @@ class Context:
         )
 
 
-@functools.lru_cache(256)
+@functools.lru_cache(256)  # tests/bench.py, thread: 1.1 times the runs
 def _takes_argument(function: typing.Callable) -> bool:
     return bool(inspect.signature(function).parameters)
 
@@ -4220,7 +4221,8 @@ def run_as_module(interpreter: str, *arguments: str) -> list[str]:
 
 
 def trim_memory() -> None:
-    """Give back to the system what starting up needed for a moment; glibc keeps it otherwise."""
+    """Give back to the system what starting up needed for a moment; glibc keeps it otherwise
+    (tests/bench.py, memory growth: 4.5 MiB instead of 5.0)."""
     gc.collect()
     with contextlib.suppress(AttributeError):  # another libc
         # A fixed threshold: else glibc raises it to the largest block that was freed, and what log
@@ -4490,17 +4492,9 @@ def breathe(seconds: float) -> None:
 
 
 def _read_proc(path: str) -> bytes:
-    """A small file of the kernel; without the objects of open(), whose making takes longer than all
-    the rest."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        data = part = os.read(fd, 1 << 15)
-        while part:
-            part = os.read(fd, 1 << 15)
-            data += part
-        return data
-    finally:
-        os.close(fd)
+    """A small file of the kernel."""
+    with open(path, "rb", buffering=0) as stream:
+        return stream.read()
 
 
 class ProcessStat(typing.NamedTuple):
@@ -8237,16 +8231,6 @@ class Signals:
     def ignore(number: int, frame: types.FrameType | None) -> None:
         """The handler: the byte in the pipe is all that is wanted."""
 
-    def mute(self, number: int) -> None:
-        """Let the system drop a signal that it ignores by default, until `unmute`. Past
-        `signal.signal`, whose handler must stay: Python complains of one that came just before it
-        was taken away ("ignored due to race condition").
-        """
-        LIBC.signal(number, None)
-
-    def unmute(self, number: int) -> None:
-        signal.signal(number, self.ignore)
-
     def wake(self) -> None:
         with contextlib.suppress(OSError):
             os.write(self._write, b"\0")
@@ -8585,12 +8569,10 @@ class Daemon(Wiring):
             self._manager.tell()
         if self._reap_at is not None and now >= self._reap_at:
             self._reap_at = None
-            signals.unmute(signal.SIGCHLD)
             reap_orphans()
-        elif signal.SIGCHLD in got:
+        elif signal.SIGCHLD in got and self._reap_at is None:
             # Each job that ends raises one, and the supervisor reaps those itself: once a second
             # is enough for orphans.
-            signals.mute(signal.SIGCHLD)
             self._reap_at = now + 1.0
         if now >= self._housekeeping_at:
             self._housekeeping_at = now + HOUSEKEEPING
@@ -9820,13 +9802,7 @@ class _OneLine(logging.Formatter):
         """Without the time for systemd, whose journal has it, and with the priority instead."""
         head = "%(asctime)s.%(msecs)03d %(levelname)-7s " if with_time else ""
         super().__init__(head + "%(message)s", "%Y-%m-%d %H:%M:%S")
-        self._with_time, self._second, self._stamp = with_time, 0, ""
-
-    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
-        if int(record.created) != self._second:
-            self._second = int(record.created)
-            self._stamp = time.strftime(datefmt or "%c", time.localtime(record.created))
-        return self._stamp
+        self._with_time = with_time
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         if isinstance(record.msg, Lines):

@@ -5,8 +5,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -308,41 +306,6 @@ def test_orphans_are_reaped_while_a_job_runs(executor, admin, tmp_path):
         assert [run["logId"] for run in daemon.status()["running"]] == [log_id]
         gate.touch()
     assert result_of(admin, log_id)["handleMsg"] == "done"
-
-
-MUTED = """
-import os, re, signal
-import xxl_executor
-
-def caught():
-    with open("/proc/self/status") as status:
-        return bool(int(re.search("SigCgt:(.*)", status.read())[1], 16) >> (signal.SIGCHLD - 1) & 1)
-
-signals = xxl_executor.Signals(signal.SIGCHLD)
-for _ in range(2):
-    signals.mute(signal.SIGCHLD)
-    assert not caught() and signal.getsignal(signal.SIGCHLD) is signals.ignore
-    os.kill(os.getpid(), signal.SIGCHLD)
-    assert signals.wait(0) == set()
-    signals.unmute(signal.SIGCHLD)
-    assert caught()
-    os.kill(os.getpid(), signal.SIGCHLD)
-    assert signals.wait() == {signal.SIGCHLD}
-signals.close()
-"""
-
-
-def test_python_keeps_the_handler_of_a_muted_signal():
-    """Else one that comes just then makes it complain in the log: "Signal 17 ignored due to race
-    condition"."""
-    ran = subprocess.run(
-        [sys.executable, "-W", "error", "-c", MUTED],
-        cwd=PROGRAM.parent,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert (ran.returncode, ran.stderr) == (0, "")
 
 
 # -- the lock
