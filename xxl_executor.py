@@ -2571,23 +2571,6 @@ class Exchanges(Connections):
                 self._listener.resume()
         self._watch(connection, select.EPOLLIN)
 
-    def _take_answers(self) -> None:
-        while self._answered:
-            connection, reply = self._answered.popleft()
-            if connection.phase is Phase.ANSWERING:
-                self._guarded(self._reply_and_go_on, connection, reply)
-            else:
-                self._abandoned -= 1
-
-    def _end_patience(self, connection: Connection) -> None:
-        """The core has not decided: it is told so by the claim, and drops what it would accept."""
-        self._take_answers()
-        if connection.phase is not Phase.ANSWERING:
-            return
-        connection.deadline = float("inf")
-        if connection.ticket is not None and connection.ticket.claim():
-            self._reply_and_go_on(connection, self._api.late(connection.request))
-
     def _deliver(self, connection: Connection, reply: Reply | None) -> None:
         """Any thread."""
         self._answered.append((connection, reply))
@@ -2736,6 +2719,14 @@ class HttpServer(Exchanges):
                 if waits and not connection.unread():
                     self._drop(connection)
 
+    def _take_answers(self) -> None:
+        while self._answered:
+            connection, reply = self._answered.popleft()
+            if connection.phase is Phase.ANSWERING:
+                self._guarded(self._reply_and_go_on, connection, reply)
+            else:
+                self._abandoned -= 1
+
     def _sweep(self, now: float) -> float:
         """Close what is past its deadline; returns when to look again."""
         soonest = now + REQUEST_TIMEOUT
@@ -2756,6 +2747,15 @@ class HttpServer(Exchanges):
             else:
                 self._drop(connection)
         return max(soonest, now + 0.05)
+
+    def _end_patience(self, connection: Connection) -> None:
+        """The core has not decided: it is told so by the claim, and drops what it would accept."""
+        self._take_answers()
+        if connection.phase is not Phase.ANSWERING:
+            return
+        connection.deadline = float("inf")
+        if connection.ticket is not None and connection.ticket.claim():
+            self._reply_and_go_on(connection, self._api.late(connection.request))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2828,6 +2828,23 @@ def decode_trigger(fields: dict) -> Trigger:
     )
 
 
+def find_job(config: Config, handler: str) -> JobConfig:
+    """What runs a trigger of `handler`. Raises Refused."""
+    job = config.job(handler)
+    if job is None:
+        name = handler[:100]  # whatever a request holds, the answer and the log stay short
+        here = f": add it under jobs in {config.file}"
+        hint = did_you_mean(name, config.jobs) or here
+        raise Refused(f'job handler "{name}" not found{hint}', "unknown_handler")
+    if not job.enabled:
+        raise Refused(
+            f'job handler "{job.name}" is disabled: jobs.{job.name}.enabled is false in'
+            f" {config.file}",
+            "disabled",
+        )
+    return job
+
+
 class Complaints:
     """Warnings about what anybody may send: one line a second for each reason, and how many were
     not shown; any thread."""
@@ -2865,6 +2882,22 @@ class Answer:
             self._ticket.give(refusal(200, str(outcome)))
         else:
             self._ticket.give(Reply(200, _JSON, envelope(SUCCESS, outcome)) if outcome else _YES)
+
+
+def authorize(request: Request, app_name: str) -> None:
+    """Raises Refused for who has not shown the token or means another executor."""
+    if not request.trusted:
+        raise Refused(
+            "The access token is wrong: give admin and executor the same xxl.job.accessToken /"
+            " admin.access_token.",
+            "token",
+        )
+    for name in request.headers.get_all("XXL-JOB-APPNAME", []):
+        if name.strip(" \t") != app_name:
+            raise Refused(
+                f"this executor is {app_name}, not {name[:100]}: check its address in the admin",
+                "app_name",
+            )
 
 
 class Api:
@@ -2972,7 +3005,7 @@ class Api:
     def _answer_post(self, path: str, request: Request, ticket: typing.Any) -> Reply | None:
         """Always HTTP 200: the admin shows nothing of another status."""
         try:
-            self._authorize(request)
+            authorize(request, self.config.executor.app_name)
             return self._post[path](request, ticket)
         except Refused as error:
             if path in ("/run", "/trigger"):
@@ -2997,21 +3030,6 @@ class Api:
             self._tell_refused(error)
         return refusal(200, str(error))
 
-    def _authorize(self, request: Request) -> None:
-        if not request.trusted:
-            raise Refused(
-                "The access token is wrong: give admin and executor the same xxl.job.accessToken /"
-                " admin.access_token.",
-                "token",
-            )
-        own = self.config.executor.app_name
-        for name in request.headers.get_all("XXL-JOB-APPNAME", []):
-            if name.strip(" \t") != own:
-                raise Refused(
-                    f"this executor is {own}, not {name[:100]}: check its address in the admin",
-                    "app_name",
-                )
-
     def _beat(self, request: Request, ticket: typing.Any) -> Reply:
         if self.draining:
             raise Refused("the executor is stopping")
@@ -3032,29 +3050,13 @@ class Api:
         job: JobConfig | Refused
         try:
             if trigger.glue_type == "BEAN":
-                job = self._job(trigger.handler)
+                job = find_job(self.config, trigger.handler)
             else:
                 trigger = dataclasses.replace(trigger, handler=f"glue-{trigger.job_id}")
                 job = self._script(trigger, fields, request)
         except Refused as error:  # unless the core knows the trigger already
             job = error
         self._core.put(Submit(trigger, job, Answer(ticket, self._tell_refused)))
-
-    def _job(self, handler: str) -> JobConfig:
-        """Raises Refused."""
-        job = self.config.job(handler)
-        if job is None:
-            name = handler[:100]  # whatever a request holds, the answer and the log stay short
-            here = f": add it under jobs in {self.config.file}"
-            hint = did_you_mean(name, self.config.jobs) or here
-            raise Refused(f'job handler "{name}" not found{hint}', "unknown_handler")
-        if not job.enabled:
-            raise Refused(
-                f'job handler "{job.name}" is disabled: jobs.{job.name}.enabled is false in'
-                f" {self.config.file}",
-                "disabled",
-            )
-        return job
 
     def _script(self, trigger: Trigger, fields: dict, request: Request) -> JobConfig:
         """What runs the script of `trigger`, once that is stored. Raises Refused."""
@@ -3087,7 +3089,7 @@ class Api:
         return Reply(200, content_type, self._metrics.render().encode())
 
     def _show_status(self, request: Request) -> Reply:
-        self._authorize(request)
+        authorize(request, self.config.executor.app_name)
         shown = json.dumps(self._status(), ensure_ascii=False)
         return Reply(200, _JSON, shown.encode("utf-8", "replace"))
 
@@ -3563,6 +3565,14 @@ class Endings(Decisions):
         )
 
 
+def guarded(handle: typing.Callable[[typing.Any], None], message: typing.Any) -> None:
+    """No failure over one message may cost another."""
+    try:
+        handle(message)
+    except Exception:
+        log.exception("unexpected error over %.200s, please report it", message)
+
+
 class Core(Endings, Watched):
     """One thread that decides everything: it takes all messages that wait as one batch, decides
     each in memory, commits all decisions as one transaction, and only then lets the effects out.
@@ -3676,7 +3686,7 @@ class Core(Endings, Watched):
             if happened is None:
                 decisions.append(message)
             else:
-                self._guarded(happened, message)
+                guarded(happened, message)
         self._finish_dropped()
         error = self._try(decisions)
         if error is not None and self._journal.mend(error):
@@ -3686,14 +3696,6 @@ class Core(Endings, Watched):
             self._refuse(decisions, self._journal.give_up(error))
         self._batch.lines[:0] = facts.lines
         self._let_out(self._batch)
-
-    @staticmethod
-    def _guarded(handle: typing.Callable[[typing.Any], None], message: typing.Any) -> None:
-        """No failure over one message may cost another."""
-        try:
-            handle(message)
-        except Exception:
-            log.exception("unexpected error over %.200s, please report it", message)
 
     def _try(self, decisions: list) -> Exception | None:
         """Decide and commit; the error, with everything as it was before, when that fails."""
@@ -3730,7 +3732,7 @@ class Core(Endings, Watched):
                 told = f"executor restarted while the job ran, it cannot be run again: {reason}"
                 self._lost(Lost(message.trigger, Result(FAILURE, told)))
             else:
-                self._guarded(self._decide[type(message)], message)
+                guarded(self._decide[type(message)], message)
         for run in starting:
             self._withdraw(run, f"not started, the executor cannot store the start: {reason}")
 
@@ -4920,6 +4922,75 @@ class Crew:
                 self._spare += 1
 
 
+class PythonServers:
+    """A Python server for each interpreter and what is preloaded; the supervisor's thread, but for
+    `close`: when that has ended."""
+
+    def __init__(
+        self,
+        environment: dict[str, str],
+        identity: str,
+        watch: typing.Callable[[int, typing.Callable[[], None]], None],
+        unwatch: typing.Callable[[int], None],
+    ):
+        self._environment, self._identity = environment, identity
+        self._watch, self._unwatch = watch, unwatch
+        # by (interpreter, preload, where that is found)
+        self._servers: dict[tuple, PythonServer] = {}
+
+    def of(self, job: JobConfig) -> PythonServer:
+        """The Python server of the interpreter that `job` wants. Raises OSError."""
+        # What is imported beforehand is shared by those that would find the same.
+        path = job.pythonpath + (job.cwd,) if job.preload else ()
+        key = (job.interpreter or sys.executable, job.preload, path)
+        server = self._servers.get(key)
+        if server is None or not server.alive():
+            if server is not None:
+                self.retire(server)
+            marked = {**self._environment, MARKER: f"{self._identity}-{'server':0>20}"}
+            server = self._servers[key] = PythonServer(key[0], marked, job.preload, path)
+            self._watch(server.fd, functools.partial(self._told_by, server, job.name))
+        return server
+
+    def prepare(self, jobs: list[JobConfig]) -> None:
+        """Start those that `jobs` want; what is preloaded is imported anew."""
+        for key in [key for key in self._servers if key[1]]:  # for what was edited meanwhile
+            self.retire(self._servers.pop(key))
+        for job in jobs:
+            try:
+                self.of(job)
+            except OSError as error:
+                log.warning(
+                    "jobs.%s.interpreter: %s cannot be started: %s",
+                    job.name,
+                    job.interpreter,
+                    error.strerror,
+                )
+
+    def retire(self, server: PythonServer) -> None:
+        """It gets no further request."""
+        self._leave(server)
+        server.retire()
+
+    def _leave(self, server: PythonServer) -> None:
+        """Once: its descriptor may soon be that of something else."""
+        if server.fd >= 0:
+            self._unwatch(server.fd)
+            server.fd = -1
+
+    def _told_by(self, server: PythonServer, name: str) -> None:
+        """What a Python server says of what it imports; the end of it is seen when it is used."""
+        problems = server.listen()
+        if problems is None:
+            self._leave(server)
+        for problem in problems or ():
+            log.warning("jobs.%s.preload: %s", name, printable(problem))
+
+    def close(self) -> None:
+        for server in self._servers.values():
+            server.close()
+
+
 class Supervisor(Watched):
     """One thread over output pipes, ends and deadlines of all runs in processes.
 
@@ -4945,8 +5016,7 @@ class Supervisor(Watched):
             raise ExecutorError(
                 f"cannot become the reaper of orphans: {os.strerror(ctypes.get_errno())}"
             )
-        # by (interpreter, preload, where that is found)
-        self._servers: dict[tuple, PythonServer] = {}
+        self.servers = PythonServers(self.environment, identity, self.watch, self.unwatch)
         self._runs: dict[int, ProcessRun] = {}  # by logId
         self._inbox: collections.deque[typing.Callable[[], None]] = collections.deque()
         self._handlers: dict[int, typing.Callable[[], None]] = {}  # by descriptor
@@ -4979,7 +5049,7 @@ class Supervisor(Watched):
     def prepare(self, jobs: typing.Iterable[JobConfig]) -> None:
         """Warm up what `jobs` need, so that their first start is as fast as the others."""
         wanted = [job for job in jobs if job.python and job.isolation == "process"]
-        self._post(functools.partial(self._prepare, wanted))
+        self._post(functools.partial(self.servers.prepare, wanted))
 
     def close(self, seconds: float) -> None:
         """After `seconds` at the latest; what still runs is left to the caller."""
@@ -4990,8 +5060,7 @@ class Supervisor(Watched):
             self._epoll.close()
             for fd in (self._wake_read, self._wake_write, self.null):
                 os.close(fd)
-        for server in self._servers.values():
-            server.close()
+        self.servers.close()
         self.results.close()
 
     def _post(self, call: typing.Callable[[], None]) -> None:
@@ -5069,39 +5138,6 @@ class Supervisor(Watched):
 
         self._crew.do(act)
 
-    def server(self, job: JobConfig) -> PythonServer:
-        """The Python server of the interpreter that `job` wants. Raises OSError."""
-        # What is imported beforehand is shared by those that would find the same.
-        path = job.pythonpath + (job.cwd,) if job.preload else ()
-        key = (job.interpreter or sys.executable, job.preload, path)
-        server = self._servers.get(key)
-        if server is None or not server.alive():
-            if server is not None:
-                self.retire(server)
-            marked = {**self.environment, MARKER: f"{self._identity}-{'server':0>20}"}
-            server = self._servers[key] = PythonServer(key[0], marked, job.preload, path)
-            self.watch(server.fd, functools.partial(self._told_by, server, job.name))
-        return server
-
-    def retire(self, server: PythonServer) -> None:
-        """It gets no further request."""
-        self._leave(server)
-        server.retire()
-
-    def _leave(self, server: PythonServer) -> None:
-        """Once: its descriptor may soon be that of something else."""
-        if server.fd >= 0:
-            self.unwatch(server.fd)
-            server.fd = -1
-
-    def _told_by(self, server: PythonServer, name: str) -> None:
-        """What a Python server says of what it imports; the end of it is seen when it is used."""
-        problems = server.listen()
-        if problems is None:
-            self._leave(server)
-        for problem in problems or ():
-            log.warning("jobs.%s.preload: %s", name, printable(problem))
-
     def end_silent(self, server: PythonServer) -> None:
         """It was retired because it did not answer: it goes on for what it has started, until an
         end of that is not told."""
@@ -5116,20 +5152,6 @@ class Supervisor(Watched):
         stay when it has finished."""
         return f"{self._identity}{'+' if keep else '-'}{log_id:020d}"
 
-    def _prepare(self, jobs: list[JobConfig]) -> None:
-        for key in [key for key in self._servers if key[1]]:  # for what was edited meanwhile
-            self.retire(self._servers.pop(key))
-        for job in jobs:
-            try:
-                self.server(job)
-            except OSError as error:
-                log.warning(
-                    "jobs.%s.interpreter: %s cannot be started: %s",
-                    job.name,
-                    job.interpreter,
-                    error.strerror,
-                )
-
     def _begin(self, trigger: Trigger, job: JobConfig) -> None:
         run = self._runs[trigger.log_id] = ProcessRun(self, trigger, job)
         run.guarded(run.begin)
@@ -5139,7 +5161,7 @@ class Supervisor(Watched):
         if run is not None:
             run.guarded(functools.partial(run.cancel, result))
 
-    def ended(self, run: ProcessRun, result: Result) -> None:
+    def ended(self, run: EndingRun, result: Result) -> None:
         self._runs.pop(run.trigger.log_id, None)
         self.report(Ended(run.trigger.log_id, result))
 
@@ -5176,6 +5198,52 @@ class RunPhase(enum.Enum):
     KILLING = "a thread that kills its whole tree"
     LEFTOVERS = "a thread that ends what it has left, or lets it be"
     ENDED = "nothing"
+
+
+class Tree:
+    """All processes of a run, and how they are ended; the run's own thread."""
+
+    def __init__(self, trigger: Trigger, marker: str):
+        self._trigger, self._marker = trigger, marker
+        # {pid: start time} as found so far: one of them may clear its environment and lose its
+        # parent
+        self.seen: dict[int, int] = {}
+
+    def send_sigterm(self, session: int) -> None:
+        try:
+            with urgent():
+                reap_orphans()  # thousands of them would make the search long
+                self.seen.update(family(self._marker, session, self.seen))
+                await_exit(send_signal(self.seen, signal.SIGTERM), 0)
+        except OSError as error:  # SIGKILL will be tried until it works
+            log.error("cannot search for the processes of %s: %s", self._trigger, error)
+
+    def end_by_force(self, session: int) -> list[int]:
+        """A run is not ended before its processes are, whatever is short and for how long; returns
+        who cannot be killed."""
+        while True:
+            try:
+                return kill_family(self._marker, session, self.seen)
+            except OSError as error:
+                log.error("cannot search for the processes of %s: %s", self._trigger, error)
+                with contextlib.suppress(OSError):
+                    if session:
+                        os.killpg(session, signal.SIGKILL)
+                breathe(1.0)
+
+    def end(self, session: int, kill_at: float) -> None:
+        """What is left of it gets SIGTERM, time until `kill_at` (monotonic), and SIGKILL."""
+        with contextlib.suppress(OSError):
+            self.seen.update(family(self._marker, session, self.seen))
+            left = max(0.0, kill_at - time.monotonic())
+            await_exit(send_signal(self.seen, signal.SIGTERM), left)
+        survivors = self.end_by_force(session)
+        if survivors:
+            log.error("processes %s of %s cannot be killed", survivors, self._trigger)
+
+    def keep(self, session: int) -> None:
+        """Let what is left of it be."""
+        _KEPT.update(family(self._marker, session))
 
 
 class Launch:
@@ -5215,7 +5283,7 @@ class Launch:
 
     def fork(self) -> ForkedChild:
         """Ask the Python server for the process. Raises OSError."""
-        return self._supervisor.server(self._job).fork(self.write)
+        return self._supervisor.servers.of(self._job).fork(self.write)
 
     def _execute(self) -> Child:
         trigger, job = self._trigger, self._job
@@ -5335,9 +5403,34 @@ class Launch:
             self._supervisor.results.remove(self._result_file)
 
 
-class ProcessRun:
-    """One run in a process of its own, from its start to the end of its whole tree; the
-    supervisor's thread.
+def result_of(
+    status: int | None, cancelled: Result | None, message: str, last: str, starved: bool
+) -> Result:
+    """How a run in a process ended. `status`: of its process, None for one that cannot be killed;
+    `cancelled`: why it was being ended; `message`: what the job told; `last`: its last line;
+    `starved`: it was killed while the kernel killed something for want of memory."""
+    if cancelled is not None:
+        told = cancelled.message + ("; its process cannot be killed" if status is None else "")
+        exit_status = 124 if cancelled.code == TIMEOUT else _shell_status(status)
+        return Result(cancelled.code, told, exit_status)
+    assert status is not None
+    if status == 0:
+        return Result(SUCCESS, message or last, 0)
+    if status < 0:
+        why = ""
+        if starved:
+            why = (
+                ": the kernel ended it for want of memory, of the host or of this service or"
+                " container"
+            )
+        return Result(FAILURE, f"killed by signal {-status}{why}", _shell_status(status))
+    shown = f"exit status {status}: {last}" if last else f"exit status {status}"
+    return Result(FAILURE, message or shown, status)
+
+
+class EndingRun:
+    """One run in a process of its own, as far as its end goes; see ProcessRun. The supervisor's
+    thread.
 
     A thread of this run's own does what may take long, one thing at a time: until it has done so,
     the main process is not reaped, and its PID and session are nobody else's.
@@ -5355,19 +5448,12 @@ class ProcessRun:
         self._cancelled: Result | None = None
         self._kill_at: float | None = None  # monotonic; set when the run is being ended
         self._awaited = False  # it had ended when it was looked at, its status will come
-        # {pid: start time} of its tree as found so far: one of them may clear its environment and
-        # lose its parent
-        self._seen: dict[int, int] = {}
+        self._tree = Tree(trigger, self._launch.marker)
         self._aside = False  # its own thread is at work
         self._timer: list | None = None
         self._blank: list | None = None  # the timer of the start note
         self._overdue: typing.Callable[[], None] | None = None  # what its thread puts off
         self._broken = ""  # what went wrong unexpectedly while its thread was at work
-
-    def child_of(self, server: PythonServer) -> ForkedChild | None:
-        """Its process, if `server` has forked it and not told of its end."""
-        child = self._child if isinstance(self._child, ForkedChild) else None
-        return child if child and child.server is server and child.poll() is None else None
 
     # -- what moves it on
 
@@ -5417,6 +5503,139 @@ class ProcessRun:
 
         self._supervisor.aside(work, lambda value: self.guarded(lambda: done(value)))
 
+    # -- RUNNING
+
+    def _look(self) -> bool:
+        """Whether the main process has ended: then its leftovers are next."""
+        assert self._child is not None
+        if self._status is None:
+            self._status = self._child.poll()
+            if self._status is None:
+                return False
+            self._supervisor.unwatch(self._child.fd)
+            self._supervisor.timers.cancel(self._timer)
+            if not self._aside:
+                self._end_leftovers()
+        return True
+
+    def _has_ended(self, again: typing.Callable[[], None]) -> bool:
+        """Whether the main process has ended, be it that its status is on its way: then `again` is
+        called if it does not come."""
+        assert self._child is not None
+        if self._look():
+            return True
+        if not self._awaited and has_ended(self._child.pid):
+            self._awaited = True
+            self._wait(SERVER_LIMIT, again)
+            return True
+        return False
+
+    def cancel(self, result: Result) -> None:
+        """The first reason counts, and none once the main process has ended."""
+        if self._cancelled is None and self._status is None:
+            self._cancelled = result
+            if self.phase is RunPhase.RUNNING:
+                self._terminate()
+
+    # -- TERMINATING, KILLING
+
+    def _terminate(self) -> None:
+        if self._has_ended(self._terminate):
+            return
+        self.phase = RunPhase.TERMINATING
+        self._kill_at = time.monotonic() + self._job.kill_grace
+        self._wait(self._job.kill_grace, self._kill)
+        assert self._child is not None
+        child = self._child
+        self._apart(lambda: self._tree.send_sigterm(child.session))
+
+    def _kill(self) -> None:
+        assert self._child is not None
+        child, self.phase = self._child, RunPhase.KILLING
+        self._wait(KILL_LIMIT, self._end_leftovers)  # a process that even SIGKILL does not end
+        self._apart(lambda: self._tree.end_by_force(child.session))
+
+    def _fail(self, message: str) -> None:
+        """Something unexpected happened: end the tree by force, then the run."""
+        if self._launch.read >= 0:
+            self._supervisor.unwatch(self._launch.read)  # it may be what fails
+        if self._aside or self.phase is RunPhase.ENDED:
+            self._broken = message  # after what its thread does
+            return
+        session = self._child.session if self._child is not None else 0
+        result = Result(FAILURE, message)
+        self.phase, self._broken = RunPhase.LEFTOVERS, ""
+        self._supervisor.timers.cancel(self._timer)
+        self._apart(lambda: self._tree.end_by_force(session), lambda value: self._finish(result))
+
+    # -- LEFTOVERS
+
+    def _end_leftovers(self) -> None:
+        assert self._child is not None
+        child, self.phase = self._child, RunPhase.LEFTOVERS
+        self._supervisor.timers.cancel(self._timer)
+        # The end of a server is seen before its children are ours.
+        if not reap_orphans() and not child.lost:
+            self._drain()
+        elif self._job.background == "kill" or self._kill_at is not None or child.lost:
+            kill_at = self._kill_at or time.monotonic() + self._job.kill_grace
+            self._apart(lambda: self._tree.end(child.session, kill_at), self._drained)
+        else:
+            self._apart(lambda: self._tree.keep(child.session), self._drained)
+
+    def _drained(self, value: typing.Any) -> None:
+        self._drain()
+
+    def _drain(self) -> None:
+        """Take what is in the pipe now; a process that was kept may go on writing into it, so never
+        until its end."""
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(64):
+                data = os.read(self._launch.read, _CHUNK)
+                if not data:
+                    break
+                self.out.write(data)
+        self._finish(self._result())
+
+    def _result(self) -> Result:
+        assert self._child is not None
+        message = self._child.message or self._launch.message()
+        # A cancellation that came after its end changes nothing.
+        cancelled = self._cancelled if self._kill_at is not None else None
+        killed = self._status == -signal.SIGKILL
+        starved = killed and memory_kills() > self._launch.memory_kills
+        return result_of(self._status, cancelled, message, self.out.last_line(), starved)
+
+    # -- ENDED
+
+    def _finish(self, result: Result) -> None:
+        self.phase = RunPhase.ENDED
+        for timer in (self._timer, self._blank):
+            self._supervisor.timers.cancel(timer)
+        try:
+            self._give_back_child()
+            self._launch.close()
+            self.out.end(end_note(result, time.monotonic() - self._began))
+        finally:
+            result = dataclasses.replace(result, message=clip(result.message))
+            self._supervisor.ended(self, result)
+
+    def _give_back_child(self) -> None:
+        child, self._child = self._child, None
+        if child is not None:
+            self._supervisor.unwatch(child.fd)
+            child.close()
+
+
+class ProcessRun(EndingRun):
+    """One run in a process of its own, from its start to the end of its whole tree; the
+    supervisor's thread."""
+
+    def child_of(self, server: PythonServer) -> ForkedChild | None:
+        """Its process, if `server` has forked it and not told of its end."""
+        child = self._child if isinstance(self._child, ForkedChild) else None
+        return child if child and child.server is server and child.poll() is None else None
+
     # -- STARTING
 
     def begin(self) -> None:
@@ -5428,7 +5647,7 @@ class ProcessRun:
             self._child = self._launch.make()
         except (OSError, ValueError, KeyError) as error:
             if isinstance(error, Unwatched):
-                self._end_by_force(0)
+                self._tree.end_by_force(0)
             return self._launch.why_not(error)
         return ""
 
@@ -5467,7 +5686,9 @@ class ProcessRun:
             self._give_back_child()
             self._cannot_start(self._launch.why_not(OSError(errno.EAGAIN, child.error)))
         elif child.lost:
-            self._supervisor.retire(child.server)  # its end is seen before it can be waited for
+            self._supervisor.servers.retire(
+                child.server
+            )  # its end is seen before it can be waited for
             self._give_back_child()
             self._try_again(child.server.too_old())
 
@@ -5487,17 +5708,11 @@ class ProcessRun:
         """The Python server does not answer: the next run gets a new one."""
         assert isinstance(self._child, ForkedChild)
         server = self._child.server
-        self._supervisor.retire(server)
+        self._supervisor.servers.retire(server)
         self._supervisor.timers.after(SERVER_LIMIT, lambda: self._supervisor.end_silent(server))
         self._give_back_child()  # without a request its process ends
         silent = TimeoutError(errno.ETIMEDOUT, "the Python server does not answer")
         self._cannot_start(self._launch.why_not(silent))
-
-    def _give_back_child(self) -> None:
-        child, self._child = self._child, None
-        if child is not None:
-            self._supervisor.unwatch(child.fd)
-            child.close()
 
     def _cannot_start(self, why: str) -> None:
         self._tell_start("pid=none")
@@ -5513,7 +5728,7 @@ class ProcessRun:
     def _run(self) -> None:
         assert self._child is not None
         self.phase = RunPhase.RUNNING
-        self._seen.update(self._child.seen)
+        self._tree.seen.update(self._child.seen)
         failpoint("forked")
         self._tell_start(f"pid={self._child.pid}")
         # The admin's page of a job that says nothing must not stay blank.
@@ -5539,181 +5754,12 @@ class ProcessRun:
         else:
             self._look()
 
-    def _look(self) -> bool:
-        """Whether the main process has ended: then its leftovers are next."""
-        assert self._child is not None
-        if self._status is None:
-            self._status = self._child.poll()
-            if self._status is None:
-                return False
-            self._supervisor.unwatch(self._child.fd)
-            self._supervisor.timers.cancel(self._timer)
-            if not self._aside:
-                self._end_leftovers()
-        return True
-
-    def _has_ended(self, again: typing.Callable[[], None]) -> bool:
-        """Whether the main process has ended, be it that its status is on its way: then `again` is
-        called if it does not come."""
-        assert self._child is not None
-        if self._look():
-            return True
-        if not self._awaited and has_ended(self._child.pid):
-            self._awaited = True
-            self._wait(SERVER_LIMIT, again)
-            return True
-        return False
-
     def _expire(self) -> None:
         if self._has_ended(self._expire):
             return
         result = Result(TIMEOUT, f"timed out after {seconds_text(self._timeout)}")
         self._supervisor.report(Expired(self.trigger.log_id, result))
         self._wait(STORE_LIMIT, functools.partial(self.cancel, result))
-
-    def cancel(self, result: Result) -> None:
-        """The first reason counts, and none once the main process has ended."""
-        if self._cancelled is None and self._status is None:
-            self._cancelled = result
-            if self.phase is RunPhase.RUNNING:
-                self._terminate()
-
-    # -- TERMINATING, KILLING
-
-    def _terminate(self) -> None:
-        if self._has_ended(self._terminate):
-            return
-        self.phase = RunPhase.TERMINATING
-        self._kill_at = time.monotonic() + self._job.kill_grace
-        self._wait(self._job.kill_grace, self._kill)
-        self._apart(self._send_sigterm)
-
-    def _send_sigterm(self) -> None:
-        assert self._child is not None
-        try:
-            with urgent():
-                reap_orphans()  # thousands of them would make the search long
-                self._seen.update(family(self._launch.marker, self._child.session, self._seen))
-                await_exit(send_signal(self._seen, signal.SIGTERM), 0)
-        except OSError as error:  # SIGKILL will be tried until it works
-            log.error("cannot search for the processes of %s: %s", self.trigger, error)
-
-    def _kill(self) -> None:
-        assert self._child is not None
-        child, self.phase = self._child, RunPhase.KILLING
-        self._wait(KILL_LIMIT, self._end_leftovers)  # a process that even SIGKILL does not end
-        self._apart(lambda: self._end_by_force(child.session))
-
-    def _end_by_force(self, session: int) -> list[int]:
-        """A run is not ended before its processes are, whatever is short and for how long; returns
-        who cannot be killed."""
-        while True:
-            try:
-                return kill_family(self._launch.marker, session, self._seen)
-            except OSError as error:
-                log.error("cannot search for the processes of %s: %s", self.trigger, error)
-                with contextlib.suppress(OSError):
-                    if session:
-                        os.killpg(session, signal.SIGKILL)
-                breathe(1.0)
-
-    def _fail(self, message: str) -> None:
-        """Something unexpected happened: end the tree by force, then the run."""
-        if self._launch.read >= 0:
-            self._supervisor.unwatch(self._launch.read)  # it may be what fails
-        if self._aside or self.phase is RunPhase.ENDED:
-            self._broken = message  # after what its thread does
-            return
-        session = self._child.session if self._child is not None else 0
-        result = Result(FAILURE, message)
-        self.phase, self._broken = RunPhase.LEFTOVERS, ""
-        self._supervisor.timers.cancel(self._timer)
-        self._apart(lambda: self._end_by_force(session), lambda value: self._finish(result))
-
-    # -- LEFTOVERS
-
-    def _end_leftovers(self) -> None:
-        assert self._child is not None
-        child, self.phase = self._child, RunPhase.LEFTOVERS
-        self._supervisor.timers.cancel(self._timer)
-        # The end of a server is seen before its children are ours.
-        if not reap_orphans() and not child.lost:
-            self._drain()
-        elif self._job.background == "kill" or self._kill_at is not None or child.lost:
-            self._apart(lambda: self._end_tree(child.session), lambda value: self._drain())
-        else:
-            self._apart(lambda: self._keep_tree(child.session), lambda value: self._drain())
-
-    def _keep_tree(self, session: int) -> None:
-        _KEPT.update(family(self._launch.marker, session))
-
-    def _end_tree(self, session: int) -> None:
-        """What is left of the tree gets SIGTERM, the rest of the grace, and SIGKILL."""
-        kill_at = (
-            time.monotonic() + self._job.kill_grace if self._kill_at is None else self._kill_at
-        )
-        with contextlib.suppress(OSError):
-            self._seen.update(family(self._launch.marker, session, self._seen))
-            left = max(0.0, kill_at - time.monotonic())
-            await_exit(send_signal(self._seen, signal.SIGTERM), left)
-        survivors = self._end_by_force(session)
-        if survivors:
-            log.error("processes %s of %s cannot be killed", survivors, self.trigger)
-
-    def _drain(self) -> None:
-        """Take what is in the pipe now; a process that was kept may go on writing into it, so never
-        until its end."""
-        with contextlib.suppress(BlockingIOError):
-            for _ in range(64):
-                data = os.read(self._launch.read, _CHUNK)
-                if not data:
-                    break
-                self.out.write(data)
-        self._finish(self._result())
-
-    def _result(self) -> Result:
-        child, ended, status = self._child, self._cancelled, self._status
-        assert child is not None
-        message = child.message or self._launch.message()
-        # A cancellation that came after its end changes nothing.
-        if status is None or ended is not None and self._kill_at is not None:
-            assert ended is not None
-            message = (
-                ended.message
-                if status is not None
-                else f"{ended.message}; its process cannot be killed"
-            )
-            return Result(
-                ended.code, message, 124 if ended.code == TIMEOUT else _shell_status(status)
-            )
-        if status == 0:
-            return Result(SUCCESS, message or self.out.last_line(), 0)
-        if status < 0:
-            why = ""
-            if status == -signal.SIGKILL and memory_kills() > self._launch.memory_kills:
-                why = (
-                    ": the kernel ended it for want of memory, of the host or of this service or"
-                    " container"
-                )
-            return Result(FAILURE, f"killed by signal {-status}{why}", _shell_status(status))
-        if message:
-            return Result(FAILURE, message, status)
-        last = self.out.last_line()
-        return Result(
-            FAILURE, f"exit status {status}: {last}" if last else f"exit status {status}", status
-        )
-
-    def _finish(self, result: Result) -> None:
-        self.phase = RunPhase.ENDED
-        for timer in (self._timer, self._blank):
-            self._supervisor.timers.cancel(timer)
-        try:
-            self._give_back_child()
-            self._launch.close()
-            self.out.end(end_note(result, time.monotonic() - self._began))
-        finally:
-            result = dataclasses.replace(result, message=clip(result.message))
-            self._supervisor.ended(self, result)
 
 
 def _shell_status(status: int | None) -> int:
@@ -6651,6 +6697,68 @@ class Facts:
         self.save_clock()
 
 
+class Unstored:
+    """What has happened and is not stored yet; the core's thread."""
+
+    def __init__(self) -> None:
+        self.cancels: list[tuple[int, str, int]] = []
+        self.results: list[tuple[int, str, str, int]] = []
+        self.settled: list[Settled] = []
+        self.notes: dict[str, str | None] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self.cancels or self.results or self.settled or self.notes)
+
+    def size(self) -> tuple[int, int]:
+        """For `shorten`: how many there are of those that decisions add too."""
+        return len(self.cancels), len(self.results)
+
+    def shorten(self, size: tuple[int, int]) -> None:
+        """Forget what decisions have added."""
+        cancels, results = size
+        del self.cancels[cancels:], self.results[results:]
+
+    def write(self, db: sqlite3.Connection, now: float) -> dict[str, int]:
+        """Into the transaction; by how many there are more results that are finished or dead."""
+        more = {"finished": 0, "dead": 0}
+        if self.cancels:
+            db.executemany(
+                "UPDATE runs SET code = ?, message = ? WHERE log_id = ? AND state = 'running'",
+                self.cancels,
+            )
+        if self.results:
+            more["finished"] += db.executemany(
+                "UPDATE runs SET finished = ?, state = 'finished', code = ?, message = ?, trigger ="
+                " ? WHERE log_id = ? AND state IN ('accepted', 'running')",
+                [(now, *row) for row in self.results],
+            ).rowcount
+        for settled in self.settled:
+            count = self._settle(db, now, settled)
+            if settled.before is RunState.FINISHED:
+                more["finished"] -= count
+                more["dead"] += count if settled.state is RunState.DEAD else 0
+        for name, value in self.notes.items():
+            if value is None:
+                db.execute("DELETE FROM facts WHERE name = ?", (name,))
+            else:
+                db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
+        return more
+
+    @staticmethod
+    def _settle(db: sqlite3.Connection, now: float, settled: Settled) -> int:
+        """How many results are in another state now."""
+        # Of what is only a memory the beginning will do: there may be very many.
+        short = ", message = substr(message, 1, 500)"
+        query = (
+            "UPDATE runs SET state = ?, finished = ?"
+            f"{short if settled.state is RunState.DELIVERED else ''}"
+            " WHERE log_id = ? AND state = ?"
+        )
+        before = settled.before.value
+        rows = [(settled.state.value, now, log_id, before) for log_id in settled.log_ids]
+        return db.executemany(query, rows).rowcount
+
+
 class JournalReader(Facts):
     """What others ask of the journal, and its pruning; any thread. How many results wait is counted
     as it changes."""
@@ -6658,7 +6766,7 @@ class JournalReader(Facts):
     def __init__(self, file: str):
         super().__init__(JournalFiles(file))
         self._file = file
-        self._results: list[tuple[int, str, str, int]] = []  # that are not stored yet
+        self._unstored = Unstored()
         counts = "SELECT state, count(*) FROM runs WHERE state <> 'delivered' GROUP BY state"
         numbers = dict(self._files.read(counts))
         self._counts = {state: numbers.get(state, 0) for state in ("finished", "dead")}
@@ -6707,7 +6815,7 @@ class JournalReader(Facts):
 
     def counts(self) -> dict[str, int]:
         """How many results are undelivered, held because they could not be stored, and dead."""
-        held = len(self._results)
+        held = len(self._unstored.results)
         return {
             "undelivered": self._counts["finished"] + held,
             "held": held,
@@ -6819,11 +6927,6 @@ class Journal(JournalReader):
         super().__init__(file)
         self.post = self.hold
         self.reserve = self._files.reserve
-        # what has happened and is not stored yet, beside `_results`: rows of the statements in
-        # `commit`
-        self._cancels: list[tuple[int, str, int]] = []
-        self._settled: list[typing.Any] = []
-        self._notes: dict[str, str | None] = {}
         self._after: list[typing.Callable[[], typing.Any]] = []  # what follows the last commit
         self.stored: typing.Callable[[], None] = lambda: None  # called when results were committed
         self._committing = False
@@ -6835,7 +6938,7 @@ class Journal(JournalReader):
 
     def begin(self) -> None:
         """Begin a transaction. Raises sqlite3.Error and OSError."""
-        self._facts_end = len(self._cancels), len(self._results)
+        self._happened = self._unstored.size()
         self._files.check()
         if self._tainted:
             self._untaint()
@@ -6844,54 +6947,22 @@ class Journal(JournalReader):
     def commit(self) -> None:
         """Store what has happened, and commit. Raises sqlite3.Error and OSError."""
         db, counts = self._files.db, dict(self._counts)
-        if self._cancels:
-            db.executemany(
-                "UPDATE runs SET code = ?, message = ? WHERE log_id = ? AND state = 'running'",
-                self._cancels,
-            )
-        if self._results:
-            now = self.clock.now()
-            counts["finished"] += db.executemany(
-                "UPDATE runs SET finished = ?, state = 'finished', code = ?, message = ?, trigger ="
-                " ? WHERE log_id = ? AND state IN ('accepted', 'running')",
-                [(now, *row) for row in self._results],
-            ).rowcount
-        for settled in self._settled:
-            rows = [
-                (settled.state.value, self.clock.now(), log_id, settled.before.value)
-                for log_id in settled.log_ids
-            ]
-            # Of what is only a memory the beginning will do: there may be very many.
-            short = ", message = substr(message, 1, 500)"
-            query = (
-                "UPDATE runs SET state = ?, finished = ?"
-                f"{short if settled.state is RunState.DELIVERED else ''}"
-                " WHERE log_id = ? AND state = ?"
-            )
-            count = db.executemany(query, rows).rowcount
-            if settled.before is RunState.FINISHED:
-                counts["finished"] -= count
-                counts["dead"] += count if settled.state is RunState.DEAD else 0
-        for name, value in self._notes.items():
-            if value is None:
-                db.execute("DELETE FROM facts WHERE name = ?", (name,))
-            else:
-                db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
+        for state, change in self._unstored.write(db, self.clock.now()).items():
+            counts[state] += change
         self._committing = True
         db.execute("COMMIT")
         self._committing = self._tainted = self._moved = False
+        stored, self._unstored = self._unstored, Unstored()
         if self._told:
-            log.info("stored %d held results", len(self._results))
-        self._after = [functools.partial(settled.stored, settled) for settled in self._settled]
-        if self._results:
+            log.info("stored %d held results", len(stored.results))
+        self._after = [functools.partial(settled.stored, settled) for settled in stored.settled]
+        if stored.results:
             self._after.append(self.stored)
         self._counts, self._told = counts, False
-        self._cancels, self._results, self._settled, self._notes = [], [], [], {}
 
     def take_back(self) -> None:
         """Undo the transaction that failed; what had happened before it is kept for the next."""
-        cancels, results = self._facts_end
-        del self._cancels[cancels:], self._results[results:]
+        self._unstored.shorten(self._happened)
         # What a COMMIT that failed has written may come back after a crash.
         self._tainted, self._committing = self._tainted or self._committing, False
         with contextlib.suppress(sqlite3.Error):
@@ -6923,7 +6994,7 @@ class Journal(JournalReader):
         """Nothing can be stored now: have nothing of it come back after a crash; the reason."""
         if self._tainted and not self._files.closed:
             self._untaint()
-        if self._results and not self._told:  # an outage is told once
+        if self._unstored.results and not self._told:  # an outage is told once
             self._told = True
             log.error(
                 "cannot store results, holding them until it works again: %s: %s", self._file, error
@@ -6936,13 +7007,12 @@ class Journal(JournalReader):
         after, self._after = self._after, []
         for tell in after:
             tell()
-        if self.reserve.lost and not self._results:
+        if self.reserve.lost and not self._unstored.results:
             self.reserve.restore()
 
     def owes(self) -> bool:
         """Whether something is to be tried again."""
-        held = self._cancels or self._results or self._settled or self._notes
-        return bool(held) or self._tainted or self._files.closed or self.reserve.lost
+        return bool(self._unstored) or self._tainted or self._files.closed or self.reserve.lost
 
     def holds(self, log_id: int) -> bool:
         """Whether the run is in the journal, in a transaction."""
@@ -6997,7 +7067,7 @@ class Journal(JournalReader):
 
     def cancel(self, log_id: int, result: Result) -> None:
         """What a run that is running will have ended with, should a crash come first."""
-        self._cancels.append((result.code, result.message, log_id))
+        self._unstored.cancels.append((result.code, result.message, log_id))
 
     def drop(self, log_ids: list[int], result: Result) -> str:
         """What many runs that wait have ended with, at once as one row; each is to be finished
@@ -7020,14 +7090,14 @@ class Journal(JournalReader):
                 "took": None if took is None else round(took, 3),
             }
             row = (result.code, result.message, json.dumps(kept), trigger.log_id)
-            self._results.append(row)
+            self._unstored.results.append(row)
 
     def hold(self, message: Settled | Note | Work) -> None:
         """To be stored by the next commit; Work finds no core any more."""
         if isinstance(message, Settled):
-            self._settled.append(message)
+            self._unstored.settled.append(message)
         elif isinstance(message, Note):
-            self._notes[message.name] = message.value
+            self._unstored.notes[message.name] = message.value
 
     def close(self) -> None:
         """Once the core has ended."""
@@ -7120,6 +7190,80 @@ RESEND_AFTER = (120.0, 1200.0)  # seconds since its acknowledgement until a resu
 SUSPECT = 90.0  # seconds: what an admin acknowledged so long before it was missed may be lost
 
 
+class RefusedResults:
+    """Results that the admin did not want, each with a backoff of its own; the callback thread."""
+
+    def __init__(self) -> None:
+        # by logId: its backoff, and the monotonic time of the next attempt
+        self._results: dict[int, tuple[Backoff, float]] = {}
+        self.in_a_row = 0  # refusals since a result was taken
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+    def __contains__(self, log_id: int) -> bool:
+        return log_id in self._results
+
+    def due(self, log_id: int, now: float) -> bool:
+        return log_id in self._results and self._results[log_id][1] <= now
+
+    def soonest(self) -> float:
+        """When the next of them is due, monotonic."""
+        return min([at for _, at in self._results.values()], default=float("inf"))
+
+    def add(self, log_id: int) -> None:
+        backoff, _ = self._results.get(log_id, (Backoff(), 0.0))
+        self._results[log_id] = (backoff, time.monotonic() + backoff.fail())
+        self.in_a_row += 1
+
+    def forget(self, rows: list[StoredResult]) -> None:
+        """Those that were taken or given up."""
+        for row in rows:
+            self._results.pop(row.log_id, None)
+
+    def pardon(self) -> None:
+        """The admin may have been wrong about all of them."""
+        self._results.clear()
+        self.in_a_row = 0
+
+
+class Repeats:
+    """Which acknowledged results are sent once more: each after some time, and at once those of an
+    admin that went away right after its acknowledgement. The callback thread."""
+
+    def __init__(self, journal: typing.Any, admin: typing.Any):
+        self._journal, self._admin = journal, admin
+        # times of the journal's clock between which an admin acknowledged that then went away
+        self._suspects: tuple[float, float] | None = None
+        self._missed_at = 0.0  # monotonic; the last such absence that was looked at
+
+    def due(self, settling: set[int]) -> tuple[list[StoredResult], RunState, RunState, float]:
+        """Results to send once more but for those that are `settling`, the state in which they are
+        and will be, and the seconds until there are some, if there are none."""
+        now, wait = self._journal.clock.now(), float("inf")
+        if self._admin.missed_at > self._missed_at:
+            self._missed_at = self._admin.missed_at
+            noticed = now - (time.monotonic() - self._missed_at)
+            self._suspects = (noticed - SUSPECT, noticed)
+        most = BATCH + len(settling)
+        for before, after, age in (
+            (RunState.ACKNOWLEDGED, RunState.RESENT, RESEND_AFTER[0]),
+            (RunState.RESENT, RunState.DELIVERED, RESEND_AFTER[1]),
+        ):
+            rows = self._journal.acknowledged(before, *(self._suspects or (0.0, 0.0)), most)
+            oldest = [] if rows else self._journal.acknowledged(before, 0.0, now, 1)
+            # and what soon would be, for a full batch
+            if oldest and oldest[0].finished <= now - age:
+                rows = self._journal.acknowledged(before, 0.0, now - age / 2, most)
+            elif oldest:
+                wait = min(wait, oldest[0].finished + age - now)
+            rows = [row for row in rows if row.log_id not in settling][:BATCH]
+            if rows:
+                return rows, before, after, wait
+        self._suspects = None
+        return [], RunState.ACKNOWLEDGED, RunState.RESENT, wait
+
+
 class Callbacks(Watched):
     """One thread delivers finished results from the journal in batches and tries again until each
     is acknowledged; and then twice more, for an admin stores later than it acknowledges.
@@ -7133,15 +7277,11 @@ class Callbacks(Watched):
         self._journal, self._admin, self._metrics = journal, admin, metrics
         self._wake, self._closing, self._abandoned = threading.Event(), threading.Event(), False
         self._next_at = 0.0  # monotonic
-        # by logId: its refusals, and the monotonic time of the next attempt
-        self._refused: dict[int, tuple[Backoff, float]] = {}
+        self._refused = RefusedResults()
         # logIds whose new state is on its way into the journal: a reader would show them as before
         self._settling: set[int] = set()
-        # times of the journal's clock between which an admin acknowledged that then went away
-        self._suspects: tuple[float, float] | None = None
-        self._missed_at = 0.0  # monotonic; the last such absence that was looked at
+        self._repeats = Repeats(journal, admin)
         self._backoff = Backoff()
-        self._refusals = 0  # since a result was taken
         self._pardoned = threading.Event()  # the admin takes again what it refused
         self._retry_at = 0.0
         self.last_error = ""
@@ -7205,8 +7345,7 @@ class Callbacks(Watched):
             now = time.monotonic()
             if self._pardoned.is_set():
                 self._pardoned.clear()
-                self._refused.clear()
-                self._refusals = 0
+                self._refused.pardon()
             if now < self._retry_at:
                 return self._retry_at - now
             settling = set(self._settling)  # before what is read becomes old
@@ -7216,22 +7355,20 @@ class Callbacks(Watched):
             if len(alive) < len(rows):  # others may stand behind those
                 continue
             fresh = [row for row in alive if row.log_id not in self._refused]
-            again = [
-                row for row in alive if self._refused.get(row.log_id, (None, now + 1))[1] <= now
-            ]
+            again = [row for row in alive if self._refused.due(row.log_id, now)]
             due = (fresh or again)[:BATCH]
             if len(due) == BATCH:
                 self._attempt(due, RunState.FINISHED, taken)
                 continue
             if due and not self._attempt(due, RunState.FINISHED, taken):
                 continue
-            rows, before, after, wait = self._acknowledged()
+            rows, before, after, wait = self._due_again()
             if rows:
                 self._attempt(rows, before, after)
             if due or rows:  # what ends meanwhile goes into the next request
                 self._next_at = now + PACE
                 return 0.0
-            soonest = min([wait, *(at - now for _, at in self._refused.values())])
+            soonest = min(wait, self._refused.soonest() - now)
             return None if soonest == float("inf") else max(0.05, soonest)
 
     def _attempt(self, rows: list[StoredResult], before: RunState, after: RunState) -> bool:
@@ -7256,34 +7393,11 @@ class Callbacks(Watched):
             self.last_error = ""
         return True
 
-    def _acknowledged(self) -> tuple[list, RunState, RunState, float]:
-        """Results to send once more, the state in which they are and will be, and the seconds until
-        there are some, if there are none."""
-        now, wait = self._journal.clock.now(), float("inf")
+    def _due_again(self) -> tuple[list[StoredResult], RunState, RunState, float]:
+        """See Repeats.due; nothing at the end, or when nobody acknowledges."""
         if not self._admin.addresses or self._closing.is_set():
-            return [], RunState.ACKNOWLEDGED, RunState.RESENT, wait
-        if self._admin.missed_at > self._missed_at:
-            self._missed_at = self._admin.missed_at
-            noticed = now - (time.monotonic() - self._missed_at)
-            self._suspects = (noticed - SUSPECT, noticed)
-        settling = set(self._settling)  # before what is read becomes old
-        most = BATCH + len(settling)
-        steps = (
-            (RunState.ACKNOWLEDGED, RunState.RESENT, RESEND_AFTER[0]),
-            (RunState.RESENT, RunState.DELIVERED, RESEND_AFTER[1]),
-        )
-        for before, after, age in steps:
-            rows = self._journal.acknowledged(before, *(self._suspects or (0.0, 0.0)), most)
-            oldest = [] if rows else self._journal.acknowledged(before, 0.0, now, 1)
-            if oldest and oldest[0][4] <= now - age:  # and what soon would be, for a full batch
-                rows = self._journal.acknowledged(before, 0.0, now - age / 2, most)
-            elif oldest:
-                wait = min(wait, oldest[0][4] + age - now)
-            rows = [row for row in rows if row.log_id not in settling][:BATCH]
-            if rows:
-                return rows, before, after, wait
-        self._suspects = None
-        return [], RunState.ACKNOWLEDGED, RunState.RESENT, wait
+            return [], RunState.ACKNOWLEDGED, RunState.RESENT, float("inf")
+        return self._repeats.due(set(self._settling))  # a copy before what is read becomes old
 
     def _settle(self, rows: list[StoredResult], before: RunState, after: RunState) -> None:
         """Have the journal remember their new state; they are left alone until it does."""
@@ -7306,8 +7420,7 @@ class Callbacks(Watched):
                 ",".join(str(row.log_id) for row in dead),
             )
             self._settle(dead, RunState.FINISHED, RunState.DEAD)
-            for row in dead:
-                self._refused.pop(row.log_id, None)
+            self._refused.forget(dead)
         return [row for row in rows if row.finished >= oldest]
 
     def _send(self, rows: list[StoredResult], before: RunState, after: RunState) -> None:
@@ -7328,24 +7441,21 @@ class Callbacks(Watched):
             self._metrics.count("results_resent_total", len(rows))
         elif self._admin.addresses:  # else nobody waits for them
             failpoint("sent")
-            self._refusals = 0
-            for row in rows:
-                self._refused.pop(row.log_id, None)
+            self._refused.in_a_row = 0
+            self._refused.forget(rows)
             log.info("delivered %s", " ".join(f"logId={row.log_id}" for row in rows))
         self._settle(rows, before, after)
 
     def _put_off(self, log_id: int, error: AdminRefused) -> None:
         """Try it again later. Raises `error` when this thread is to end."""
-        own, _ = self._refused.get(log_id, (Backoff(), 0.0))
-        self._refused[log_id] = (own, time.monotonic() + own.fail())
+        self._refused.add(log_id)
         self._metrics.count("callback_failures_total")
         log.warning(
             "the admin refuses the result of logId=%d, trying again later: %s", log_id, error
         )
         self.last_error = str(error)
-        self._refusals += 1
         # None was taken lately: it may be that it refuses all, and is asked gently then.
-        if self._refusals > 3 and self._closing.wait(REFUSED_PACE):
+        if self._refused.in_a_row > 3 and self._closing.wait(REFUSED_PACE):
             raise error
 
 
@@ -8257,6 +8367,70 @@ class Signals:
 # --------------------------------------------------------------------------------------------------
 # 14b wiring, start and stop
 # --------------------------------------------------------------------------------------------------
+class Pruning:
+    """Has a thread of its own remove what is old: there may be very much of it. start, join: the
+    main thread."""
+
+    def __init__(
+        self, journal: Journal, logs: JobLogs, scripts: Scripts, core: Core, before: float
+    ):
+        """`before`: when this life of the executor began; the first time `core` is told what ran
+        until then."""
+        self._journal, self._logs, self._scripts, self._core = journal, logs, scripts, core
+        self._before, self._remembered = before, False
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self, config: Config) -> None:
+        """Unless it is at work."""
+        if self._thread is None or not self._thread.is_alive():
+            work = functools.partial(self._remove_old, config)
+            thread = threading.Thread(target=work, name="pruning", daemon=True)
+            try:
+                thread.start()
+                self._thread = thread
+            except RuntimeError as error:
+                log.warning("cannot prune: %s", error)
+
+    def stop(self) -> None:
+        """Begin nothing more."""
+        self._stopping.set()
+
+    def join(self, seconds: float) -> None:
+        if self._thread is not None:
+            self._thread.join(seconds)
+
+    def _remove_old(self, config: Config) -> None:
+        journal, stop = self._journal, self._stopping.is_set
+        keep = config.executor.log_retention
+        try:
+            if not self._remembered:
+                with contextlib.suppress(JournalError):  # the next time, then
+                    self._core.remember(journal.latest(self._before, config.jobs))
+                    self._remembered = True
+            journal.save_clock()
+            logs = self._logs.prune(journal.known_for, journal.forget, stop)
+            runs = journal.prune(stop, keep)
+            self._scripts.prune(keep)
+        except (OSError, JournalError) as error:
+            log.warning("cannot prune: %s", error)
+        else:
+            if logs or runs:
+                log.info("pruned %s and %s", counted(logs, "log"), counted(runs, "run"))
+
+
+def what_is_left(counts: dict[str, int]) -> str:
+    """What becomes of results that were not delivered, by Journal.counts()."""
+    if counts["held"]:
+        return (
+            f"{counted(counts['held'], 'result')} could not be stored: the next start reports"
+            " their outcome as unknown"
+        )
+    if counts["undelivered"]:
+        return f"{counted(counts['undelivered'], 'result')} kept for the next start"
+    return "every result is delivered"
+
+
 class Wiring:
     """Builds every part of the daemon, and closes it; knows them all. The main thread, but for
     `status`: any thread."""
@@ -8348,6 +8522,7 @@ class Wiring:
             self.config.executor.max_queued,
         )
         self._journal.post = self._core.put
+        self._pruning = Pruning(self._journal, self._logs, self._scripts, self._core, self._started)
 
     def _build_network(self, listener: socket.socket, room: int) -> None:
         """What others reach, and what tells the admin of it."""
@@ -8371,6 +8546,11 @@ class Wiring:
             self._data.key,
         )
         self._http = HttpServer(listener, self._api, room)
+
+    def _prepare(self, config: Config) -> None:
+        """Warm up what the jobs need."""
+        self._processes.prepare(config.jobs.values())
+        self._slots.prepare(config.jobs.values())
 
     def _add_gauges(self) -> None:
         gauge, journal = self.metrics.gauge, self._journal
@@ -8435,18 +8615,6 @@ class Wiring:
             "admins": addresses,
         }
 
-    def _left(self) -> str:
-        """What becomes of results that were not delivered."""
-        counts = self._journal.counts()
-        if counts["held"]:
-            return (
-                f"{counted(counts['held'], 'result')} could not be stored: the next start reports"
-                " their outcome as unknown"
-            )
-        if counts["undelivered"]:
-            return f"{counted(counts['undelivered'], 'result')} kept for the next start"
-        return "every result is delivered"
-
     def _close_all(self) -> None:
         self._slots.close()
         self._processes.close(FLUSH_LIMIT)
@@ -8459,6 +8627,33 @@ class Wiring:
             self._stdout.flush(FLUSH_LIMIT)
 
 
+def check_host(config: Config) -> None:
+    """In a thread of its own: it starts programs, and looks into directories that may not
+    answer."""
+
+    def check() -> None:
+        try:
+            for warning in HostCheck(config).warnings():
+                log.warning("%s", warning)
+        except Exception:
+            log.exception("cannot look for what this host lacks, please report it")
+
+    with contextlib.suppress(RuntimeError):  # no more threads: the first run will tell
+        threading.Thread(target=check, name="host-check", daemon=True).start()
+
+
+def job_changes(old: dict[str, JobConfig], new: dict[str, JobConfig]) -> str:
+    """What a reload has brought, on one line."""
+    common = old.keys() & new.keys()
+    names = {
+        "added": new.keys() - old.keys(),
+        "changed": {name for name in common if old[name] != new[name]},
+        "removed": old.keys() - new.keys(),
+    }
+    parts = (f"{what} {', '.join(sorted(which)) or 'none'}" for what, which in names.items())
+    return ", ".join([counted(len(new), "job"), *parts])
+
+
 class Daemon(Wiring):
     """Starts everything in order, stops it in reverse, acts on signals; the main thread, but for
     what the pruning thread and the timer of a stop call."""
@@ -8469,9 +8664,6 @@ class Daemon(Wiring):
         """`signals`: what has come since the process began; else the daemon takes them later."""
         super().__init__(config)
         self._signals = signals
-        self._stopping = threading.Event()
-        self._pruning: threading.Thread | None = None
-        self._remembered = False  # what earlier lives ran, for `status`
         self._reap_at: float | None = None
         self._housekeeping_at = time.monotonic()
         self._watch_at = self._housekeeping_at if config.executor.watch_config else None
@@ -8491,7 +8683,7 @@ class Daemon(Wiring):
             else "no admin",
         )
         trim_memory()
-        self._check_host(self.config)
+        check_host(self.config)
         notify(f"READY=1\nSTATUS=listening on {self.url}, {counted(len(self.config.jobs), 'job')}")
         self._manager = ServiceManager(self._summary, self._well)
 
@@ -8507,24 +8699,6 @@ class Daemon(Wiring):
         self._data.publish(self.url)
         self._registration.start()
         self._callbacks.start()
-
-    def _prepare(self, config: Config) -> None:
-        self._processes.prepare(config.jobs.values())
-        self._slots.prepare(config.jobs.values())
-
-    def _check_host(self, config: Config) -> None:
-        """In a thread of its own: it starts programs, and looks into directories that may not
-        answer."""
-
-        def check() -> None:
-            try:
-                for warning in HostCheck(config).warnings():
-                    log.warning("%s", warning)
-            except Exception:
-                log.exception("cannot look for what this host lacks, please report it")
-
-        with contextlib.suppress(RuntimeError):  # no more threads: the first run will tell
-            threading.Thread(target=check, name="host-check", daemon=True).start()
 
     # -- the main thread's loop
 
@@ -8576,7 +8750,7 @@ class Daemon(Wiring):
             self._reap_at = now + 1.0
         if now >= self._housekeeping_at:
             self._housekeeping_at = now + HOUSEKEEPING
-            self._prune()
+            self._pruning.start(self.config)
         changed = signal.SIGHUP in got
         if self._watch_at is not None and now >= self._watch_at:
             self._watch_at = now + WATCH_INTERVAL
@@ -8584,33 +8758,6 @@ class Daemon(Wiring):
         if changed and not self._api.draining:
             self.reload()
         return bool(got & {signal.SIGTERM, signal.SIGINT})
-
-    def _prune(self) -> None:
-        """Have a thread of its own remove what is old: there may be very much of it."""
-        if self._pruning is None or not self._pruning.is_alive():
-            thread = threading.Thread(target=self._remove_old, name="pruning", daemon=True)
-            try:
-                thread.start()
-                self._pruning = thread
-            except RuntimeError as error:
-                log.warning("cannot prune: %s", error)
-
-    def _remove_old(self) -> None:
-        journal, stop = self._journal, self._stopping.is_set
-        try:
-            if not self._remembered:
-                with contextlib.suppress(JournalError):  # the next time, then
-                    self._core.remember(journal.latest(self._started, self.config.jobs))
-                    self._remembered = True
-            journal.save_clock()
-            logs = self._logs.prune(journal.known_for, journal.forget, stop)
-            runs = journal.prune(stop, self.config.executor.log_retention)
-            self._scripts.prune(self.config.executor.log_retention)
-        except (OSError, JournalError) as error:
-            log.warning("cannot prune: %s", error)
-        else:
-            if logs or runs:
-                log.info("pruned %s and %s", counted(logs, "log"), counted(runs, "run"))
 
     def reload(self) -> None:
         """Take over `jobs` from the configuration file; a bad file changes nothing."""
@@ -8643,24 +8790,12 @@ class Daemon(Wiring):
                     part,
                     old.file,
                 )
-        added, removed = (
-            sorted(new.jobs.keys() - old.jobs.keys()),
-            sorted(old.jobs.keys() - new.jobs.keys()),
-        )
-        changed = sorted(
-            name for name in old.jobs.keys() & new.jobs.keys() if old.jobs[name] != new.jobs[name]
-        )
         self.config = self._api.config = dataclasses.replace(
             old, admin=admin, jobs=new.jobs, scripts=new.scripts
         )
         self._prepare(new)
-        self._check_host(new)
-        log.info(
-            "reloaded %s: %s, added %s, changed %s, removed %s",
-            old.file,
-            counted(len(new.jobs), "job"),
-            *(", ".join(names) or "none" for names in (added, changed, removed)),
-        )
+        check_host(new)
+        log.info("reloaded %s: %s", old.file, job_changes(old.jobs, new.jobs))
 
     def _tell_stopping(self) -> None:
         """Answer who is held: the next executor does not come soon enough for him."""
@@ -8675,7 +8810,7 @@ class Daemon(Wiring):
             seconds_text(self.config.executor.drain_timeout),
         )
         notify("STOPPING=1")
-        self._stopping.set()
+        self._pruning.stop()
         self._registration.drain()
         if self._inherited:  # who comes now may wait for the next executor, if that is soon
             patience = threading.Timer(HOLD, self._tell_stopping)
@@ -8691,13 +8826,12 @@ class Daemon(Wiring):
         self._core.flush(STORE_LIMIT)
         self._callbacks.close()
         self._registration.close(self.config.admin.timeout)
-        if self._pruning is not None:
-            self._pruning.join(FLUSH_LIMIT)
+        self._pruning.join(FLUSH_LIMIT)
         if self._inherited:
             patience.cancel()
         self._http.close()
         self._core.close(STORE_LIMIT)
-        left = self._left()
+        left = what_is_left(self._journal.counts())
         self._close_all()
         log.info("stopped, %s", left)
 
@@ -8717,9 +8851,8 @@ class Daemon(Wiring):
         if not idle.is_set():
             deadline = time.monotonic() + self._core.grace()
             self._core.put(CancelAll(Result(FAILURE, "killed: the executor stopped")))
-            while (
-                not idle.is_set() and time.monotonic() < deadline
-            ):  # bounded, and needed: nothing may be left behind
+            # bounded, and needed: nothing may be left behind
+            while not idle.is_set() and time.monotonic() < deadline:
                 self._next(deadline)
 
 

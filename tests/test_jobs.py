@@ -730,6 +730,8 @@ def test_a_kept_process_is_not_looked_for_again(executor, admin, tmp_path):
     run_job(daemon, admin, "keeps")
     kept = int((tmp_path / "pid").read_text())
     try:
+        # its client of the admin is imported then, which reads many files
+        wait_until(lambda: daemon.status()["registered"])
         before = scans(daemon)
         run_job(daemon, admin, "after", jobId=2)
         assert alive(kept) and scans(daemon) - before < 50

@@ -287,3 +287,12 @@ def test_no_part_of_a_section_is_longer_than_600_lines():
     ]
     ends = [line for _, line in begins[1:]] + [SOURCE.count("\n")]
     assert [part for (part, first), end in zip(begins, ends) if end - first > 600] == []
+
+
+def test_no_class_is_longer_than_200_lines():
+    long = [
+        (node.name, node.end_lineno - node.lineno + 1)
+        for node in ast.walk(TREE)
+        if isinstance(node, ast.ClassDef) and node.end_lineno - node.lineno >= 200
+    ]
+    assert long == []
