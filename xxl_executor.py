@@ -430,6 +430,23 @@ class Backoff:
         self.failures = 0
 
 
+class Event(str):
+    """A line for the log that tells of a run, and what programs want to filter by."""
+
+    fields: dict[str, typing.Any]
+
+    @classmethod
+    def of(cls, trigger: Trigger, text: str, **fields: typing.Any) -> Event:
+        event = cls(text)
+        event.fields = {
+            "job": trigger.handler,
+            "jobId": trigger.job_id,
+            "logId": trigger.log_id,
+            **fields,
+        }
+        return event
+
+
 class Lines(list):
     """Lines for the log, as one record: to format and to write each by itself takes 15 us."""
 
@@ -3389,7 +3406,7 @@ class Decisions(Lanes):
             self._drop_waiting(lane, len(lane.waiting), reason)
             if lane.running is not None:
                 self._cancel(lane.running, reason)
-        self._batch.lines.append(f"accepted {trigger}")
+        self._batch.lines.append(Event.of(trigger, f"accepted {trigger}"))
         return self._queue(trigger, job, lane)
 
     def _queue(self, trigger: Trigger, job: JobConfig, lane: Lane) -> Run:
@@ -3559,10 +3576,12 @@ class Endings(Decisions):
     def _account(self, run: Run, result: Result) -> None:
         took = time.monotonic() - run.started if run.started else 0.0
         self._recent.count(run.trigger, took, result)
-        self._batch.lines.append(
+        told = (
             f"finished {run.trigger} code={result.code} in {seconds_text(took)}:"
             f" {result.message[:200]}"
         )
+        fields = {"code": result.code, "seconds": round(took, 3)}
+        self._batch.lines.append(Event.of(run.trigger, told, **fields))
 
 
 def guarded(handle: typing.Callable[[typing.Any], None], message: typing.Any) -> None:
@@ -5166,10 +5185,10 @@ class Supervisor(Watched):
         self.report(Ended(run.trigger.log_id, result))
 
 
-def start_note(trigger: Trigger, timeout: float, where: str) -> tuple[str, str]:
+def start_note(trigger: Trigger, timeout: float, where: str) -> tuple[Event, str]:
     """What the daemon's log and the run's log say when a run starts in `where`."""
     limit = seconds_text(timeout) if timeout else "none"
-    return f"started {trigger} {where} timeout={limit}", (
+    return Event.of(trigger, f"started {trigger} {where} timeout={limit}"), (
         f"{trigger} shard={trigger.shard_index}/{trigger.shard_total} timeout={limit} {where} "
         f"param={json.dumps(trigger.param, ensure_ascii=False)}"
     )
@@ -5880,7 +5899,7 @@ class Slots:
         run.out = self._logs.open(trigger)
         where = f"pid={os.getpid()} thread={threading.current_thread().name}"
         line, note = start_note(trigger, run.timeout, where)
-        log.info("%s", line)
+        log.info(Lines([line]))
         run.out.begin(note)
         expired = Result(TIMEOUT, f"timed out after {seconds_text(run.timeout)}")
         tell = functools.partial(self._report, Expired(trigger.log_id, expired))
@@ -9960,10 +9979,12 @@ class _Json(logging.Formatter):
         trace = self.formatException(record.exc_info) if record.exc_info else None
         lines = record.msg if isinstance(record.msg, Lines) else [record.getMessage()]
         head = {"time": timestamp(record.created), "level": record.levelname}
-        more = {"trace": trace} if trace else {}
-        return "\n".join(
-            json.dumps({**head, "message": line, **more}, ensure_ascii=False) for line in lines
-        )
+        shown = []
+        for line in lines:
+            fields = line.fields if isinstance(line, Event) else {}
+            more = {**fields, "trace": trace} if trace else fields
+            shown.append(json.dumps({**head, "message": line, **more}, ensure_ascii=False))
+        return "\n".join(shown)
 
 
 def set_up_logging(output: Output) -> None:

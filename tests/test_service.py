@@ -32,7 +32,13 @@ def test_json_lines(executor, admin):
     assert all(re.fullmatch(at, line["time"]) for line in lines)
     own = [line["message"] for line in lines if line.get("level") == "INFO"]
     assert any(text.startswith(f"finished hello logId={log_id} ") for text in own)
-    output = [line for line in lines if line.get("job") == "hello"]
+    told = {line["message"].split()[0]: line for line in lines if "jobId" in line}
+    assert {(line["job"], line["jobId"], line["logId"]) for line in told.values()} == {
+        ("hello", 1, log_id)
+    }
+    assert list(told) == ["accepted", "started", "finished"]
+    assert told["finished"]["code"] == 200 and 0 <= told["finished"]["seconds"] < 10
+    output = [line for line in lines if "jobId" not in line and line.get("job") == "hello"]
     assert [(line["logId"], line["message"]) for line in output] == [
         (log_id, "one"),
         (log_id, 'tw"o'),
