@@ -5,10 +5,10 @@ beside a container.
 A trigger travels down this file: connection (4) -> Api (5) -> core (6), which decides, commits
 to the journal (9) and then answers -> supervisor (7), job process -> job log (8) -> core, journal
 -> callback thread (10) -> admin (11). "Accepted" is said only after the journal has committed the
-run; a result is given up only after unambiguous acknowledgements. Every run carries a marker in its
-environment, by which its whole process tree is found again, after a crash of this daemon too.
-Objects arrive through constructors, only Daemon (14) knows them all; no section from 4 to 12 names
-a class of an earlier one of these.
+run; a result is sent until the admin has acknowledged it, for at most 7 days. Every run carries a
+marker in its environment, by which its whole process tree is found again, after a crash of this
+daemon too. Objects arrive through constructors, only Wiring (14) knows them all; no section from 4
+to 12 names a class of an earlier one of these.
 
  sockets          lanes, journal writer           job processes
  selector --run/kill--> core --start/cancel--> supervisor
@@ -220,7 +220,8 @@ class RunState(enum.Enum):
 @dataclasses.dataclass(frozen=True)
 class Trigger:
     """One trigger as the admin sent it; `timeout` in seconds (0: none), `log_date_time` and
-    `glue_updated` in ms since the epoch. The handler of a script from the admin is glue-<jobId>."""
+    `glue_updated` in ms since the epoch. The handler of a script from the admin is glue-<jobId>.
+    What `block_strategy` does is in Lane.check and Decisions._accept; an unknown one is serial."""
 
     job_id: int
     log_id: int
@@ -1779,7 +1780,7 @@ class HostCheck:
 # --------------------------------------------------------------------------------------------------
 # 3 metrics
 # --------------------------------------------------------------------------------------------------
-_BUCKETS = (
+_DURATION_BUCKETS = (
     0.005,
     0.02,
     0.1,
@@ -1844,7 +1845,7 @@ class Metrics:
         # From the start, where no label is awaited: a rate counts from the 0 before the first
         # failure.
         self._values: dict[tuple, typing.Any] = {
-            (name, ()): 0 if type_ == "counter" else [0] * (len(_BUCKETS) + 1) + [0.0]
+            (name, ()): 0 if type_ == "counter" else [0] * (len(_DURATION_BUCKETS) + 1) + [0.0]
             for name, (type_, _, *labels) in _METRICS.items()
             if type_ != "gauge" and not labels
         }
@@ -1864,9 +1865,12 @@ class Metrics:
             key = (name, tuple(labels.items()))
             sums = self._values.get(key)
             if sums is None:
-                sums = self._values[key] = [0] * (len(_BUCKETS) + 1) + [0.0]
+                sums = self._values[key] = [0] * (len(_DURATION_BUCKETS) + 1) + [0.0]
             sums[
-                next((i for i, bound in enumerate(_BUCKETS) if value <= bound), len(_BUCKETS))
+                next(
+                    (i for i, bound in enumerate(_DURATION_BUCKETS) if value <= bound),
+                    len(_DURATION_BUCKETS),
+                )
             ] += 1
             sums[-1] += value
 
@@ -1910,7 +1914,7 @@ def _labels(labels: typing.Iterable[tuple[str, typing.Any]]) -> str:
 
 
 def _histogram(name: str, labels: tuple, value: list) -> list[str]:
-    bounds = [*map(str, _BUCKETS), "+Inf"]
+    bounds = [*map(str, _DURATION_BUCKETS), "+Inf"]
     counts = list(itertools.accumulate(value[: len(bounds)]))
     return [
         *(
@@ -2918,7 +2922,8 @@ def authorize(request: Request, app_name: str) -> None:
 
 
 class Api:
-    """Answers every request; `route` says in which thread."""
+    """Answers every request, by the tables `_post` and `_get` of its paths; `route` says in which
+    thread."""
 
     def __init__(
         self,
@@ -3116,8 +3121,8 @@ class Api:
 # --------------------------------------------------------------------------------------------------
 RECENT = 10  # results of each handler that `status` shows
 RETRY_STORING = 1.0  # seconds until what could not be stored is tried again
-# Runs that are dropped in one decision, and those that each turn finishes of more: 10,000 at once
-# took 0.2 to 0.5 s, in which nothing else was decided.
+# So many dropped runs are finished in the decision itself; of more, so many in each later turn:
+# 10,000 at once took 0.2 to 0.5 s, in which nothing else was decided.
 DROPPED_AT_ONCE = 200
 _ONE_TURN = Work(lambda: None, lambda value: None)  # has the core turn, and store what it holds
 
@@ -3130,7 +3135,7 @@ class Run:
     def __init__(self, trigger: Trigger, job: JobConfig):
         self.trigger, self.job = trigger, job
         self.cancelled: Result | None = None
-        self.accepted, self.started = time.monotonic(), 0.0
+        self.accepted, self.started = time.monotonic(), 0.0  # accepted: or resumed, in this life
         self.stuck = False  # cancelled, but its thread does not return
 
 
@@ -3150,8 +3155,8 @@ class Lane:
         """Raises Refused for a trigger that this lane does not take now."""
         if self.running is not None and self.running.stuck:
             raise Refused(
-                f"{self.stuck()}: restart the executor, and let the job watch Context.cancelled or"
-                " use isolation: process",
+                f"{self.stuck_text()}: restart the executor, and let the job watch"
+                " Context.cancelled or use isolation: process",
                 "stuck",
             )
         if trigger.block_strategy == "DISCARD_LATER" and (self.running or self.waiting):
@@ -3166,13 +3171,14 @@ class Lane:
                 "queue_limit",
             )
 
-    def stuck(self) -> str:
+    def stuck_text(self) -> str:
         run = self.running.trigger.log_id if self.running is not None else "?"
         return f"run {run} of this job does not return from its thread"
 
 
 class Dropped(typing.NamedTuple):
-    """Runs that were dropped, which the journal knows by `name`, and have still to be finished."""
+    """Too many dropped runs to finish at once: the journal has them as one fact, `name`, until each
+    has its result."""
 
     name: str
     runs: collections.deque[Run]
@@ -3214,12 +3220,13 @@ class RecentRuns:
         else:
             self._failures[label] = PastRun.ended(trigger, took, result)
 
-    def count(self, trigger: Trigger, took: float, result: Result) -> None:
-        """The same, and have the metrics count it."""
+    def count(self, trigger: Trigger, took: float | None, result: Result) -> None:
+        """`show` it, and count it in the metrics; `took` is None for a run that never started."""
         self.show(trigger, took, result)
         label = trigger.label
         self._metrics.count("runs_total", handler=label, code=result.code)
-        self._metrics.observe("run_duration_seconds", took, handler=label)
+        if took is not None:
+            self._metrics.observe("run_duration_seconds", took, handler=label)
         now = round(time.time(), 3)
         self._metrics.set("last_run_timestamp_seconds", now, handler=label)
         if result.code == SUCCESS:
@@ -3248,13 +3255,13 @@ class RecentRuns:
 
 
 class Lanes:
-    """What runs and what waits. Only the core's thread changes it; busy, knows, active, running,
-    waiting and grace: any thread."""
+    """What runs and what waits. Only the core's thread changes it; busy, knows, active,
+    running_shown, waiting_by_handler and grace: any thread."""
 
     def __init__(self) -> None:
         self._lanes: dict[int, Lane] = {}  # by jobId
         self._runs: dict[int, Run] = {}  # by logId: everything without a result
-        self._stuck: dict[int, Run] = {}  # by logId: those with one, whose thread goes on
+        self._stuck: dict[int, Run] = {}  # by logId: those with one, whose thread still runs
         self._ready: collections.deque[Lane] = collections.deque()
         self._queued = self._occupied = 0  # runs that wait; runs that take one of max_running
 
@@ -3267,10 +3274,10 @@ class Lanes:
         return log_id in self._runs
 
     def active(self) -> bool:
-        """Whether something runs, be it about to start, but for threads that were given up."""
+        """Whether anything runs or is about to start; stuck threads do not count."""
         return self._occupied > len(self._stuck)
 
-    def running(self) -> list[dict]:
+    def running_shown(self) -> list[dict]:
         """For `status`."""
         now = time.monotonic()
         return [
@@ -3285,7 +3292,7 @@ class Lanes:
             if run.started
         ]
 
-    def waiting(self) -> dict[str, int]:
+    def waiting_by_handler(self) -> dict[str, int]:
         """How many runs of each handler wait."""
         runs = list(self._runs.values())
         return dict(collections.Counter(run.trigger.label for run in runs if not run.started))
@@ -3330,13 +3337,19 @@ class Decisions(Lanes):
         }
 
     def _start_ready(self) -> None:
-        """Start what may run now, the lanes in turn."""
-        while self._ready and self._occupied < self._max_running and self._idle_hook is None:
+        """Start what may run now, the lanes in turn: what came in earlier turns, for `_let_out` may
+        still withdraw what this one accepts."""
+        while self._may_start():
             lane = self._ready.popleft()
             lane.offered = False
             self._batch.undo.append(functools.partial(self._release, lane))
             if lane.running is None and lane.waiting:
                 self._start_next(lane)
+
+    def _may_start(self) -> bool:
+        """Whether a run waits for nothing but its turn."""
+        room = self._occupied < self._max_running
+        return bool(self._ready) and room and self._idle_hook is None
 
     def _start_next(self, lane: Lane) -> None:
         run = lane.waiting[0]
@@ -3347,7 +3360,7 @@ class Decisions(Lanes):
             self._drop_waiting(lane, 1, why)
             return
         failpoint("starting")
-        self._batch.started.append(run)  # first, for `_refuse` must know which start failed
+        self._batch.started.append(run)  # before the write: `_refuse` fails those whose start did
         if not self._journal.start(run.trigger.log_id):
             self._batch.started.pop()
             told = f"not started: run {run.trigger.log_id} is not waiting in the journal"
@@ -3374,7 +3387,7 @@ class Decisions(Lanes):
         try:
             run = self._accept(message.trigger, message.job)
         except Refused as error:
-            outcome = None if self._journal.holds(message.trigger.log_id) else error
+            outcome = None if self._journal.has(message.trigger.log_id) else error
         self._batch.answers.append((message.ticket, outcome, run))
 
     def _accept(self, trigger: Trigger, job: typing.Any) -> Run | None:
@@ -3462,8 +3475,8 @@ class Decisions(Lanes):
         self._batch.works.append((message, message.work()))
 
     def _cancel(self, run: Run, result: Result) -> None:
-        """The first reason wins. The journal has it before anything is done, so that a crash does
-        not change it."""
+        """The first reason wins. The journal has it, if it can store it, before anything is done,
+        so that a crash does not change it."""
         if run.cancelled is None and not run.stuck:
             run.cancelled = result
             self._batch.cancelled.append(run)
@@ -3471,7 +3484,7 @@ class Decisions(Lanes):
             self._batch.undo.append(functools.partial(setattr, run, "cancelled", None))
 
     def _drop_waiting(self, lane: Lane, count: int, result: Result) -> None:
-        """The first `count` that wait have ended with `result`."""
+        """The first `count` that wait have ended with `result`; see DROPPED_AT_ONCE."""
         dropped = [lane.waiting.popleft() for _ in range(count)]
         self._queued -= count
         for run in dropped:
@@ -3498,8 +3511,8 @@ class Decisions(Lanes):
 # 6b the core's thread
 # --------------------------------------------------------------------------------------------------
 class Endings(Decisions):
-    """What has happened to runs, and what becomes of those that end: for good, whether it can be
-    stored now or not. The core's thread."""
+    """What has happened to runs, and what becomes of those that end. It cannot be refused nor
+    undone: what cannot be stored now is held. The core's thread."""
 
     def __init__(self, journal: typing.Any, metrics: Metrics, max_running: int, max_queued: int):
         super().__init__(journal, max_running, max_queued)
@@ -3508,7 +3521,7 @@ class Endings(Decisions):
         self._happened: dict[type, typing.Callable[[typing.Any], None]] = {
             Ended: self._ended,
             Lost: self._lost,
-            Stuck: self._give_up,
+            Stuck: self._thread_stuck,
             Settled: journal.hold,
             Note: journal.hold,
         }
@@ -3541,9 +3554,9 @@ class Endings(Decisions):
         self._journal.finish([(message.trigger, None)], message.result)
         self._recent.show(message.trigger, None, message.result)
 
-    def _give_up(self, message: Stuck) -> None:
+    def _thread_stuck(self, message: Stuck) -> None:
         """A thread did not return from a cancelled run: report the run; its lane stays closed, so
-        that nothing overlaps."""
+        that nothing overlaps, and what waits behind it fails."""
         run = self._runs.get(message.log_id)
         if run is None or run.cancelled is None:
             return
@@ -3556,7 +3569,7 @@ class Endings(Decisions):
         self._finish(run, Result(why.code, f"{why.message}; its thread did not return"))
         lane = self._lanes[run.trigger.job_id]
         for other in list(lane.waiting):
-            self._withdraw(other, lane.stuck())
+            self._withdraw(other, lane.stuck_text())
 
     def _withdraw(self, run: Run, why: str) -> None:
         """A run that waits has failed, whether that can be stored now or not."""
@@ -3574,13 +3587,13 @@ class Endings(Decisions):
         self._account(run, result)
 
     def _account(self, run: Run, result: Result) -> None:
-        took = time.monotonic() - run.started if run.started else 0.0
+        took = time.monotonic() - run.started if run.started else None
         self._recent.count(run.trigger, took, result)
         told = (
-            f"finished {run.trigger} code={result.code} in {seconds_text(took)}:"
+            f"finished {run.trigger} code={result.code} in {seconds_text(took or 0.0)}:"
             f" {result.message[:200]}"
         )
-        fields = {"code": result.code, "seconds": round(took, 3)}
+        fields = {"code": result.code, "seconds": None if took is None else round(took, 3)}
         self._batch.lines.append(Event.of(run.trigger, told, **fields))
 
 
@@ -3598,7 +3611,8 @@ class Core(Endings, Watched):
 
     put, overloaded, accepted, flush, remember and snapshot: any thread. A run is in the journal as
     accepted before its trigger is answered, and by a later commit as running before anything of it
-    starts, so no crash can make it start twice. What runs is cancelled only when that is committed.
+    starts, so no crash can make it start twice, unless its job asks for that (on_crash: rerun). A
+    kill or a cover ends nothing before it is committed; a timeout and the end of the executor do.
     """
 
     def __init__(
@@ -3645,11 +3659,12 @@ class Core(Endings, Watched):
 
     def snapshot(self) -> dict:
         """What runs and waits and how runs ended, for `status`."""
-        return {"running": self.running(), "queued": self.waiting(), **self._recent.snapshot()}
+        queued = self.waiting_by_handler()
+        return {"running": self.running_shown(), "queued": queued, **self._recent.snapshot()}
 
     def remember(self, past: list[PastRun]) -> None:
         """What ended in earlier lives, the latest first."""
-        # what is `done` is done in the core's thread, once
+        # `done` is called in the core's thread, exactly once, unlike `work`
         self.put(Work(lambda: None, lambda value: self._recent.remember(past)))
 
     def start(self) -> None:
@@ -3682,8 +3697,7 @@ class Core(Endings, Watched):
         """Seconds to wait for a message; None: there is nothing to do before one comes."""
         if self._failed or self._journal.owes():
             return RETRY_STORING
-        waits = self._ready and self._occupied < self._max_running and self._idle_hook is None
-        return 0.0 if waits or self._dropped else None
+        return 0.0 if self._may_start() or self._dropped else None
 
     def _take(self, seconds: float | None) -> list:
         """All that waits; waits for the first, at most `seconds`."""
@@ -3695,9 +3709,9 @@ class Core(Endings, Watched):
         return messages
 
     def _turn(self, messages: list) -> None:
-        """Facts change what is known here first, and for good; decisions are tried against that,
-        taken back whole when they cannot be stored, tried once more if that can be mended, and
-        then refused."""
+        """First facts: they are applied, and never undone. Then decisions: applied and committed
+        together; when that fails they are undone, tried once more if the journal can be mended,
+        and else refused."""
         decisions = []
         self._batch = facts = Batch()
         for message in messages:
@@ -3712,7 +3726,7 @@ class Core(Endings, Watched):
             error = self._try(decisions)
         self._failed = error is not None
         if error is not None:
-            self._refuse(decisions, self._journal.give_up(error))
+            self._refuse(decisions, self._journal.cannot_store(error))
         self._batch.lines[:0] = facts.lines
         self._let_out(self._batch)
 
@@ -3756,36 +3770,36 @@ class Core(Endings, Watched):
             self._withdraw(run, f"not started, the executor cannot store the start: {reason}")
 
     def _let_out(self, batch: Batch) -> None:
-        """The effects of what is committed: answers first, for the admin waits at most 3 s."""
-        for _, _, run in batch.answers:
+        """The effects of what is committed: answers first, for the admin may give up after 3 s."""
+        self._dropped += batch.many_dropped
+        for _, _, run in batch.answers:  # tests: an end after the commit, before any answer
             if run is not None:
                 failpoint("accepted")
         for ticket, outcome, run in batch.answers:
             if ticket.claim():
                 ticket.give(outcome)
-            # The selector may have refused it meanwhile, see HttpServer: then it must not run.
+            # The selector may have refused it meanwhile, see _end_patience: then it must not run.
             elif run is not None and run.trigger.log_id in self._runs:
                 self._withdraw(run, "refused: it could not be stored in time")
                 self.put(_ONE_TURN)  # that is stored at once
         for run, result in batch.dropped:
             self._account(run, result)
-        self._dropped += batch.many_dropped
         if batch.lines:
             log.info(batch.lines)
         for run in batch.started:
             run.started = time.monotonic()
             self._metrics.observe("run_wait_seconds", run.started - run.accepted)
-            self._place(run).start(run.trigger, run.job)
+            self._runner_of(run).start(run.trigger, run.job)
         for run in batch.cancelled:
             assert run.cancelled is not None
-            self._place(run).cancel(run.trigger.log_id, run.cancelled)
+            self._runner_of(run).cancel(run.trigger.log_id, run.cancelled)
         for work, value in batch.works:
             work.done(value)
         self._journal.publish()
         if self._idle_hook is not None and not self.active():
             self._idle_hook()
 
-    def _place(self, run: Run) -> typing.Any:
+    def _runner_of(self, run: Run) -> typing.Any:
         return self._slots if run.job.isolation == "thread" else self._processes
 
 
@@ -4139,7 +4153,8 @@ def _python_child(output: int, channel: int) -> int:
 
 
 def _become(request: dict, output: int) -> None:
-    """Have this process look like the job: session, output, user, environment, directory."""
+    """Have this process look like the job: session, output, user, environment, directory; `request`
+    is made by `Launch.request`."""
     os.setsid()
     null = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((null, 0), (output, 1), (output, 2)):
@@ -5157,14 +5172,14 @@ class Supervisor(Watched):
 
         self._crew.do(act)
 
-    def end_silent(self, server: PythonServer) -> None:
+    def end_silent_server(self, server: PythonServer) -> None:
         """It was retired because it did not answer: it goes on for what it has started, until an
         end of that is not told."""
         children = [run.child_of(server) for run in self._runs.values()]
         if any(child is not None and has_ended(child.pid) for child in children):
             server.kill()
         elif any(children):
-            self.timers.after(SERVER_LIMIT, lambda: self.end_silent(server))
+            self.timers.after(SERVER_LIMIT, lambda: self.end_silent_server(server))
 
     def marker(self, log_id: int, keep: bool) -> str:
         """Always of one length (see _take_request); `+` for a job whose background processes may
@@ -5357,7 +5372,7 @@ class Launch:
         return environment
 
     def request(self) -> dict:
-        """What the forked child is to run."""
+        """What a Python server's child is to run, as `_execute` for others; see `_become`."""
         job = self._job
         return {
             "entry_point": job.python,
@@ -5462,7 +5477,7 @@ class EndingRun:
         self.out = supervisor.logs.open(trigger)
         self._launch = Launch(supervisor, trigger, job, self._timeout)
         self._child: Child | ForkedChild | None = None
-        self._attempts = 0  # to have it forked by a Python server
+        self._forks_tried = 0  # to have it forked by a Python server
         self._status: int | None = None
         self._cancelled: Result | None = None
         self._kill_at: float | None = None  # monotonic; set when the run is being ended
@@ -5676,7 +5691,7 @@ class ProcessRun(EndingRun):
             raise failure
         if not failure and self._child is None:
             try:
-                self._attempts += 1
+                self._forks_tried += 1
                 self._child = self._launch.fork()
             except OSError as error:
                 failure = self._launch.why_not(error)
@@ -5691,7 +5706,7 @@ class ProcessRun(EndingRun):
             self._run()
         else:
             ready = not isinstance(self._child, ForkedChild) or self._child.server.ready
-            self._wait(SERVER_LIMIT if ready else PRELOAD_LIMIT, self._silent)
+            self._wait(SERVER_LIMIT if ready else PRELOAD_LIMIT, self._server_silent)
 
     def _on_started(self) -> None:
         """The Python server has answered, or is gone."""
@@ -5717,18 +5732,20 @@ class ProcessRun(EndingRun):
         if old:
             self._cannot_start(f"cannot start: {OLD_PYTHON.format(self._job.interpreter)}")
             return
-        if self._attempts > 1:
+        if self._forks_tried > 1:
             self._cannot_start(self._launch.why_not(lost))
             return
         self._launch.close_output()
         self.begin()
 
-    def _silent(self) -> None:
+    def _server_silent(self) -> None:
         """The Python server does not answer: the next run gets a new one."""
         assert isinstance(self._child, ForkedChild)
         server = self._child.server
         self._supervisor.servers.retire(server)
-        self._supervisor.timers.after(SERVER_LIMIT, lambda: self._supervisor.end_silent(server))
+        self._supervisor.timers.after(
+            SERVER_LIMIT, lambda: self._supervisor.end_silent_server(server)
+        )
         self._give_back_child()  # without a request its process ends
         silent = TimeoutError(errno.ETIMEDOUT, "the Python server does not answer")
         self._cannot_start(self._launch.why_not(silent))
@@ -5819,7 +5836,7 @@ class ThreadRun:
         self.timeout = shortest(job.timeout, trigger.timeout)
         self.context = Context({**vars(trigger), "timeout": self.timeout}, self.write)
         self.cancelled: Result | None = None
-        self.stuck: list | None = None  # the timer that tells that it does not return
+        self.stuck_timer: list | None = None  # the timer that tells that it does not return
         self.out: typing.Any = None
 
     def write(self, text: str) -> int:
@@ -5878,7 +5895,7 @@ class Slots:
             run.cancelled = result
             run.context.cancelled.set()
             tell = functools.partial(self._report, Stuck(log_id))
-            run.stuck = self._timers.after(run.job.kill_grace, tell)
+            run.stuck_timer = self._timers.after(run.job.kill_grace, tell)
 
     def close(self) -> None:
         if self._streams is not None:
@@ -5891,7 +5908,7 @@ class Slots:
             log.exception("unexpected error, please report it: %s", run.trigger)
             result = Result(FAILURE, f"the executor failed: {type(error).__name__}: {error}")
         self._runs.pop(run.trigger.log_id, None)
-        self._timers.cancel(run.stuck)
+        self._timers.cancel(run.stuck_timer)
         self._report(Ended(run.trigger.log_id, result))
 
     def _serve(self, run: ThreadRun) -> Result:
@@ -6957,7 +6974,7 @@ class Journal(JournalReader):
 
     def begin(self) -> None:
         """Begin a transaction. Raises sqlite3.Error and OSError."""
-        self._happened = self._unstored.size()
+        self._size_before = self._unstored.size()
         self._files.check()
         if self._tainted:
             self._untaint()
@@ -6981,7 +6998,7 @@ class Journal(JournalReader):
 
     def take_back(self) -> None:
         """Undo the transaction that failed; what had happened before it is kept for the next."""
-        self._unstored.shorten(self._happened)
+        self._unstored.shorten(self._size_before)
         # What a COMMIT that failed has written may come back after a crash.
         self._tainted, self._committing = self._tainted or self._committing, False
         with contextlib.suppress(sqlite3.Error):
@@ -7009,7 +7026,7 @@ class Journal(JournalReader):
         full = isinstance(error, sqlite3.OperationalError) and _NO_SPACE.search(str(error))
         return bool(full) and self.reserve.give_up()
 
-    def give_up(self, error: Exception) -> str:
+    def cannot_store(self, error: Exception) -> str:
         """Nothing can be stored now: have nothing of it come back after a crash; the reason."""
         if self._tainted and not self._files.closed:
             self._untaint()
@@ -7033,7 +7050,7 @@ class Journal(JournalReader):
         """Whether something is to be tried again."""
         return bool(self._unstored) or self._tainted or self._files.closed or self.reserve.lost
 
-    def holds(self, log_id: int) -> bool:
+    def has(self, log_id: int) -> bool:
         """Whether the run is in the journal, in a transaction."""
         return bool(
             self._files.db.execute("SELECT 1 FROM runs WHERE log_id = ?", (log_id,)).fetchone()
@@ -7132,7 +7149,7 @@ class Journal(JournalReader):
             self.commit()
         except (sqlite3.Error, OSError) as error:
             self.take_back()
-            self.give_up(error)
+            self.cannot_store(error)
 
 
 def read_journal(file: str) -> sqlite3.Connection:
@@ -7698,7 +7715,7 @@ class AdminClient:
         self.use_token(config.admin.access_token)
 
     def use_token(self, token: str | None) -> None:
-        """Send `token` from now on."""
+        """Send `token` from now on; all headers of requests to the admin are made here."""
         self._token = token
         self._headers = {
             "Content-Type": "application/json;charset=UTF-8",

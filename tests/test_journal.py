@@ -47,7 +47,7 @@ def turn(journal, decide=lambda: None):
         except (sqlite3.Error, OSError) as error:
             journal.take_back()
             if last or not journal.mend(error):
-                raise JournalError(journal.give_up(error)) from None
+                raise JournalError(journal.cannot_store(error)) from None
         else:
             journal.publish()
             return value
@@ -523,7 +523,7 @@ def test_nothing_of_a_batch_is_stored_before_all_of_it(journal, file):
     journal.finish(ended(1), Result(200, "fine"))
     journal.hold(Settled([3], RunState.FINISHED, RunState.DEAD, told.append))
     journal.learn("dialect", "wrapper")
-    assert journal.holds(4) and not journal.knows(4) and waiting(journal) == [3]
+    assert journal.has(4) and not journal.knows(4) and waiting(journal) == [3]
     assert journal.fact("dialect") == "wrapper"
     assert outside(file, query) == before
     assert outside(file, "SELECT * FROM facts WHERE name = 'dialect'") == []
