@@ -255,7 +255,7 @@ def test_with_a_stream_closed(executor, admin, closed):
 def test_stacks_for_a_reader_who_does_not_read(executor, admin, tmp_path):
     """SIGUSR1 holds up nothing, be the pipe full."""
     read, write = os.pipe()
-    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
+    fcntl.fcntl(write, getattr(fcntl, "F_SETPIPE_SZ", 1031), 4096)  # <linux/fcntl.h>, before 3.10
     os.set_blocking(write, False)
     with contextlib.suppress(BlockingIOError):
         while True:
