@@ -655,13 +655,7 @@ def failpoint(name: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-_CORES = os.sched_getaffinity(0)
-_SHARED = {random.choice(sorted(_CORES))}
-
-
-def _run_on(cores: set[int]) -> None:
-    with contextlib.suppress(OSError):  # a sandbox that forbids it
-        os.sched_setaffinity(0, cores)
+_SHARED = {random.choice(sorted(os.sched_getaffinity(0)))}
 
 
 def share_core() -> None:
@@ -671,18 +665,20 @@ def share_core() -> None:
     (tests/bench.py, thread: 1.5 times the runs with 0.6 of the CPU, beside other load too; shell:
     the same). What such a thread starts is started in `all_cores`.
     """
-    _run_on(_SHARED)
+    with contextlib.suppress(OSError):  # a sandbox that forbids it
+        os.sched_setaffinity(0, _SHARED)
 
 
 @contextlib.contextmanager
 def all_cores() -> typing.Iterator[None]:
-    """Inside, the calling thread, which shares a core, may run anywhere, and so may the processes
-    and threads that begin there."""
-    _run_on(_CORES)
+    """Inside, the calling thread, which shares a core, may run where the main thread may, which
+    shares none: so may the processes and threads that begin there."""
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(0, os.sched_getaffinity(os.getpid()))
     try:
         yield
     finally:
-        _run_on(_SHARED)
+        share_core()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3312,8 +3308,8 @@ class Lanes:
         """A run has left `lane`: the next one may come, or nobody needs it any more."""
         if lane.running is None and lane.waiting:
             self._offer(lane)
-        elif lane.running is None:
-            self._lanes.pop(lane.job_id, None)
+        elif lane.running is None and self._lanes.get(lane.job_id) is lane:  # not its successor
+            del self._lanes[lane.job_id]
 
 
 class Decisions(Lanes):
@@ -3485,16 +3481,17 @@ class Decisions(Lanes):
 
     def _drop_waiting(self, lane: Lane, count: int, result: Result) -> None:
         """The first `count` that wait have ended with `result`; see DROPPED_AT_ONCE."""
-        dropped = [lane.waiting.popleft() for _ in range(count)]
-        self._queued -= count
-        for run in dropped:
-            del self._runs[run.trigger.log_id]
-        if count > DROPPED_AT_ONCE:
+        dropped = list(itertools.islice(lane.waiting, count))
+        if count > DROPPED_AT_ONCE:  # first what may fail, as in each decision
             name = self._journal.drop([run.trigger.log_id for run in dropped], result)
             self._batch.many_dropped.append(Dropped(name, collections.deque(dropped), result))
         else:
             self._journal.finish([(run.trigger, None) for run in dropped], result)
             self._batch.dropped += [(run, result) for run in dropped]
+        for run in dropped:
+            lane.waiting.popleft()
+            del self._runs[run.trigger.log_id]
+        self._queued -= count
         self._release(lane)
 
         def undo() -> None:
@@ -3518,6 +3515,9 @@ class Endings(Decisions):
         super().__init__(journal, max_running, max_queued)
         self._dropped: collections.deque[Dropped] = collections.deque()
         self._recent = RecentRuns(metrics)
+        metrics.gauge("running", lambda: self._occupied)
+        metrics.gauge("queued", lambda: self._queued)
+        metrics.gauge("stuck_threads", lambda: len(self._stuck))
         self._happened: dict[type, typing.Callable[[typing.Any], None]] = {
             Ended: self._ended,
             Lost: self._lost,
@@ -3537,18 +3537,20 @@ class Endings(Decisions):
         self._occupied -= 1
         self._release(lane)
 
-    def _finish_dropped(self) -> None:
-        """Of very many that were dropped, some in each turn."""
-        if self._dropped:
-            failpoint("dropped")
-            name, runs, result = self._dropped[0]
-            part = [runs.popleft() for _ in range(min(len(runs), DROPPED_AT_ONCE))]
-            self._journal.finish([(run.trigger, None) for run in part], result)
-            for run in part:
-                self._account(run, result)
-            if not runs:
-                self._dropped.popleft()
-                self._journal.hold(Note(name, None))
+    def _finish_dropped(self, dropped: Dropped) -> None:
+        """Of very many that were dropped, some in each turn; all at the end, when nobody waits for
+        a decision."""
+        failpoint("dropped")
+        name, runs, result = dropped
+        most = DROPPED_AT_ONCE if self._idle_hook is None else len(runs)
+        part = list(itertools.islice(runs, most))
+        self._journal.finish([(run.trigger, None) for run in part], result)
+        for run in part:
+            runs.popleft()
+            self._account(run, result)
+        if not runs:
+            self._dropped.remove(dropped)
+            self._journal.hold(Note(name, None))
 
     def _lost(self, message: Lost) -> None:
         self._journal.finish([(message.trigger, None)], message.result)
@@ -3631,9 +3633,6 @@ class Core(Endings, Watched):
         self._inbox: queue.SimpleQueue = queue.SimpleQueue()
         self._closing = self._failed = False  # the last turn could not be stored
         self._thread = threading.Thread(target=self._loop, name="core", daemon=True)
-        metrics.gauge("running", lambda: self._occupied)
-        metrics.gauge("queued", lambda: self._queued)
-        metrics.gauge("stuck_threads", lambda: len(self._stuck))
 
     # -- any thread
 
@@ -3654,7 +3653,8 @@ class Core(Endings, Watched):
     def flush(self, seconds: float) -> None:
         """Wait until all that was put before is decided and its effects are out, or `seconds`."""
         done = threading.Event()
-        self.put(Work(lambda: None, lambda value: done.set()))
+        look = Work(lambda: None, lambda value: self.put(look) if self._dropped else done.set())
+        self.put(look)
         done.wait(seconds)
 
     def snapshot(self) -> dict:
@@ -3670,12 +3670,14 @@ class Core(Endings, Watched):
     def start(self) -> None:
         self._thread.start()
 
-    def close(self, seconds: float) -> None:
-        """Store what was put before, for at most `seconds`."""
+    def close(self, seconds: float) -> bool:
+        """Store what was put before, for at most `seconds`; whether that is done, else the thread
+        still uses the journal."""
         self._closing = True
         self.put(_ONE_TURN)
         if self._thread.is_alive():
             self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     # -- the core's thread
 
@@ -3695,9 +3697,11 @@ class Core(Endings, Watched):
 
     def _patience(self) -> float | None:
         """Seconds to wait for a message; None: there is nothing to do before one comes."""
+        if self._dropped and not self._failed:
+            return 0.0
         if self._failed or self._journal.owes():
             return RETRY_STORING
-        return 0.0 if self._may_start() or self._dropped else None
+        return 0.0 if self._may_start() else None
 
     def _take(self, seconds: float | None) -> list:
         """All that waits; waits for the first, at most `seconds`."""
@@ -3720,7 +3724,8 @@ class Core(Endings, Watched):
                 decisions.append(message)
             else:
                 guarded(happened, message)
-        self._finish_dropped()
+        for dropped in list(self._dropped)[: 1 if self._idle_hook is None else None]:
+            guarded(self._finish_dropped, dropped)
         error = self._try(decisions)
         if error is not None and self._journal.mend(error):
             error = self._try(decisions)
@@ -3742,9 +3747,9 @@ class Core(Endings, Watched):
         except Exception as error:
             if not isinstance(error, (sqlite3.Error, OSError)):
                 log.exception("unexpected error, please report it")
+            self._journal.take_back()
             for undo in reversed(batch.undo):
                 undo()
-            self._journal.take_back()
             return error
         return None
 
@@ -6693,7 +6698,11 @@ class Facts:
     def __init__(self, files: JournalFiles):
         self._files = files
         self.post: typing.Callable[[typing.Any], None] = lambda message: None
-        self._facts = dict(files.read("SELECT name, value FROM facts"))
+        rows = files.read("SELECT name, value FROM facts")
+        # one flipped bit makes a BLOB of a text
+        self._facts = {
+            name: value for name, value in rows if isinstance(name, str) and isinstance(value, str)
+        }
 
     def fact(self, name: str) -> str:
         """What was remembered under this name, "" when nothing was."""
@@ -8364,18 +8373,20 @@ class ConfigFiles:
 
 
 class Signals:
-    """Signals and wake-ups as bytes in a pipe, so that the main thread can wait for them and none
-    is lost; see signal(7) on the self-pipe trick. `wake`: any thread; the rest: the main thread."""
+    """Signals and wake-ups, for the main thread to wait for: a byte in a pipe wakes it, see
+    signal(7) on the self-pipe trick. The pipe may be full, so which signals came is noted besides.
+    `wake`: any thread; the rest: the main thread."""
 
     def __init__(self, *numbers: int):
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
-        self._before = {number: signal.signal(number, self.ignore) for number in numbers}
+        self._came: set[int] = set()
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
         signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
 
-    @staticmethod
-    def ignore(number: int, frame: types.FrameType | None) -> None:
-        """The handler: the byte in the pipe is all that is wanted."""
+    def _note(self, number: int, frame: types.FrameType | None) -> None:
+        """The handler. CPython calls it before it goes on after the read of the byte."""
+        self._came.add(number)
 
     def wake(self) -> None:
         with contextlib.suppress(OSError):
@@ -8390,7 +8401,9 @@ class Signals:
             if deadline is None
             else min(max(0.0, deadline - time.monotonic()), 3600.0) * 1000 + 1
         )
-        return set(os.read(self._read, 4096)) if poller.poll(left) else set()
+        data = os.read(self._read, 1 << 16) if poller.poll(left) else b""
+        came, self._came = self._came, set()
+        return came | {0} if 0 in data else came
 
     def close(self) -> None:
         signal.set_wakeup_fd(-1)
@@ -8455,8 +8468,11 @@ class Pruning:
                 log.info("pruned %s and %s", counted(logs, "log"), counted(runs, "run"))
 
 
-def what_is_left(counts: dict[str, int]) -> str:
-    """What becomes of results that were not delivered, by Journal.counts()."""
+def what_is_left(counts: dict[str, int], stored: bool) -> str:
+    """What becomes of results that were not delivered, by Journal.counts(); `stored`: the core has
+    ended."""
+    if not stored:
+        return "the disk of the journal does not answer: the next start reports what is not on it"
     if counts["held"]:
         return (
             f"{counted(counts['held'], 'result')} could not be stored: the next start reports"
@@ -8651,16 +8667,28 @@ class Wiring:
             "admins": addresses,
         }
 
-    def _close_all(self) -> None:
+    def _close_all(self, stored: bool) -> None:
+        """`stored`: the core has ended, else the journal is left to its thread."""
         self._slots.close()
         self._processes.close(FLUSH_LIMIT)
         kill_family(f"{self._data.identity}-")
         self._admin.close()
-        self._journal.close()
+        if stored:
+            self._journal.close()
         self._logs.close()
         self._data.close()
         if self._stdout is not None:
             self._stdout.flush(FLUSH_LIMIT)
+
+
+def log_stacks() -> None:
+    """What does every thread do just now? By the log, which waits for nobody who reads it. Not by
+    `faulthandler.register`: it reads the frames of threads that go on running, and ended a busy
+    daemon with a segmentation fault."""
+    with open(os.memfd_create("stacks"), "w+", encoding="utf-8", errors="replace") as stacks:
+        faulthandler.dump_traceback(stacks, all_threads=True)
+        stacks.seek(0)
+        log.info(Lines(stacks.read().splitlines()))
 
 
 def check_host(config: Config) -> None:
@@ -8694,7 +8722,7 @@ class Daemon(Wiring):
     """Starts everything in order, stops it in reverse, acts on signals; the main thread, but for
     what the pruning thread and the timer of a stop call."""
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD, signal.SIGUSR1)
 
     def __init__(self, config: Config, signals: Signals | None = None):
         """`signals`: what has come since the process began; else the daemon takes them later."""
@@ -8740,17 +8768,13 @@ class Daemon(Wiring):
 
     @property
     def signals(self) -> Signals:
-        """From the first use on signals wait for `serve`."""
+        """From the first use on signals wait for `wait`."""
         if self._signals is None:
             self._signals = Signals(*self.SIGNALS)
         return self._signals
 
-    def serve(self) -> None:
-        """Handle signals until one asks for the end, then stop."""
-        self.wait()
-        self.close()
-
     def wait(self) -> None:
+        """Handle signals until one asks for the end."""
         while not self._next(None):
             pass
 
@@ -8787,6 +8811,8 @@ class Daemon(Wiring):
         if now >= self._housekeeping_at:
             self._housekeeping_at = now + HOUSEKEEPING
             self._pruning.start(self.config)
+        if signal.SIGUSR1 in got:
+            log_stacks()
         changed = signal.SIGHUP in got
         if self._watch_at is not None and now >= self._watch_at:
             self._watch_at = now + WATCH_INTERVAL
@@ -8866,9 +8892,9 @@ class Daemon(Wiring):
         if self._inherited:
             patience.cancel()
         self._http.close()
-        self._core.close(STORE_LIMIT)
-        left = what_is_left(self._journal.counts())
-        self._close_all()
+        stored = self._core.close(STORE_LIMIT)
+        left = what_is_left(self._journal.counts(), stored)
+        self._close_all(stored)
         log.info("stopped, %s", left)
 
     def _end_runs(self) -> None:
@@ -9115,16 +9141,8 @@ def table(
     ]
 
 
-def dump_stacks(number: int, frame: types.FrameType | None) -> None:
-    """The handler of SIGUSR1: what does every thread do just now? Past a reader who does not read,
-    and with stderr closed. Not by `faulthandler.register`: it reads the frames of threads that go
-    on running, and ended a busy daemon with a segmentation fault."""
-    faulthandler.dump_traceback(Output.all[0].fileno(), all_threads=True)
-
-
 def cmd_run(arguments: argparse.Namespace) -> int:
-    signals = Signals(*Daemon.SIGNALS)  # first: what comes from now on waits for `serve`
-    signal.signal(signal.SIGUSR1, dump_stacks)
+    signals = Signals(*Daemon.SIGNALS)  # first: what comes from now on waits for `wait`
     require_modules()
     config = load_config(find_config(arguments.config))
     if config.executor.log_format == "json":
@@ -9132,7 +9150,8 @@ def cmd_run(arguments: argparse.Namespace) -> int:
             handler.setFormatter(_Json())
     daemon = Daemon(config, signals)
     daemon.start()
-    daemon.serve()
+    daemon.wait()
+    daemon.close()
     return 0
 
 

@@ -1217,3 +1217,16 @@ def test_a_full_disk_at_the_start_reports_what_cannot_be_run_again(slow, admin):
             " disk full"
         ),
     )
+
+
+def test_facts_that_are_no_text_are_left_out(file):
+    """One flipped bit makes a text a BLOB, which SQLite's own check does not mind."""
+    with contextlib.closing(Journal(file)) as journal:
+        journal.learn("dialect", "array")
+    with contextlib.closing(sqlite3.connect(file)) as db:
+        db.execute("INSERT INTO facts VALUES (x'01', 'one'), (NULL, 'two'), ('three', x'02')")
+        db.commit()
+    with contextlib.closing(Journal(file)) as journal:
+        assert journal.fact("dialect") == "array" and journal.fact("three") == ""
+        assert journal.unfinished() == []
+        journal.forget_dropped()

@@ -5,6 +5,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -306,6 +308,35 @@ def test_orphans_are_reaped_while_a_job_runs(executor, admin, tmp_path):
         assert [run["logId"] for run in daemon.status()["running"]] == [log_id]
         gate.touch()
     assert result_of(admin, log_id)["handleMsg"] == "done"
+
+
+MANY_SIGNALS = """
+import os, signal
+import xxl_executor
+
+signals = xxl_executor.Signals(signal.SIGCHLD, signal.SIGTERM)
+for _ in range(70_000):  # more than a pipe holds
+    os.kill(os.getpid(), signal.SIGCHLD)
+os.kill(os.getpid(), signal.SIGTERM)
+assert signals.wait() == {signal.SIGCHLD, signal.SIGTERM}
+signals.wake()
+os.kill(os.getpid(), signal.SIGTERM)
+found = signals.wait()
+while signal.SIGTERM not in found or 0 not in found:
+    found |= signals.wait()
+signals.close()
+"""
+
+
+def test_no_signal_is_lost_behind_many_others():
+    ran = subprocess.run(
+        [sys.executable, "-W", "error", "-c", MANY_SIGNALS],
+        cwd=PROGRAM.parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")
 
 
 # -- the lock

@@ -827,3 +827,13 @@ def test_every_run_may_use_all_cores(executor, admin, tmp_path):
     ]
     shown = {result_of(admin, log_id)["handleMsg"] for log_id in ids}
     assert shown == {str(sorted(os.sched_getaffinity(0)))}
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is one core")
+def test_cores_that_an_operator_takes_away_are_not_used(executor, admin):
+    """taskset -p while the executor runs: what it starts from then on obeys."""
+    command = [sys.executable, "-c", "import os; print(sorted(os.sched_getaffinity(0)))"]
+    daemon = executor({"shows": {"command": command}}, admin=admin)
+    core = max(os.sched_getaffinity(0))
+    os.sched_setaffinity(daemon.process.pid, {core})
+    assert ending(daemon, admin, "shows") == (200, f"[{core}]")

@@ -275,6 +275,34 @@ def test_stacks_for_a_reader_who_does_not_read(executor, admin, tmp_path):
         os.close(write)
 
 
+def test_stacks_for_a_socket_that_nobody_reads(executor, admin):
+    """What systemd gives as stderr is a stream socket, which cannot be opened anew without
+    waiting: SIGUSR1 holds up nobody for it."""
+    ours, theirs = socket.socketpair()
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+    daemon = executor(
+        HELLO,
+        admin=admin,
+        prefix=["bash", "-c", f'exec "$@" 2>&{theirs.fileno()}', "bash"],
+        start=False,
+    )
+    daemon.pass_fds = (theirs.fileno(),)
+    with ours:
+        with theirs:
+            daemon.start()
+        for _ in range(20):  # more than the socket takes
+            daemon.signal(signal.SIGUSR1)
+            run_job(daemon, admin, "hello")
+        ours.settimeout(10)
+        told = b""
+        while told.count(b"Thread 0x") < 4:
+            told += ours.recv(65536)
+        daemon.signal(signal.SIGTERM)
+        while ours.recv(65536):
+            pass
+        assert daemon.wait() == 0
+
+
 def test_the_start_time_stays(executor):
     daemon = executor(HELLO)
 

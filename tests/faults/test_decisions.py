@@ -344,6 +344,67 @@ def test_what_was_dropped_is_dropped_after_a_crash_too(executor, admin, tmp_path
     assert not stored(daemon, "SELECT * FROM facts WHERE name LIKE 'dropped%'")
 
 
+# -- a single statement that fails
+
+
+@contextlib.contextmanager
+def failing(daemon, when):
+    """Each statement fails that does `when`, such as "INSERT ON facts"; all others work."""
+    with contextlib.closing(sqlite3.connect(daemon.data / "journal.db", timeout=20)) as db:
+        db.execute(f"CREATE TRIGGER fails BEFORE {when} BEGIN SELECT RAISE(ABORT, 'fails'); END")
+        db.commit()
+        yield
+        db.execute("DROP TRIGGER fails")
+        db.commit()
+
+
+def test_a_drop_that_cannot_be_written_drops_nothing(executor, admin, tmp_path):
+    """The statement that notes very many as dropped fails, not the commit: the kill is refused, and
+    all still wait; the next kill drops them."""
+    ledger, count = Ledger(admin, tmp_path), 300
+    daemon = executor({"job": ledger.job("exec sleep 600")}, admin=admin)
+    running = ledger.trigger(daemon)
+    wait_until(lambda: ledger.started() == [running])
+    waiting = fill_lane(daemon, running + 1000, count)
+    ledger.accepted.update(waiting)
+    with failing(daemon, "INSERT ON facts WHEN NEW.name LIKE 'dropped%'"):
+        reply = daemon.post("/kill", {"jobId": 1})
+        assert reply["code"] == 500 and "cannot store the kill" in reply["msg"], reply
+        assert daemon.status()["queued"] == {"job": count}
+    reply = daemon.post("/kill", {"jobId": 1})
+    assert reply["msg"] == f"killed 1 running, dropped {count} waiting"
+    ledger.settle(daemon, 60)
+    assert {outcome(admin, log_id) for log_id in waiting} == {DROPPED}
+    assert ledger.started() == [running]
+
+
+def test_a_lane_that_was_killed_is_not_taken_for_its_successor(executor, admin, tmp_path):
+    """A job is killed while it waits for a slot, and triggered anew; then its start cannot be
+    stored. That run fails, and later ones of the job still run one at a time."""
+    ledger, go = Ledger(admin, tmp_path), tmp_path / "go"
+    waits = ledger.job(f"until [ -e {go} ]; do sleep 0.05; done")
+    daemon = executor(
+        {"waits": waits, "job": ledger.job("sleep 0.3")}, admin=admin, executor={"max_running": 1}
+    )
+    first = ledger.trigger(daemon, "waits", jobId=1)
+    wait_until(lambda: ledger.started() == [first])
+    killed = ledger.trigger(daemon, jobId=2)
+    assert daemon.post("/kill", {"jobId": 2})["msg"] == "killed 0 running, dropped 1 waiting"
+    again = ledger.trigger(daemon, jobId=2)
+    with failing(daemon, "UPDATE OF state ON runs WHEN NEW.state = 'running'"):
+        go.touch()
+        code, message = outcome(admin, again)
+    assert code == 500 and message.startswith("not started, the executor cannot store the start")
+    later = [ledger.trigger(daemon, jobId=2) for _ in range(3)]
+    wait_until(lambda: daemon.status()["running"])
+    while daemon.status()["queued"]:
+        assert len(daemon.status()["running"]) <= 1
+    ledger.settle(daemon)
+    assert outcome(admin, killed) == DROPPED
+    assert ledger.started() == [first, *later]
+    assert "unexpected error" not in daemon.log
+
+
 # -- a slow disk
 
 
@@ -397,6 +458,41 @@ def test_a_slow_disk(executor, admin, tmp_path, end):
     after = ledger.trigger(daemon)
     ledger.settle(daemon)
     assert ledger.started() == [before, after]
+
+
+def test_what_was_dropped_is_delivered_before_the_end(executor, admin, tmp_path):
+    """A stop right after 1,000 were dropped, on a disk that takes a while for each commit: the admin
+    has every result when the executor has ended."""
+    ledger, count = Ledger(admin, tmp_path), 1000
+    daemon = executor({"job": ledger.job("exec sleep 600", queue_limit=count)}, admin=admin)
+    running = ledger.trigger(daemon)
+    wait_until(lambda: ledger.started() == [running])
+    waiting = fill_lane(daemon, running + 1000, count)
+    wait_until(lambda: daemon.status()["registered"], 10, "the registration")
+    with tampered(daemon, "delay_exit=200000"):
+        assert daemon.post("/kill", {"jobId": 1})["code"] == 200
+        assert daemon.stop() == 0
+    assert set(waiting) <= set(admin.results) and "every result is delivered" in daemon.log
+
+
+def test_a_stop_on_a_disk_that_does_not_answer(executor, admin, tmp_path):
+    """The core cannot store the last in time: nobody else writes with its connection, what it
+    decided is whole or not there, and the next start reports the rest."""
+    ledger = Ledger(admin, tmp_path)
+    daemon = executor({"job": ledger.job()}, admin=admin)
+    ledger.trigger(daemon)
+    ledger.settle(daemon)
+    wait_until(lambda: daemon.status()["registered"], 10, "the registration")
+    with tampered(daemon, "delay_exit=14000000"):
+        with concurrently(lambda: ledger.trigger(daemon)):
+            wait_until(lambda: daemon.post("/beat")["code"] == 200)
+        assert daemon.stop(60) == 0
+    assert "the disk of the journal does not answer" in daemon.log
+    assert "transaction" not in daemon.log and "Traceback" not in daemon.log
+    daemon.start()
+    ledger.trigger(daemon)
+    ledger.settle(daemon)
+    assert len(ledger.started()) == len(set(ledger.started()))
 
 
 @pytest.mark.parametrize("param", ["x" * 40_000, "GLUE"], ids=["long", "word"])
