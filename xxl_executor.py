@@ -434,18 +434,20 @@ class Backoff:
 class Event(str):
     """A line for the log that tells of a run, and what programs want to filter by."""
 
-    fields: dict[str, typing.Any]
+    _trigger: Trigger
+    _more: dict[str, typing.Any]
 
     @classmethod
-    def of(cls, trigger: Trigger, text: str, **fields: typing.Any) -> Event:
+    def of(cls, trigger: Trigger, text: str, **more: typing.Any) -> Event:
         event = cls(text)
-        event.fields = {
-            "job": trigger.handler,
-            "jobId": trigger.job_id,
-            "logId": trigger.log_id,
-            **fields,
-        }
+        event._trigger, event._more = trigger, more
         return event
+
+    @property
+    def fields(self) -> dict[str, typing.Any]:
+        trigger = self._trigger
+        shown = {"job": trigger.handler, "jobId": trigger.job_id, "logId": trigger.log_id}
+        return {**shown, **self._more}
 
 
 class Lines(list):
@@ -3547,7 +3549,7 @@ class Endings(Decisions):
         self._journal.finish([(run.trigger, None) for run in part], result)
         for run in part:
             runs.popleft()
-            self._account(run, result)
+            self._account(run.trigger, None, result)
         if not runs:
             self._dropped.remove(dropped)
             self._journal.hold(Note(name, None))
@@ -3586,17 +3588,17 @@ class Endings(Decisions):
         del self._runs[run.trigger.log_id]
         took = time.monotonic() - run.started if run.started else None
         self._journal.finish([(run.trigger, took)], result)
-        self._account(run, result)
+        self._account(run.trigger, took, result)
 
-    def _account(self, run: Run, result: Result) -> None:
-        took = time.monotonic() - run.started if run.started else None
-        self._recent.count(run.trigger, took, result)
+    def _account(self, trigger: Trigger, took: float | None, result: Result) -> None:
+        """Have `status`, the metrics and the log tell of its end."""
+        self._recent.count(trigger, took, result)
         told = (
-            f"finished {run.trigger} code={result.code} in {seconds_text(took or 0.0)}:"
+            f"finished {trigger} code={result.code} in {seconds_text(took or 0.0)}:"
             f" {result.message[:200]}"
         )
         fields = {"code": result.code, "seconds": None if took is None else round(took, 3)}
-        self._batch.lines.append(Event.of(run.trigger, told, **fields))
+        self._batch.lines.append(Event.of(trigger, told, **fields))
 
 
 def guarded(handle: typing.Callable[[typing.Any], None], message: typing.Any) -> None:
@@ -3788,7 +3790,7 @@ class Core(Endings, Watched):
                 self._withdraw(run, "refused: it could not be stored in time")
                 self.put(_ONE_TURN)  # that is stored at once
         for run, result in batch.dropped:
-            self._account(run, result)
+            self._account(run.trigger, None, result)
         if batch.lines:
             log.info(batch.lines)
         for run in batch.started:
@@ -5725,9 +5727,8 @@ class ProcessRun(EndingRun):
             self._give_back_child()
             self._cannot_start(self._launch.why_not(OSError(errno.EAGAIN, child.error)))
         elif child.lost:
-            self._supervisor.servers.retire(
-                child.server
-            )  # its end is seen before it can be waited for
+            # its end is seen before it can be waited for
+            self._supervisor.servers.retire(child.server)
             self._give_back_child()
             self._try_again(child.server.too_old())
 
@@ -6092,8 +6093,8 @@ class LogPages:
 
     def read(self, fd: int, log_id: int, first: int, ended: bool, limit: int, where: str) -> dict:
         """Lines from `first` of the open file `where`, at most `limit` bytes; see JobLogs.page."""
-        size = os.fstat(fd).st_size
-        key = (log_id, os.fstat(fd).st_ino)
+        status = os.fstat(fd)
+        size, key = status.st_size, (log_id, status.st_ino)
         line, start = self._seek(fd, key, first, size)
         if line < first:
             return page(first, first - 1, "", ended)
@@ -6522,10 +6523,9 @@ class JournalFiles:
     def _open_first(self) -> sqlite3.Connection:
         """Its files, made anew when they are broken. Raises ExecutorError."""
         try:
-            if not os.path.exists(self._file) and os.path.exists(
-                self._file + ".new"
-            ):  # it was made, see _copy
-                os.replace(self._file + ".new", self._file)
+            copy = self._file + ".new"
+            if not os.path.exists(self._file) and os.path.exists(copy):  # it was made, see _copy
+                os.replace(copy, self._file)
             self.reserve = Reserve(os.path.join(os.path.dirname(self._file), "reserve"))
             self._check_wal()
             try:
