@@ -86,13 +86,13 @@ if __name__ == "__main__" and __spec__ is None and not _ONCE & set(sys.argv):
 
 import argparse
 import ast
+import bisect
 import collections
 import contextlib
 import ctypes
 import dataclasses
 import datetime
 import difflib
-import email.message
 import email.utils
 import enum
 import errno
@@ -470,10 +470,11 @@ class Route(enum.Enum):
 class Request:
     """One request, whole; `trusted`: it has shown the token, or none is needed."""
 
-    __slots__ = ("method", "path", "headers", "body", "peer", "trusted")
+    __slots__ = ("method", "path", "fields", "body", "peer", "trusted")
 
-    def __init__(self, method: str, target: str, headers: email.message.Message, peer: str):
-        self.method, self.headers, self.peer = method, headers, peer
+    def __init__(self, method: str, target: str, fields: dict[bytes, list[bytes]], peer: str):
+        """`fields`: of the head, by their names in lower case."""
+        self.method, self.fields, self.peer = method, fields, peer
         self.path = re.sub("/+", "/", target.partition("?")[0])
         self.body, self.trusted = b"", False
 
@@ -644,6 +645,32 @@ class Output:
     def flush(self, seconds: float) -> None:
         """Wait until nothing waits any more, at most `seconds`."""
         self._idle.wait(seconds)
+
+
+class WakeUp:
+    """A pipe that wakes the thread which waits until `fd` is readable; see signal(7) on the
+    self-pipe trick. `wake`: any thread; the rest: that thread."""
+
+    def __init__(self) -> None:
+        self.fd, self.write_end = os.pipe()
+        for end in (self.fd, self.write_end):
+            os.set_blocking(end, False)
+
+    def wake(self) -> None:
+        with contextlib.suppress(OSError):  # it is full: it will wake; or it is closed
+            os.write(self.write_end, b"\0")
+
+    def clear(self) -> bytes:
+        """What it was woken by: a zero byte for `wake`, else the number of a signal."""
+        with contextlib.suppress(BlockingIOError):
+            return os.read(self.fd, 1 << 16)
+        return b""
+
+    def close(self) -> None:
+        ends = self.fd, self.write_end
+        self.fd = self.write_end = -1  # somebody may still wake
+        for end in ends:
+            os.close(end)
 
 
 _CRASH_AT, _, _PASSAGE = os.environ.get(FAILPOINT, "").partition(":")
@@ -1864,12 +1891,7 @@ class Metrics:
             sums = self._values.get(key)
             if sums is None:
                 sums = self._values[key] = [0] * (len(_DURATION_BUCKETS) + 1) + [0.0]
-            sums[
-                next(
-                    (i for i, bound in enumerate(_DURATION_BUCKETS) if value <= bound),
-                    len(_DURATION_BUCKETS),
-                )
-            ] += 1
+            sums[bisect.bisect_left(_DURATION_BUCKETS, value)] += 1
             sums[-1] += value
 
     def gauge(self, name: str, value: typing.Callable[[], float]) -> None:
@@ -2025,7 +2047,7 @@ class Head(typing.NamedTuple):
 
     method: str
     target: str  # in origin-form
-    headers: email.message.Message
+    fields: dict[bytes, list[bytes]]  # by their names in lower case
     length: int  # of the body, in bytes
     expects: bool  # the client waits for "100 Continue"
     close: bool  # the client wants the connection to end with the answer
@@ -2072,9 +2094,7 @@ def parse_head(head: bytes) -> Head:
     if any(expectation.lower() != b"100-continue" for expectation in expectations):
         raise HttpError(417, "the only expectation that can be met is 100-continue")
     expects = bool(expectations) and not old
-    return Head(
-        parsed.command, target, parsed.headers, length, expects, parsed.close_connection, old
-    )
+    return Head(parsed.command, target, fields, length, expects, parsed.close_connection, old)
 
 
 def _request_target(line: bytes) -> str:
@@ -2427,9 +2447,7 @@ class Exchanges(Connections):
         self._answered: collections.deque[tuple[Connection, Reply | None]] = collections.deque()
         self._bodies, self._pages = Budget(BODY_BUDGET), Budget(PAGE_BUDGET)
         self._unfinished: list[Connection] = []  # with requests that wait for their turn
-        self._wake_read, self._wake_write = os.pipe()
-        os.set_blocking(self._wake_read, False)
-        os.set_blocking(self._wake_write, False)
+        self._wake_up = WakeUp()
 
     def _on_event(self, connection: Connection, event: int) -> None:
         if connection.phase is Phase.SENDING and event & select.EPOLLOUT:
@@ -2480,7 +2498,7 @@ class Exchanges(Connections):
             return False
         head = connection.head = (_known_head if len(data) <= _CACHED_HEAD else parse_head)(data)
         request = connection.request = Request(
-            head.method, head.target, head.headers, connection.peer
+            head.method, head.target, head.fields, connection.peer
         )
         request.trusted = self._api.trusts(request)
         connection.trusted = connection.trusted or request.trusted
@@ -2593,11 +2611,7 @@ class Exchanges(Connections):
     def _deliver(self, connection: Connection, reply: Reply | None) -> None:
         """Any thread."""
         self._answered.append((connection, reply))
-        self._wake()
-
-    def _wake(self) -> None:
-        with contextlib.suppress(OSError):  # it is full: the selector will wake; or it is closed
-            os.write(self._wake_write, b"x")
+        self._wake_up.wake()
 
 
 class HttpServer(Exchanges):
@@ -2620,7 +2634,7 @@ class HttpServer(Exchanges):
         ]
 
     def start(self) -> None:
-        self._epoll.register(self._wake_read, select.EPOLLIN)
+        self._epoll.register(self._wake_up.fd, select.EPOLLIN)
         self._listener.register()
         for thread in (self._selector, *self._workers):
             thread.start()
@@ -2633,18 +2647,18 @@ class HttpServer(Exchanges):
         """Take no new connection and no further request of an old one until `release`; returns when
         what had begun to come is answered, after `seconds` at the latest; main thread."""
         self._holding.set()
-        self._wake()
+        self._wake_up.wake()
         self._quiet.wait(seconds)
 
     def release(self) -> None:
         self._holding.clear()
-        self._wake()
+        self._wake_up.wake()
 
     def close(self, timeout: float = 3.0) -> None:
         """Answer who has connected already, take nobody more, close the rest; main thread, after
         `timeout` seconds at the latest."""
         self._closing.set()
-        self._wake()
+        self._wake_up.wake()
         deadline = time.monotonic() + timeout
         self._selector.join(timeout)
         for _ in self._workers:
@@ -2655,10 +2669,7 @@ class HttpServer(Exchanges):
             self._drop(connection)
         self._epoll.close()
         if not any(thread.is_alive() for thread in self._workers):  # it would wake somebody else
-            read, write = self._wake_read, self._wake_write
-            self._wake_write = -1  # the core may still answer
-            os.close(read)
-            os.close(write)
+            self._wake_up.close()
 
     def _serve(self) -> None:
         share_core()
@@ -2709,14 +2720,13 @@ class HttpServer(Exchanges):
         if connection is not None:
             if connection.phase is not Phase.CLOSED:
                 self._guarded(self._on_event, connection, event)
-        elif fd == self._wake_read:
+        elif fd == self._wake_up.fd:
             self._woken()
         elif fd == self._listener.fd and not (self._held or self._listener.closed):
             self._accept()
 
     def _woken(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.read(self._wake_read, 4096)
+        self._wake_up.clear()
         self._take_answers()
         if self._closing.is_set() and not self._listener.closed:
             for _ in range(BACKLOG // 64):  # who waits there has connected
@@ -2787,7 +2797,7 @@ def whole(value: typing.Any, name: str) -> int:
         value = int(value)
     if isinstance(value, float) and value.is_integer() and abs(value) <= 1 << 53:
         value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or value not in INT64:
+    if type(value) is not int or value not in INT64:  # bool is another type
         raise Refused(f"{name}: expected a whole number of 64 bits, got {json.dumps(value)[:100]}")
     return value
 
@@ -2911,10 +2921,11 @@ def authorize(request: Request, app_name: str) -> None:
             " admin.access_token.",
             "token",
         )
-    for name in request.headers.get_all("XXL-JOB-APPNAME", []):
-        if name.strip(" \t") != app_name:
+    for name in request.fields.get(b"xxl-job-appname", []):
+        if name != app_name.encode():
+            meant = name[:100].decode("latin-1")
             raise Refused(
-                f"this executor is {app_name}, not {name[:100]}: check its address in the admin",
+                f"this executor is {app_name}, not {meant}: check its address in the admin",
                 "app_name",
             )
 
@@ -2960,17 +2971,15 @@ class Api:
         """Whether it has shown the token, or none is needed; a web page in somebody's browser,
         which says so by Origin, is never trusted."""
         token = self.config.admin.access_token
-        given = request.headers.get_all("XXL-JOB-ACCESS-TOKEN", [])
-        if "Origin" in request.headers:
+        given = request.fields.get(b"xxl-job-access-token", [])
+        if b"origin" in request.fields:
             return False
         if not token:
             return True
         if self._status_key and self._path(request) == "/status" and not given:
-            given = request.headers.get_all("Authorization", [])
+            given = request.fields.get(b"authorization", [])
             token = f"Bearer {self._status_key}"
-        return len(given) == 1 and hmac.compare_digest(
-            given[0].strip(" \t").encode("latin-1", "replace"), token.encode()
-        )
+        return len(given) == 1 and hmac.compare_digest(given[0], token.encode())
 
     def route(self, request: Request) -> Route:
         path = self._path(request)
@@ -3003,7 +3012,7 @@ class Api:
     def answer(self, request: Request, ticket: typing.Any) -> Reply | None:
         """None: `ticket` gives the answer when it is decided."""
         path, method = self._path(request), request.method
-        if "Origin" in request.headers:
+        if b"origin" in request.fields:
             self._complaints.tell("origin", f"refused a web page's request from {request.peer}")
             return refusal(403, "requests of web pages (with an Origin) are not answered")
         if path in self._post:
@@ -4048,14 +4057,12 @@ class _Forker:
 
     def __init__(self, server: socket.socket):
         self._server = server
-        self._wake_read, self._wake_write = socket.socketpair()
-        for end in (self._wake_read, self._wake_write):
-            end.setblocking(False)
+        self._wake_up = WakeUp()
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.set_wakeup_fd(self._wake_write.fileno(), warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self._wake_up.write_end, warn_on_full_buffer=False)
         self._poller = select.poll()
-        for end in (server, self._wake_read):
-            self._poller.register(end, select.POLLIN)
+        for fd in (server.fileno(), self._wake_up.fd):
+            self._poller.register(fd, select.POLLIN)
         self._running: dict[int, int] = {}  # descriptor of the report: PID
         self._ended: dict[int, int] = {}  # the same, not reaped yet
         self._left: set[int] = set()  # PIDs that the daemon has given up
@@ -4063,8 +4070,8 @@ class _Forker:
     def serve(self) -> typing.Callable[[], int] | None:
         while True:
             ready = {number for number, _ in self._poller.poll()}
-            if self._wake_read.fileno() in ready:
-                self._wake_read.recv(4096)
+            if self._wake_up.fd in ready:
+                self._wake_up.clear()
                 self._look_at_children()
             for report in ready & {*self._running, *self._ended}:
                 self._release(report)
@@ -4107,9 +4114,8 @@ class _Forker:
             if pid == 0:
                 signal.set_wakeup_fd(-1)
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                sockets = (self._server, self._wake_read, self._wake_write)
-                ours = [sock.detach() for sock in sockets]
-                for other in (report, *self._running, *self._ended, *ours):
+                self._wake_up.close()
+                for other in (report, *self._running, *self._ended, self._server.detach()):
                     os.close(other)
                 return lambda: _python_child(output, channel)
             _report(report, pid=pid)
@@ -5065,9 +5071,7 @@ class Supervisor(Watched):
         self._reports: list = []  # for the core, after that
         self._epoll = select.epoll()
         self.null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)  # stdin of the jobs
-        self._wake_read, self._wake_write = os.pipe()
-        for end in (self._wake_read, self._wake_write):
-            os.set_blocking(end, False)
+        self._wake_up = WakeUp()
         self._asleep = self._closing = False
         self.timers = Timers(self._nudge)
         self._crew = Crew("aside", ASIDE_LIMIT, 10.0, self.timers)
@@ -5076,7 +5080,7 @@ class Supervisor(Watched):
     # -- any thread
 
     def start_thread(self) -> None:
-        self._epoll.register(self._wake_read, select.EPOLLIN)
+        self._epoll.register(self._wake_up.fd, select.EPOLLIN)
         self._crew.begin()
         self._thread.start()
 
@@ -5099,8 +5103,8 @@ class Supervisor(Watched):
             self._thread.join(seconds)
         if not self._thread.is_alive():
             self._epoll.close()
-            for fd in (self._wake_read, self._wake_write, self.null):
-                os.close(fd)
+            self._wake_up.close()
+            os.close(self.null)
         self.servers.close()
         self.results.close()
 
@@ -5110,8 +5114,7 @@ class Supervisor(Watched):
 
     def _nudge(self) -> None:
         if self._asleep:
-            with contextlib.suppress(BlockingIOError):  # it is full: the supervisor will wake
-                os.write(self._wake_write, b"x")
+            self._wake_up.wake()
 
     # -- the supervisor's thread
 
@@ -5124,9 +5127,8 @@ class Supervisor(Watched):
             events = self._epoll.poll(0.0 if self._inbox else max(0.0, left) + 0.001)
             self._asleep, self._busy_since = False, time.monotonic()
             for fd, handler in [(fd, self._handlers.get(fd)) for fd, _ in events]:
-                if handler is None:  # the wake-up
-                    with contextlib.suppress(BlockingIOError):
-                        os.read(self._wake_read, 4096)
+                if handler is None:
+                    self._wake_up.clear()
                 elif self._handlers.get(fd) == handler:  # else closed in this turn
                     self._guarded(handler)
             for _ in range(len(self._inbox)):
@@ -8373,35 +8375,31 @@ class ConfigFiles:
 
 
 class Signals:
-    """Signals and wake-ups, for the main thread to wait for: a byte in a pipe wakes it, see
-    signal(7) on the self-pipe trick. The pipe may be full, so which signals came is noted besides.
+    """Signals and wake-ups, for the main thread to wait for. The pipe may be full, so which signals
+    came is noted besides.
     `wake`: any thread; the rest: the main thread."""
 
     def __init__(self, *numbers: int):
-        self._read, self._write = os.pipe()
-        os.set_blocking(self._write, False)
+        self._wake_up = WakeUp()
+        self.wake = self._wake_up.wake
         self._came: set[int] = set()
         self._before = {number: signal.signal(number, self._note) for number in numbers}
-        signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self._wake_up.write_end, warn_on_full_buffer=False)
 
     def _note(self, number: int, frame: types.FrameType | None) -> None:
         """The handler. CPython calls it before it goes on after the read of the byte."""
         self._came.add(number)
 
-    def wake(self) -> None:
-        with contextlib.suppress(OSError):
-            os.write(self._write, b"\0")
-
     def wait(self, deadline: float | None = None) -> set[int]:
         """What came, 0 for a wake-up; the empty set at `deadline` (monotonic)."""
         poller = select.poll()
-        poller.register(self._read, select.POLLIN)
+        poller.register(self._wake_up.fd, select.POLLIN)
         left = (
             None
             if deadline is None
             else min(max(0.0, deadline - time.monotonic()), 3600.0) * 1000 + 1
         )
-        data = os.read(self._read, 1 << 16) if poller.poll(left) else b""
+        data = self._wake_up.clear() if poller.poll(left) else b""
         came, self._came = self._came, set()
         return came | {0} if 0 in data else came
 
@@ -8409,8 +8407,7 @@ class Signals:
         signal.set_wakeup_fd(-1)
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        os.close(self._read)
-        os.close(self._write)
+        self._wake_up.close()
 
 
 # --------------------------------------------------------------------------------------------------
