@@ -254,20 +254,29 @@ class Result:
     exit_status: int | None = None
 
 
+class Span(typing.NamedTuple):
+    """When a run took place: `began` in seconds since the epoch, the acceptance of one that never
+    started; `took` in seconds, None for that one and when nobody knows."""
+
+    trigger: Trigger
+    began: float
+    took: float | None
+
+
 class StoredResult(typing.NamedTuple):
-    """A result on its way to the admin; `log_date_time` in ms since the epoch, `finished` by the
-    journal's clock."""
+    """A result on its way to the admin; `log_date_time` in ms since the epoch, `since` when it came
+    into its state, by the journal's clock."""
 
     log_id: int
     log_date_time: int
     code: int
     message: str
-    finished: float
+    since: float
 
 
 class PastRun(typing.NamedTuple):
-    """What is remembered of a run: times in seconds, `began` since the epoch; `took` and `code` are
-    None while it has not ended, `took` also when nobody knows."""
+    """What is remembered of a run: `began` and `took` as in Span, `ended` in seconds since the
+    epoch; it and `code` are None while it has not ended."""
 
     log_id: int
     log_date_time: int
@@ -278,12 +287,13 @@ class PastRun(typing.NamedTuple):
     shard_total: int
     began: float
     took: float | None
+    ended: float | None
     code: int | None
     message: str
 
     @classmethod
-    def ended(cls, trigger: Trigger, took: float | None, result: Result) -> PastRun:
-        """Of a run that has ended just now."""
+    def just_ended(cls, span: Span, result: Result) -> PastRun:
+        trigger = span.trigger
         return cls(
             trigger.log_id,
             trigger.log_date_time,
@@ -292,8 +302,9 @@ class PastRun(typing.NamedTuple):
             trigger.label,
             trigger.shard_index,
             trigger.shard_total,
-            round(time.time() - (took or 0.0), 3),
-            None if took is None else round(took, 3),
+            span.began,
+            span.took,
+            round(time.time(), 3),
             result.code,
             result.message[:200],
         )
@@ -307,6 +318,7 @@ class PastRun(typing.NamedTuple):
             "shard": f"{self.shard_index}/{self.shard_total}",
             "began": self.began,
             "seconds": self.took,
+            "ended": self.ended,
             "code": self.code,
             "message": self.message,
         }
@@ -369,7 +381,7 @@ class Ended(typing.NamedTuple):
 class Lost(typing.NamedTuple):
     """Fact: a run of an earlier life cannot go on."""
 
-    trigger: Trigger
+    span: Span
     result: Result
 
 
@@ -555,6 +567,12 @@ def printable(text: str) -> str:
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
     )
+
+
+def json_line(value: typing.Any) -> str:
+    """JSON on one line, without characters on which a terminal would act."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if text.isprintable() else json.dumps(value).replace("\x7f", "\\u007f")
 
 
 def without_secrets() -> dict[str, str]:
@@ -915,13 +933,15 @@ def _variables(reader: _YamlReader, node: Node) -> dict[str, str]:
     values = {}
     for key, item in reader.pairs(node, reader.path):
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key.value, re.ASCII):
-            raise _Bad(f'"{key.value}" is no name of an environment variable', key)
+            told = f'{reader.path}: "{key.value}" is no name of an environment variable'
+            reader.problem(key, told)
+            continue
         try:
             values[key.value] = _scalar(
                 reader.expand(item), "str", "int", "float", "bool", expected="text or a number"
             )
         except _Bad as error:
-            raise _Bad(str(error), error.node, f".{key.value}") from None
+            reader.problem(error.node, f"{reader.path}.{key.value}: {error}")
     return values
 
 
@@ -1598,12 +1618,92 @@ def load_config(file: str) -> Config:
     return config
 
 
+def legible_data_dir(file: str) -> str:
+    """executor.data_dir as a line of `file` says, be the rest no YAML; "" when nobody can tell."""
+    reader = _ConfigReader(file)
+    try:
+        with open(file, encoding="utf-8", errors="replace") as stream:
+            given = re.findall(r"(?m)^[ \t]+data_dir:(.*)$", stream.read())
+        loader = reader.yaml.SafeLoader(f"data_dir:{''.join(given[-1:])}")
+        loader.name = file
+        config = reader.section(ExecutorConfig, loader.get_single_node(), "executor")
+    except (OSError, reader.yaml.YAMLError):
+        return ""
+    return config.data_dir or ""
+
+
 SOURCE_LIMIT = 1 << 20  # bytes; a longer module is not looked into
 
 
 # --------------------------------------------------------------------------------------------------
 # 2c what this host lacks
 # --------------------------------------------------------------------------------------------------
+_KNOWN_FINDERS = {"BuiltinImporter", "FrozenImporter", "PathFinder", "DistutilsMetaFinder"}
+
+
+class ModuleSearch:
+    """Where interpreters find modules: nothing of a job is imported; any thread."""
+
+    def __init__(self, environment: dict[str, str]):
+        self._environment = environment
+        self._paths: dict[str, list[str]] = {}  # by interpreter
+        self._others_find: set[str] = set()  # interpreters with finders that only they can ask
+
+    def path(self, interpreter: str) -> list[str]:
+        """Where it finds modules. Raises ExecutorError for one that runs no Python job."""
+        if interpreter == sys.executable:
+            return sys.path
+        if interpreter not in self._paths:
+            code = (
+                "import sys; print(list(sys.version_info[:2]));"
+                " print([getattr(finder, '__name__', '') for finder in sys.meta_path]);"
+                " print('\\n'.join(sys.path))"
+            )
+            try:
+                ran = subprocess.run(
+                    [interpreter, "-c", code],
+                    stdin=subprocess.DEVNULL,
+                    capture_output=True,
+                    timeout=10,
+                    cwd="/",
+                    env=self._environment,
+                )
+                version, finders, *path = os.fsdecode(ran.stdout).splitlines()
+                major, minor = json.loads(version)
+            except (OSError, ValueError, subprocess.TimeoutExpired):
+                raise ExecutorError(f"{interpreter} is no Python that runs") from None
+            if (major, minor) < (3, 9):
+                raise ExecutorError(OLD_PYTHON.format(interpreter))
+            self._paths[interpreter] = path
+            if not set(ast.literal_eval(finders)) <= _KNOWN_FINDERS:
+                self._others_find.add(interpreter)
+        return self._paths[interpreter]
+
+    def find(self, module: str, path: list[str], interpreter: str) -> typing.Any:
+        """Its spec; None when nobody knows. Raises ExecutorError when it is missing."""
+        places: typing.Any = path
+        name, spec = "", None
+        for part in module.split("."):
+            name = f"{name}.{part}" if name else part
+            if name in (*sys.builtin_module_names, "os.path"):
+                return None
+            try:
+                spec = importlib.machinery.PathFinder.find_spec(name, places)
+                if interpreter == sys.executable:  # what is installed as editable has a finder
+                    others = (finder.find_spec(name, places) for finder in sys.meta_path)
+                    spec = spec or next(filter(None, others), None)
+            except Exception:  # a broken archive in the path
+                return None
+            if spec is None and interpreter in self._others_find:
+                return None
+            if spec is None:
+                raise ExecutorError(
+                    f"there is no module {name} in pythonpath, cwd or the interpreter's own path"
+                )
+            places = spec.submodule_search_locations or []
+        return spec
+
+
 class HostCheck:
     """Finds what a configuration names and this host lacks, before a run fails for it. Nothing of a
     job is run, and nothing of it is imported, but a job's interpreter tells where it looks for
@@ -1613,7 +1713,7 @@ class HostCheck:
         """`deep`: parse the modules of Python jobs too, which would hold up a daemon."""
         self._config, self._deep = config, deep
         self._environment = without_secrets()
-        self._paths: dict[str, list[str]] = {}  # by interpreter, see _module_path
+        self._modules = ModuleSearch(self._environment)
 
     def warnings(self) -> list[str]:
         """One `file:line: key: problem` for each."""
@@ -1654,7 +1754,7 @@ class HostCheck:
                     capture_output=True,
                     env=self._environment,
                 )
-                if checked.returncode:
+                if checked.returncode > 0:  # else a signal ended it
                     told = checked.stderr.decode("utf-8", "replace").strip().partition("\n")[0]
                     yield "shell", printable(f"the shell cannot read it: {told}")
         else:
@@ -1683,10 +1783,6 @@ class HostCheck:
         return "" if executable else f"{file} is not executable: chmod +x"
 
     def _entry_point(self, job: JobConfig) -> typing.Iterator[tuple[str, str]]:
-        for module in job.preload if not job.interpreter else ():
-            problem = self._no_module(module, [*job.pythonpath, job.cwd, *sys.path])
-            if problem:
-                yield "preload", problem
         for place in job.pythonpath:
             if not os.path.exists(place):
                 yield "pythonpath", f"{place} does not exist"
@@ -1697,72 +1793,32 @@ class HostCheck:
                 yield "interpreter", problem
                 return
         try:
-            path = self._module_path(interpreter)
+            path = self._modules.path(interpreter)
         except ExecutorError as error:
             yield "interpreter", str(error)
             return
-        own = interpreter == sys.executable
-        problem = self._no_function(job.python, [*job.pythonpath, job.cwd, *path], own)
+        path = [*job.pythonpath, job.cwd, *path]
+        for module in job.preload:
+            problem = self._no_module(module, path, interpreter)
+            if problem:
+                yield "preload", problem
+        problem = self._no_function(job.python, path, interpreter)
         if problem:
             yield "python", problem
 
-    def _module_path(self, interpreter: str) -> list[str]:
-        """Where it finds modules. Raises ExecutorError for one that runs no Python job."""
-        if interpreter == sys.executable:
-            return sys.path
-        if interpreter not in self._paths:
-            code = "import sys; print(list(sys.version_info[:2])); print('\\n'.join(sys.path))"
-            try:
-                ran = subprocess.run(
-                    [interpreter, "-c", code],
-                    stdin=subprocess.DEVNULL,
-                    capture_output=True,
-                    timeout=10,
-                    cwd="/",
-                    env=self._environment,
-                )
-                version, *path = os.fsdecode(ran.stdout).splitlines()
-                major, minor = json.loads(version)
-            except (OSError, ValueError, subprocess.TimeoutExpired):
-                raise ExecutorError(f"{interpreter} is no Python that runs") from None
-            if (major, minor) < (3, 9):
-                raise ExecutorError(OLD_PYTHON.format(interpreter))
-            self._paths[interpreter] = path
-        return self._paths[interpreter]
-
-    @staticmethod
-    def _find_module(module: str, path: list[str]) -> typing.Any:
-        """Its spec; None when nobody knows. Raises ExecutorError when it is missing."""
-        places: typing.Any = path
-        name, spec = "", None
-        for part in module.split("."):
-            name = f"{name}.{part}" if name else part
-            if name in sys.builtin_module_names:
-                return None
-            try:
-                spec = importlib.machinery.PathFinder.find_spec(name, places)
-            except Exception:  # a broken archive in the path
-                return None
-            if spec is None:
-                raise ExecutorError(
-                    f"there is no module {name} in pythonpath, cwd or the interpreter's own path"
-                )
-            places = spec.submodule_search_locations or []
-        return spec
-
-    def _no_module(self, module: str, path: list[str]) -> str:
+    def _no_module(self, module: str, path: list[str], interpreter: str) -> str:
         try:
-            self._find_module(module, path)
+            self._modules.find(module, path, interpreter)
         except ExecutorError as error:
             return str(error)
         return ""
 
-    def _no_function(self, entry_point: str, path: list[str], own: bool) -> str:
+    def _no_function(self, entry_point: str, path: list[str], interpreter: str) -> str:
         """Why `module:function` cannot be called, "" when it can or nobody knows, as with the
-        syntax of an interpreter that is not this program's `own`."""
+        syntax of another interpreter."""
         module, _, function = entry_point.partition(":")
         try:
-            spec = self._find_module(module, path)
+            spec = self._modules.find(module, path, interpreter)
         except ExecutorError as error:
             return str(error)
         if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
@@ -1780,7 +1836,8 @@ class HostCheck:
         try:
             names = self._names(source)
         except SyntaxError as error:
-            return f"{spec.origin}:{error.lineno}: {error.msg}" if own else ""
+            told = f"{spec.origin}:{error.lineno}: {error.msg}"
+            return told if interpreter == sys.executable else ""
         except (ValueError, RecursionError, MemoryError):  # nested too deeply to tell
             return ""
         if function in names or {"*", "__getattr__"} & names:
@@ -2012,10 +2069,14 @@ PAGE_COST = 9 << 20  # bytes; more than any answer to /log, see PAGE_LIMIT
 _TURN = 1 << 16  # bytes that one connection may send or be sent before others get their turn
 _JSON = "application/json;charset=UTF-8"
 _CACHED_HEAD = 1024  # bytes; a client repeats its heads: what the last 256 short ones say is kept
-_FIELD_NAME = b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_ALPHANUMERIC = b"0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_FIELD_NAME = b"!#$%&'*+-.^_`|~" + _ALPHANUMERIC
 _FIELD_TEXT = b"\t" + bytes(range(0x20, 0x7F)) + bytes(range(0x80, 0x100))
-_HOST = bytes(set(range(0x21, 0x7F)) - set(b',/?#@"<>\\^`{|}'))
-_VISIBLE = bytes(range(0x21, 0x7F))
+# RFC 3986, 2: what may stand in a path and a query; and a percent sign that encodes nothing
+_TARGET = b"-._~!$&'()*+,;=/?:@%" + _ALPHANUMERIC
+_BAD_PERCENT = re.compile(rb"%(?![0-9A-Fa-f]{2})")
+# RFC 9110, 7.2, without a user; no two parts take the same character
+_AUTHORITY = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+;=%-]*)(:[0-9]{0,5})?")
 
 
 def envelope(code: int, message: str | None = None, data: typing.Any = None) -> bytes:
@@ -2087,7 +2148,7 @@ def parse_head(head: bytes) -> Head:
     parsed = _Parser(head)
     old = parsed.request_version == "HTTP/1.0"
     hosts = fields.get(b"host", [])
-    if len(hosts) > 1 or not (hosts or old) or any(host.translate(None, _HOST) for host in hosts):
+    if len(hosts) > 1 or not (hosts or old) or not all(map(_names_host, hosts)):
         raise HttpError(400, "expected one Host header that names a host")
     length = _body_length(fields, old)
     expectations = fields.get(b"expect", [])
@@ -2095,6 +2156,10 @@ def parse_head(head: bytes) -> Head:
         raise HttpError(417, "the only expectation that can be met is 100-continue")
     expects = bool(expectations) and not old
     return Head(parsed.command, target, fields, length, expects, parsed.close_connection, old)
+
+
+def _names_host(authority: bytes) -> bool:
+    return bool(_AUTHORITY.fullmatch(authority)) and not _BAD_PERCENT.search(authority)
 
 
 def _request_target(line: bytes) -> str:
@@ -2107,14 +2172,16 @@ def _request_target(line: bytes) -> str:
         raise HttpError(400, "expected HTTP/1.1 at the end of the request line")
     if not version.startswith(b"HTTP/1."):
         raise HttpError(505, "expected HTTP/1.1")
-    if target.translate(None, _VISIBLE) or b"#" in target:
-        raise HttpError(400, "the target holds a character that no URL has")
-    absolute = re.match(rb"(?i)https?://[^/?@]+", target)
+    absolute = re.match(rb"(?i)https?://([^/?]*)", target)
     if absolute:
+        if absolute[1][:1] in b":" or not _names_host(absolute[1]):
+            raise HttpError(400, "the target names no host")
         target = target[absolute.end() :]
         target = target if target.startswith(b"/") else b"/" + target
     if not target.startswith(b"/"):
         raise HttpError(400, "the target is neither a path nor a URL")
+    if target.translate(None, _TARGET) or _BAD_PERCENT.search(target):
+        raise HttpError(400, "the target holds a character that no URL has")
     return target.decode()
 
 
@@ -2391,7 +2458,7 @@ class Connections:
             connection
             for connection in self._connections.values()
             if connection.phase is Phase.IDLE
-            or connection.phase in (Phase.HEAD, Phase.SENDING, Phase.LINGERING)
+            or connection.phase not in (Phase.BODY, Phase.WAITING)
             and not connection.trusted
         ]
         candidates.sort(key=lambda connection: (connection.trusted, connection.since))
@@ -2399,8 +2466,10 @@ class Connections:
         for connection in candidates:
             if made and (connection.trusted or made >= self._limit // 64):
                 break  # several strangers at once: a crowd of them must not have each one searched
-            # Of a stranger who does not take his answer something is always unread.
-            if connection.phase is Phase.SENDING or not connection.unread():
+            # Of a stranger who does not take his answer something is always unread, and many may
+            # wait for one.
+            passed_over = connection.phase not in (Phase.SENDING, Phase.ANSWERING)
+            if not (passed_over and connection.unread()):
                 self._drop(connection)
                 made += 1
         return made > 0
@@ -3127,6 +3196,7 @@ class Api:
 # 6 core
 # --------------------------------------------------------------------------------------------------
 RECENT = 10  # results of each handler that `status` shows
+SHOWN_HANDLERS = 1000  # of which it shows them
 RETRY_STORING = 1.0  # seconds until what could not be stored is tried again
 # So many dropped runs are finished in the decision itself; of more, so many in each later turn:
 # 10,000 at once took 0.2 to 0.5 s, in which nothing else was decided.
@@ -3144,6 +3214,12 @@ class Run:
         self.cancelled: Result | None = None
         self.accepted, self.started = time.monotonic(), 0.0  # accepted: or resumed, in this life
         self.stuck = False  # cancelled, but its thread does not return
+
+    def span(self) -> Span:
+        """Until now."""
+        passed = time.monotonic() - (self.started or self.accepted)
+        began = round(time.time() - passed, 3)
+        return Span(self.trigger, began, round(passed, 3) if self.started else None)
 
 
 class Lane:
@@ -3214,26 +3290,34 @@ class RecentRuns:
 
     def __init__(self, metrics: Metrics):
         self._metrics = metrics
-        # by handler: the last result codes, and the latest run if it has failed
+        # by handler, the latest last: the last result codes, and the latest run if it has failed
         self._codes: dict[str, collections.deque[int]] = {}
         self._failures: dict[str, PastRun] = {}
+        self._counted: set[str] = set()  # labels, in this life
 
-    def show(self, trigger: Trigger, took: float | None, result: Result) -> None:
+    def show(self, span: Span, result: Result) -> None:
         """Have `status` show it."""
-        label = trigger.label
-        self._codes.setdefault(label, collections.deque(maxlen=RECENT)).append(result.code)
+        handler = span.trigger.handler
+        codes = self._codes.pop(handler, None) or collections.deque(maxlen=RECENT)
+        self._codes[handler] = codes
+        codes.append(result.code)
         if result.code == SUCCESS:
-            self._failures.pop(label, None)
+            self._failures.pop(handler, None)
         else:
-            self._failures[label] = PastRun.ended(trigger, took, result)
+            self._failures[handler] = PastRun.just_ended(span, result)
+        if len(self._codes) > SHOWN_HANDLERS:  # every script from the admin is a handler
+            oldest = next(iter(self._codes))
+            del self._codes[oldest]
+            self._failures.pop(oldest, None)
 
-    def count(self, trigger: Trigger, took: float | None, result: Result) -> None:
-        """`show` it, and count it in the metrics; `took` is None for a run that never started."""
-        self.show(trigger, took, result)
-        label = trigger.label
+    def count(self, span: Span, result: Result) -> None:
+        """`show` it, and count it in the metrics."""
+        self.show(span, result)
+        label = span.trigger.label
+        self._counted.add(label)
         self._metrics.count("runs_total", handler=label, code=result.code)
-        if took is not None:
-            self._metrics.observe("run_duration_seconds", took, handler=label)
+        if span.took is not None:
+            self._metrics.observe("run_duration_seconds", span.took, handler=label)
         now = round(time.time(), 3)
         self._metrics.set("last_run_timestamp_seconds", now, handler=label)
         if result.code == SUCCESS:
@@ -3241,16 +3325,16 @@ class RecentRuns:
 
     def remember(self, past: list[PastRun]) -> None:
         """What ended in earlier lives, the latest first."""
-        for run in reversed(past):  # a later one of this life stays
-            ended = run.began + (run.took or 0.0)
+        for run in reversed(past):
             names = ["last_run", *(["last_success"] if run.code == SUCCESS else [])]
-            for name in names if run.label not in self._codes else ():
-                metric = f"{name}_timestamp_seconds"
-                self._metrics.set(metric, round(ended, 3), handler=run.label)
+            if run.ended is None or run.label in self._counted:  # a later one of this life stays
+                continue
+            for name in names:
+                self._metrics.set(f"{name}_timestamp_seconds", run.ended, handler=run.label)
         for run in past:
-            codes = self._codes.setdefault(run.label, collections.deque(maxlen=RECENT))
+            codes = self._codes.setdefault(run.handler, collections.deque(maxlen=RECENT))
             if not codes and run.code != SUCCESS:
-                self._failures[run.label] = run
+                self._failures[run.handler] = run
             if len(codes) < RECENT:
                 codes.appendleft(run.code or 0)
 
@@ -3302,7 +3386,7 @@ class Lanes:
     def waiting_by_handler(self) -> dict[str, int]:
         """How many runs of each handler wait."""
         runs = list(self._runs.values())
-        return dict(collections.Counter(run.trigger.label for run in runs if not run.started))
+        return dict(collections.Counter(run.trigger.handler for run in runs if not run.started))
 
     def grace(self) -> float:
         """How many seconds it may take until all that runs has ended, once it is cancelled."""
@@ -3497,7 +3581,7 @@ class Decisions(Lanes):
             name = self._journal.drop([run.trigger.log_id for run in dropped], result)
             self._batch.many_dropped.append(Dropped(name, collections.deque(dropped), result))
         else:
-            self._journal.finish([(run.trigger, None) for run in dropped], result)
+            self._journal.finish([run.span() for run in dropped], result)
             self._batch.dropped += [(run, result) for run in dropped]
         for run in dropped:
             lane.waiting.popleft()
@@ -3555,17 +3639,17 @@ class Endings(Decisions):
         name, runs, result = dropped
         most = DROPPED_AT_ONCE if self._idle_hook is None else len(runs)
         part = list(itertools.islice(runs, most))
-        self._journal.finish([(run.trigger, None) for run in part], result)
+        self._journal.finish([run.span() for run in part], result)
         for run in part:
             runs.popleft()
-            self._account(run.trigger, None, result)
+            self._account(run.span(), result)
         if not runs:
             self._dropped.remove(dropped)
             self._journal.hold(Note(name, None))
 
     def _lost(self, message: Lost) -> None:
-        self._journal.finish([(message.trigger, None)], message.result)
-        self._recent.show(message.trigger, None, message.result)
+        self._journal.finish([message.span], message.result)
+        self._recent.show(message.span, message.result)
 
     def _thread_stuck(self, message: Stuck) -> None:
         """A thread did not return from a cancelled run: report the run; its lane stays closed, so
@@ -3595,19 +3679,19 @@ class Endings(Decisions):
     def _finish(self, run: Run, result: Result) -> None:
         """It has this result."""
         del self._runs[run.trigger.log_id]
-        took = time.monotonic() - run.started if run.started else None
-        self._journal.finish([(run.trigger, took)], result)
-        self._account(run.trigger, took, result)
+        span = run.span()
+        self._journal.finish([span], result)
+        self._account(span, result)
 
-    def _account(self, trigger: Trigger, took: float | None, result: Result) -> None:
+    def _account(self, span: Span, result: Result) -> None:
         """Have `status`, the metrics and the log tell of its end."""
-        self._recent.count(trigger, took, result)
+        trigger, took = span.trigger, span.took
+        self._recent.count(span, result)
         told = (
             f"finished {trigger} code={result.code} in {seconds_text(took or 0.0)}:"
             f" {result.message[:200]}"
         )
-        fields = {"code": result.code, "seconds": None if took is None else round(took, 3)}
-        self._batch.lines.append(Event.of(trigger, told, **fields))
+        self._batch.lines.append(Event.of(trigger, told, code=result.code, seconds=took))
 
 
 def guarded(handle: typing.Callable[[typing.Any], None], message: typing.Any) -> None:
@@ -3657,7 +3741,7 @@ class Core(Endings, Watched):
     def accepted(self, log_id: int) -> bool:
         """Whether this run was accepted, however long ago."""
         try:
-            return log_id in self._runs or self._journal.knows(log_id)
+            return log_id in self._runs or self._journal.state(log_id) is not None
         except JournalError:
             return False
 
@@ -3779,7 +3863,8 @@ class Core(Endings, Watched):
                 batch.works.append((message, JournalError(reason)))
             elif isinstance(message, Resume) and message.again:
                 told = f"executor restarted while the job ran, it cannot be run again: {reason}"
-                self._lost(Lost(message.trigger, Result(FAILURE, told)))
+                began = round(time.time(), 3)  # or earlier: it is told when this can be stored
+                self._lost(Lost(Span(message.trigger, began, None), Result(FAILURE, told)))
             else:
                 guarded(self._decide[type(message)], message)
         for run in starting:
@@ -3799,7 +3884,7 @@ class Core(Endings, Watched):
                 self._withdraw(run, "refused: it could not be stored in time")
                 self.put(_ONE_TURN)  # that is stored at once
         for run, result in batch.dropped:
-            self._account(run.trigger, None, result)
+            self._account(run.span(), result)
         if batch.lines:
             log.info(batch.lines)
         for run in batch.started:
@@ -3905,8 +3990,9 @@ def call_entry_point(entry_point: str, context: Context) -> str:
 
             value = asyncio.run(value)
         if inspect.isgenerator(value) or inspect.isasyncgen(value):
+            what = "a generator" if inspect.isgenerator(value) else "an asynchronous generator"
             raise TypeError(
-                f"{entry_point} is a generator, of which nothing has run: take out the yield, or"
+                f"{entry_point} is {what}, of which nothing has run: take out the yield, or"
                 " iterate over it in the function"
             )
         return "" if value is None else str(value)
@@ -4150,6 +4236,7 @@ def _python_child(output: int, channel: int) -> int:
         _become(request, output)
         _JobLogging()
         context = Context(request["context"], sys.stdout.write)
+        show_command([request["entry_point"], f"logId={context.log_id}"])
         message = call_entry_point(request["entry_point"], context)
         tell(message)
         return 0
@@ -4200,7 +4287,8 @@ class _JobLogging(logging.StreamHandler):
 
     def __init__(self) -> None:
         super().__init__(sys.stdout)
-        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+        time_and_level = "%(asctime)s.%(msecs)03d %(levelname)-7s "
+        self.setFormatter(logging.Formatter(f"{time_and_level}%(message)s", "%Y-%m-%d %H:%M:%S"))
         root, set_up = logging.getLogger(), logging.basicConfig
         root.addHandler(self)
         root.setLevel(logging.INFO)
@@ -4240,10 +4328,9 @@ def _take_request(channel: int) -> dict | None:
 def _own_frames(trace: types.TracebackType | None) -> types.TracebackType | None:
     """The traceback from the first frame that is not of this file: the author of a job looks for
     his own lines."""
-    first = trace
     while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
         trace = trace.tb_next
-    return trace or first
+    return trace
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4823,7 +4910,8 @@ class ResultFiles:
             return ""
         try:
             status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode) or status.st_uid != owner:
+            own = stat.S_ISREG(status.st_mode) and status.st_uid == owner
+            if not own or status.st_nlink > 1:  # a link to what another one wrote
                 return ""
             data = os.pread(fd, 4 * MESSAGE_LIMIT, max(0, status.st_size - 4 * MESSAGE_LIMIT))
         finally:
@@ -6277,7 +6365,7 @@ class JobLogs:
             "logId": trigger.log_id,
             "message": line.decode("utf-8", "replace"),
         }
-        return json.dumps(fields, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        return json_line(fields).encode("utf-8", "replace") + b"\n"
 
     def page(
         self,
@@ -6381,9 +6469,10 @@ PRAGMA journal_size_limit = 16777216;
 CREATE TABLE IF NOT EXISTS runs (
   log_id INTEGER PRIMARY KEY, log_date_time INTEGER NOT NULL, state TEXT NOT NULL,
   accepted REAL NOT NULL, trigger TEXT, starts INTEGER NOT NULL DEFAULT 0, code INTEGER,
-  message TEXT, finished REAL);
-CREATE INDEX IF NOT EXISTS runs_by_state ON runs (state, finished) WHERE state <> 'delivered';
-CREATE INDEX IF NOT EXISTS runs_delivered ON runs (finished) WHERE state = 'delivered';
+  message TEXT, since REAL);
+CREATE INDEX IF NOT EXISTS runs_by_state ON runs (state, since) WHERE state <> 'delivered';
+CREATE INDEX IF NOT EXISTS runs_by_acceptance ON runs (accepted);
+CREATE INDEX IF NOT EXISTS runs_delivered ON runs (since) WHERE state = 'delivered';
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT);
 """
 
@@ -6486,6 +6575,7 @@ class Unfinished(typing.NamedTuple):
     trigger: Trigger
     state: RunState
     age: float  # seconds since it was accepted
+    began: float  # see Span
     starts: int
     cancelled: Result | None  # why it was being ended
 
@@ -6733,7 +6823,7 @@ class Facts:
         self.learn("clock", str(self.clock.now()))
 
     def _start_clock(self) -> None:
-        [newest] = self._files.read("SELECT max(finished), max(accepted) FROM runs")
+        [newest] = self._files.read("SELECT max(since), max(accepted) FROM runs")
         saved = 0.0
         with contextlib.suppress(ValueError):  # the first start, or a damaged page
             saved = float(self.fact("clock"))
@@ -6775,7 +6865,7 @@ class Unstored:
             )
         if self.results:
             more["finished"] += db.executemany(
-                "UPDATE runs SET finished = ?, state = 'finished', code = ?, message = ?, trigger ="
+                "UPDATE runs SET since = ?, state = 'finished', code = ?, message = ?, trigger ="
                 " ? WHERE log_id = ? AND state IN ('accepted', 'running')",
                 [(now, *row) for row in self.results],
             ).rowcount
@@ -6797,7 +6887,7 @@ class Unstored:
         # Of what is only a memory the beginning will do: there may be very many.
         short = ", message = substr(message, 1, 500)"
         query = (
-            "UPDATE runs SET state = ?, finished = ?"
+            "UPDATE runs SET state = ?, since = ?"
             f"{short if settled.state is RunState.DELIVERED else ''}"
             " WHERE log_id = ? AND state = ?"
         )
@@ -6821,8 +6911,8 @@ class JournalReader(Facts):
     def undelivered(self, limit: int) -> list[StoredResult]:
         """Results that wait for the admin, the oldest first."""
         rows = self._files.read(
-            "SELECT log_id, log_date_time, code, message, finished FROM runs WHERE state <>"
-            " 'delivered' AND state = 'finished' ORDER BY finished LIMIT ?",
+            "SELECT log_id, log_date_time, code, message, since FROM runs WHERE state <>"
+            " 'delivered' AND state = 'finished' ORDER BY since LIMIT ?",
             limit,
         )
         return [StoredResult(*row) for row in rows]
@@ -6832,8 +6922,8 @@ class JournalReader(Facts):
     ) -> list[StoredResult]:
         """Results that came into this state between two times of the clock, the oldest first."""
         rows = self._files.read(
-            "SELECT log_id, log_date_time, code, message, finished FROM runs WHERE state <>"
-            " 'delivered' AND state = ? AND finished >= ? AND finished < ? ORDER BY finished"
+            "SELECT log_id, log_date_time, code, message, since FROM runs WHERE state <>"
+            " 'delivered' AND state = ? AND since >= ? AND since < ? ORDER BY since"
             " LIMIT ?",
             state.value,
             since,
@@ -6842,21 +6932,31 @@ class JournalReader(Facts):
         )
         return [StoredResult(*row) for row in rows]
 
-    def knows(self, log_id: int) -> bool:
-        return bool(self._files.read("SELECT 1 FROM runs WHERE log_id = ?", log_id))
+    def owed(self) -> list[int]:
+        """The logIds of all whose result the admin has not taken."""
+        query = (
+            "SELECT log_id FROM runs WHERE state <> 'delivered'"
+            " AND state IN ('accepted', 'running', 'finished')"
+        )
+        return [log_id for (log_id,) in self._files.read(query)]
 
-    def latest(self, before: float, handlers: typing.Iterable[str]) -> list[PastRun]:
+    def state(self, log_id: int) -> RunState | None:
+        """Of a run as it is stored; None for one that is not known."""
+        [[state]] = self._files.read("SELECT state FROM runs WHERE log_id = ?", log_id) or [[None]]
+        return RunState(state) if state is not None else None
+
+    def latest(self, before: float, handlers: typing.Collection[str]) -> list[PastRun]:
         """The RECENT latest runs of each handler that ended before the time `before`, the latest
         first, at least until all of `handlers` have so many; reads with a connection of its own.
         Raises JournalError."""
         missing, latest = dict.fromkeys(handlers, RECENT), []
         with contextlib.closing(read_journal(self._file)) as db:
             for run in itertools.islice(past_runs(db), LOOK_BACK):
-                wanted = missing.get(run.label, RECENT)
-                if wanted and run.code is not None and run.began + (run.took or 0.0) < before:
+                wanted = missing.get(run.handler, RECENT)
+                if wanted and run.ended is not None and run.ended < before:
                     latest.append(run)
-                    missing[run.label] = wanted - 1
-                    if not any(missing.values()):
+                    missing[run.handler] = wanted - 1
+                    if wanted == 1 and not any(missing[name] for name in handlers):
                         break
         return latest
 
@@ -6872,26 +6972,27 @@ class JournalReader(Facts):
     def oldest(self) -> float:
         """For how many seconds the oldest result waits for the admin; 0 when none does."""
         rows = self.undelivered(1)
-        return max(0.0, self.clock.now() - rows[0].finished) if rows else 0.0
+        return max(0.0, self.clock.now() - rows[0].since) if rows else 0.0
 
     def unfinished(self) -> list[Unfinished]:
         """Every run without a result, in the order of acceptance; read once, at start."""
         rows = self._files.read(
-            "SELECT log_id, log_date_time, trigger, state, accepted, starts, code, message FROM"
-            " runs WHERE state <> 'delivered' AND state IN ('accepted', 'running')"
+            "SELECT log_id, log_date_time, trigger, state, accepted, since, starts, code, message"
+            " FROM runs WHERE state <> 'delivered' AND state IN ('accepted', 'running')"
             " ORDER BY accepted"
         )
         runs, dropped = [], self._dropped()
-        for log_id, date, stored, state, accepted, starts, code, message in rows:
+        for log_id, date, stored, state, accepted, since, starts, code, message in rows:
             try:
                 fields = json.loads(stored)
-                age = seconds_since(fields.pop("accepted", ["", 0.0, accepted]))
+                moment_ = fields.pop("accepted")
+                age, began = seconds_since(moment_), _began(moment_, accepted, since)
                 trigger = Trigger(**fields)
-            except (ValueError, TypeError, AttributeError):  # a page may be damaged unnoticed
-                age = 0.0
+            except (ValueError, TypeError, AttributeError, LookupError):
+                age, began = 0.0, round(time.time(), 3)  # a page may be damaged unnoticed
                 trigger = Trigger(0, log_id, "(unknown)", log_date_time=date, glue_type="")
             cancelled = dropped.get(log_id) if code is None else Result(code, message or "")
-            runs.append(Unfinished(trigger, RunState(state), age, starts, cancelled))
+            runs.append(Unfinished(trigger, RunState(state), age, began, starts, cancelled))
         return runs
 
     def _dropped(self) -> dict[int, Result]:
@@ -6918,7 +7019,7 @@ class JournalReader(Facts):
         JournalError."""
         keep = max(keep, REPEAT_WINDOW)
         newest = self._files.read(
-            "SELECT finished FROM runs WHERE state = 'delivered' ORDER BY finished DESC LIMIT 1"
+            "SELECT since FROM runs WHERE state = 'delivered' ORDER BY since DESC LIMIT 1"
             f" OFFSET {KEPT_RUNS}"
         )
         if newest and isinstance(newest[0][0], float):  # else a damaged row
@@ -6936,7 +7037,7 @@ class JournalReader(Facts):
         """In parts: triggers wait meanwhile."""
         query = (
             "DELETE FROM runs WHERE log_id IN"
-            f" (SELECT log_id FROM runs WHERE {state} AND finished < ? LIMIT 1000)"
+            f" (SELECT log_id FROM runs WHERE {state} AND since < ? LIMIT 1000)"
         )
         before, removed = (self.clock.now() - age,), 0
         while not stop():
@@ -7094,15 +7195,15 @@ class Journal(JournalReader):
         """accepted -> running; committed before anything of the run starts, so that it never starts
         twice. Whether it was accepted."""
         query = (
-            "UPDATE runs SET state = 'running', starts = starts + 1"
+            "UPDATE runs SET state = 'running', since = ?, starts = starts + 1"
             " WHERE log_id = ? AND state = 'accepted'"
         )
-        return self._files.db.execute(query, (log_id,)).rowcount == 1
+        return self._files.db.execute(query, (self.clock.now(), log_id)).rowcount == 1
 
     def restart(self, trigger: Trigger) -> None:
         """running -> accepted, for a run that a crash interrupted and that its job wants again."""
         query = (
-            "UPDATE runs SET state = 'accepted', accepted = ?, trigger = ?"
+            "UPDATE runs SET state = 'accepted', since = NULL, accepted = ?, trigger = ?"
             " WHERE log_id = ? AND state = 'running'"
         )
         self._files.db.execute(query, (self.clock.now(), self._stored(trigger), trigger.log_id))
@@ -7124,17 +7225,18 @@ class Journal(JournalReader):
         self._files.db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
         return name
 
-    def finish(self, ended: typing.Sequence[tuple[Trigger, float | None]], result: Result) -> None:
+    def finish(self, spans: typing.Sequence[Span], result: Result) -> None:
         """accepted | running -> finished, all with `result`; held while it cannot be stored. Of
-        each trigger is kept what `runs` shows, and how many seconds its run took."""
-        for trigger, took in ended:
+        each trigger is kept what `runs` shows."""
+        for trigger, began, took in spans:
             kept = {
                 "handler": trigger.handler,
                 "glue_type": trigger.glue_type,
                 "shard_index": trigger.shard_index,
                 "shard_total": trigger.shard_total,
-                "began": round(time.time() - (took or 0.0), 3),
-                "took": None if took is None else round(took, 3),
+                "began": began,
+                "took": took,
+                "ended": round(time.time(), 3),
             }
             row = (result.code, result.message, json.dumps(kept), trigger.log_id)
             self._unstored.results.append(row)
@@ -7191,24 +7293,32 @@ def read_journal(file: str) -> sqlite3.Connection:
 
 
 def past_runs(db: sqlite3.Connection, log_id: int | None = None) -> typing.Iterator[PastRun]:
-    """What is known of all runs, or of one, the latest trigger first. Raises JournalError."""
-    query = "SELECT log_id, log_date_time, state, trigger, code, message FROM runs"
+    """What is known of all runs, or of one, the one that was accepted last first. Raises
+    JournalError."""
     one = ("", ()) if log_id is None else (" WHERE log_id = ?", (log_id,))
+    query = "SELECT log_id, log_date_time, state, trigger, accepted, since, code, message FROM runs"
     try:
-        for row in db.execute(f"{query}{one[0]} ORDER BY log_id DESC", one[1]):
+        for row in db.execute(f"{query}{one[0]} ORDER BY accepted DESC", one[1]):
             yield _past_run(*row)
     except sqlite3.Error as error:
         raise JournalError(f"the journal cannot be read: {error}") from None
 
 
 def _past_run(
-    log_id: int, date: int, state: str, stored: str | None, code: int | None, message: str | None
+    log_id: int,
+    date: int,
+    state: str,
+    stored: str | None,
+    accepted: float,
+    since: float | None,
+    code: int | None,
+    message: str | None,
 ) -> PastRun:
     ended = state not in (RunState.ACCEPTED.value, RunState.RUNNING.value)
     fields: dict = {}
     with contextlib.suppress(ValueError):  # a page may be damaged unnoticed
         fields = json.loads(stored or "{}")
-    with contextlib.suppress(ValueError, TypeError, AttributeError, KeyError, IndexError):
+    with contextlib.suppress(ValueError, TypeError, AttributeError, LookupError):
         handler = str(fields["handler"])
         return PastRun(
             log_id,
@@ -7218,13 +7328,22 @@ def _past_run(
             handler if fields.get("glue_type") == "BEAN" else "glue",
             int(fields["shard_index"]),
             int(fields["shard_total"]),
-            float(fields["began"] if ended else fields["accepted"][2]),
+            float(fields["began"]) if ended else _began(fields["accepted"], accepted, since),
             fields.get("took"),
+            float(fields["ended"]) if ended else None,
             code if ended else None,  # else why it is being ended
             message or "" if ended else "",
         )
-    unknown = ("(unknown)", "(unknown)", 0, 1, (date or 0) / 1000, None)
+    at = (date or 0) / 1000
+    unknown = ("(unknown)", "(unknown)", 0, 1, at, None, at if ended else None)
     return PastRun(log_id, date, state, *unknown, code if ended else None, message or "")
+
+
+def _began(accepted: list, clock: float, since: float | None) -> float:
+    """`began` of a run without a result, see Span: that was accepted at this `moment`, when the
+    journal's clock was at `clock`, and runs since that was at `since`, None for one that waits."""
+    waited = 0.0 if since is None else max(0.0, since - clock)
+    return round(float(accepted[2]) + waited, 3)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -7237,6 +7356,15 @@ RESEND_AFTER = (120.0, 1200.0)  # seconds since its acknowledgement until a resu
 SUSPECT = 90.0  # seconds: what an admin acknowledged so long before it was missed may be lost
 
 
+class Part(typing.NamedTuple):
+    """Results for one request, the state in which they are, and the one in which they will be once
+    the admin has taken them."""
+
+    rows: list[StoredResult]
+    before: RunState
+    after: RunState
+
+
 class RefusedResults:
     """Results that the admin did not want, each with a backoff of its own; the callback thread."""
 
@@ -7244,6 +7372,8 @@ class RefusedResults:
         # by logId: its backoff, and the monotonic time of the next attempt
         self._results: dict[int, tuple[Backoff, float]] = {}
         self.in_a_row = 0  # refusals since a result was taken
+        self._parts: list[Part] = []  # of batches that were refused, the next one at the end
+        self._part_at = 0.0  # monotonic; not before
 
     def __len__(self) -> int:
         return len(self._results)
@@ -7255,15 +7385,36 @@ class RefusedResults:
         return log_id in self._results and self._results[log_id][1] <= now
 
     def soonest(self) -> float:
-        """When the next of them is due, monotonic."""
+        """When the next request for them is due, monotonic."""
+        if self._parts:
+            return self._part_at
         return min([at for _, at in self._results.values()], default=float("inf"))
+
+    def split(self, part: Part) -> None:
+        """It was refused: try its halves, the fresh one first."""
+        middle = len(part.rows) // 2
+        halves = part.rows[:middle], part.rows[middle:]
+        self._parts += [part._replace(rows=half) for half in halves]
+
+    def next_part(self) -> Part | None:
+        """What is left of a batch that was refused and may be tried now."""
+        return self._parts.pop() if self.part_due() else None
+
+    def part_due(self) -> bool:
+        return bool(self._parts) and time.monotonic() >= self._part_at
+
+    def in_parts(self) -> set[int]:
+        return {row.log_id for part in self._parts for row in part.rows}
 
     def add(self, log_id: int) -> None:
         backoff, _ = self._results.get(log_id, (Backoff(), 0.0))
         self._results[log_id] = (backoff, time.monotonic() + backoff.fail())
         self.in_a_row += 1
+        # None was taken lately: it may be that the admin refuses all, and is asked gently then.
+        if self.in_a_row > 3:
+            self._part_at = time.monotonic() + REFUSED_PACE
 
-    def forget(self, rows: list[StoredResult]) -> None:
+    def forget(self, rows: typing.Sequence[StoredResult]) -> None:
         """Those that were taken or given up."""
         for row in rows:
             self._results.pop(row.log_id, None)
@@ -7271,6 +7422,7 @@ class RefusedResults:
     def pardon(self) -> None:
         """The admin may have been wrong about all of them."""
         self._results.clear()
+        self._parts.clear()
         self.in_a_row = 0
 
 
@@ -7284,15 +7436,15 @@ class Repeats:
         self._suspects: tuple[float, float] | None = None
         self._missed_at = 0.0  # monotonic; the last such absence that was looked at
 
-    def due(self, settling: set[int]) -> tuple[list[StoredResult], RunState, RunState, float]:
-        """Results to send once more but for those that are `settling`, the state in which they are
-        and will be, and the seconds until there are some, if there are none."""
+    def due(self, taken: set[int]) -> tuple[Part | None, float]:
+        """Results to send once more but for those that are `taken` care of, and the seconds until
+        there are some, if there are none."""
         now, wait = self._journal.clock.now(), float("inf")
         if self._admin.missed_at > self._missed_at:
             self._missed_at = self._admin.missed_at
             noticed = now - (time.monotonic() - self._missed_at)
             self._suspects = (noticed - SUSPECT, noticed)
-        most = BATCH + len(settling)
+        most = BATCH + len(taken)
         for before, after, age in (
             (RunState.ACKNOWLEDGED, RunState.RESENT, RESEND_AFTER[0]),
             (RunState.RESENT, RunState.DELIVERED, RESEND_AFTER[1]),
@@ -7300,15 +7452,15 @@ class Repeats:
             rows = self._journal.acknowledged(before, *(self._suspects or (0.0, 0.0)), most)
             oldest = [] if rows else self._journal.acknowledged(before, 0.0, now, 1)
             # and what soon would be, for a full batch
-            if oldest and oldest[0].finished <= now - age:
+            if oldest and oldest[0].since <= now - age:
                 rows = self._journal.acknowledged(before, 0.0, now - age / 2, most)
             elif oldest:
-                wait = min(wait, oldest[0].finished + age - now)
-            rows = [row for row in rows if row.log_id not in settling][:BATCH]
+                wait = min(wait, oldest[0].since + age - now)
+            rows = [row for row in rows if row.log_id not in taken][:BATCH]
             if rows:
-                return rows, before, after, wait
+                return Part(rows, before, after), wait
         self._suspects = None
-        return [], RunState.ACKNOWLEDGED, RunState.RESENT, wait
+        return None, wait
 
 
 class Callbacks(Watched):
@@ -7316,8 +7468,8 @@ class Callbacks(Watched):
     is acknowledged; and then twice more, for an admin stores later than it acknowledges.
 
     wake, retry: any thread. A batch that the admin refuses is split until the bad results are
-    alone; each of them is tried again with a backoff of its own, behind those that were never
-    refused, so that it holds back nobody.
+    alone; each of them is tried again with a backoff of its own. Between any two of these requests
+    goes what was never refused, so that they hold back nobody.
     """
 
     def __init__(self, journal: typing.Any, admin: typing.Any, metrics: Metrics):
@@ -7395,56 +7547,69 @@ class Callbacks(Watched):
                 self._refused.pardon()
             if now < self._retry_at:
                 return self._retry_at - now
-            settling = set(self._settling)  # before what is read becomes old
-            most = BATCH + len(self._refused) + len(settling)
-            rows = [row for row in self._journal.undelivered(most) if row.log_id not in settling]
-            alive = self._bury(rows)
-            if len(alive) < len(rows):  # others may stand behind those
+            fresh, again = self._undelivered(now)
+            if len(fresh) >= BATCH:
+                self._attempt(Part(fresh[:BATCH], RunState.FINISHED, taken))
                 continue
-            fresh = [row for row in alive if row.log_id not in self._refused]
-            again = [row for row in alive if self._refused.due(row.log_id, now)]
-            due = (fresh or again)[:BATCH]
-            if len(due) == BATCH:
-                self._attempt(due, RunState.FINISHED, taken)
+            due = [Part(fresh, RunState.FINISHED, taken)] if fresh else []
+            part = self._refused.next_part()
+            if part is not None:
+                due.append(part)
+            elif again and not self._refused.in_parts():
+                due.append(Part(again[:BATCH], RunState.FINISHED, taken))
+            repeat, wait = self._due_again()
+            if repeat is not None:
+                due.append(repeat)
+            if not all(map(self._attempt, due)) or due and self._refused.part_due():
                 continue
-            if due and not self._attempt(due, RunState.FINISHED, taken):
-                continue
-            rows, before, after, wait = self._due_again()
-            if rows:
-                self._attempt(rows, before, after)
-            if due or rows:  # what ends meanwhile goes into the next request
+            if due:  # what ends meanwhile goes into the next request
                 self._next_at = now + PACE
                 return 0.0
             soonest = min(wait, self._refused.soonest() - now)
             return None if soonest == float("inf") else max(0.05, soonest)
 
-    def _attempt(self, rows: list[StoredResult], before: RunState, after: RunState) -> bool:
-        """Whether the admin took `rows`; else it is left alone for a while."""
+    def _undelivered(self, now: float) -> tuple[list[StoredResult], list[StoredResult]]:
+        """What was never refused, and what was and is to be tried again."""
+        while True:
+            taken = self._taken()  # before what is read becomes old
+            most = BATCH + len(self._refused) + len(taken)
+            rows = [row for row in self._journal.undelivered(most) if row.log_id not in taken]
+            alive = self._bury(rows)
+            if len(alive) == len(rows):  # else others may stand behind those
+                fresh = [row for row in alive if row.log_id not in self._refused]
+                return fresh, [row for row in alive if self._refused.due(row.log_id, now)]
+
+    def _taken(self) -> set[int]:
+        """Whom nobody else is to take care of now: a copy."""
+        return self._settling | self._refused.in_parts()
+
+    def _attempt(self, part: Part) -> bool:
+        """Whether the admin has answered; else it is left alone for a while."""
         try:
-            self._send(rows, before, after)
-        except (AdminUnreachable, AdminRefused) as error:
+            self._send(part)
+        except AdminUnreachable as error:
             self._metrics.count("callback_failures_total")
             wait = self._backoff.fail()
             self._retry_at = time.monotonic() + wait
             if str(error) != self.last_error:  # an outage is told once, not once a minute
                 log.warning(
                     "cannot deliver %s, next attempt in %.0f s: %s",
-                    counted(len(rows), "result"),
+                    counted(len(part.rows), "result"),
                     wait,
                     error,
                 )
             self.last_error = str(error)
             return False
         self._backoff.succeed()
-        if not self._refused:
+        if not self._refused and not self._refused.in_parts():
             self.last_error = ""
         return True
 
-    def _due_again(self) -> tuple[list[StoredResult], RunState, RunState, float]:
+    def _due_again(self) -> tuple[Part | None, float]:
         """See Repeats.due; nothing at the end, or when nobody acknowledges."""
         if not self._admin.addresses or self._closing.is_set():
-            return [], RunState.ACKNOWLEDGED, RunState.RESENT, float("inf")
-        return self._repeats.due(set(self._settling))  # a copy before what is read becomes old
+            return None, float("inf")
+        return self._repeats.due(self._taken())  # before what is read becomes old
 
     def _settle(self, rows: list[StoredResult], before: RunState, after: RunState) -> None:
         """Have the journal remember their new state; they are left alone until it does."""
@@ -7458,7 +7623,7 @@ class Callbacks(Watched):
 
     def _bury(self, rows: list[StoredResult]) -> list:
         oldest = self._journal.clock.now() - DEAD_AFTER
-        dead = [row for row in rows if row.finished < oldest]
+        dead = [row for row in rows if row.since < oldest]
         if dead:
             log.error(
                 "giving up %s that the admin did not take for %d days: logId=%s",
@@ -7468,21 +7633,25 @@ class Callbacks(Watched):
             )
             self._settle(dead, RunState.FINISHED, RunState.DEAD)
             self._refused.forget(dead)
-        return [row for row in rows if row.finished >= oldest]
+        return [row for row in rows if row.since >= oldest]
 
-    def _send(self, rows: list[StoredResult], before: RunState, after: RunState) -> None:
+    def _send(self, part: Part) -> None:
         """Also of results that it had taken, when `before` is not FINISHED: a refusal of one, such
         as of a log that was deleted there, is as good as a yes then."""
+        rows, before, after = part
         self._busy_since = time.monotonic()
         try:
             self._admin.callback(rows)
         except AdminRefused as error:
             if len(rows) > 1:
-                self._send(rows[len(rows) // 2 :], before, after)  # the fresh ones first
-                self._send(rows[: len(rows) // 2], before, after)
+                self._refused.split(part)
                 return
             if before is RunState.FINISHED:
-                self._put_off(rows[0].log_id, error)
+                log_id, self.last_error = rows[0].log_id, str(error)
+                self._refused.add(log_id)
+                self._metrics.count("callback_failures_total")
+                told = "the admin refuses the result of logId=%d, trying again later: %s"
+                log.warning(told, log_id, error)
                 return
         if before is not RunState.FINISHED:
             self._metrics.count("results_resent_total", len(rows))
@@ -7492,18 +7661,6 @@ class Callbacks(Watched):
             self._refused.forget(rows)
             log.info("delivered %s", " ".join(f"logId={row.log_id}" for row in rows))
         self._settle(rows, before, after)
-
-    def _put_off(self, log_id: int, error: AdminRefused) -> None:
-        """Try it again later. Raises `error` when this thread is to end."""
-        self._refused.add(log_id)
-        self._metrics.count("callback_failures_total")
-        log.warning(
-            "the admin refuses the result of logId=%d, trying again later: %s", log_id, error
-        )
-        self.last_error = str(error)
-        # None was taken lately: it may be that it refuses all, and is asked gently then.
-        if self._refused.in_a_row > 3 and self._closing.wait(REFUSED_PACE):
-            raise error
 
 
 # --------------------------------------------------------------------------------------------------
@@ -7716,11 +7873,9 @@ class AdminClient:
         self.addresses = [Address(url) for url in config.admin.addresses]
         self._config, self._learn = config, learn
         self._dialect = dialect or "array"  # or "wrapper", from 3.5
+        self._learned_at = float("-inf")  # monotonic; when a call last told
         self._local = threading.local()
-        self._turn, self._closing = (
-            threading.Lock(),
-            threading.Event(),
-        )  # the lock guards `tried_at`
+        self._turn, self._closing = threading.Lock(), threading.Event()  # it guards `tried_at`
         self._links: list[_Link] = []
         self.missed_at = 0.0  # monotonic; when one that had answered did not any more
         self.use_token(config.admin.access_token)
@@ -7774,8 +7929,12 @@ class AdminClient:
             raise
 
     def learned(self, path: str) -> None:
-        """What the admin called: only a 3.5 calls /trigger, only older ones /run."""
-        self._set_dialect("wrapper" if path == "/trigger" else "array")
+        """What the admin called: only a 3.5 calls /trigger, only older ones /run. At most once a
+        second: a caller of both must not fill the log and the journal."""
+        dialect, now = "wrapper" if path == "/trigger" else "array", time.monotonic()
+        if dialect != self._dialect and now >= self._learned_at + 1.0:
+            self._learned_at = now
+            self._set_dialect(dialect)
 
     def _set_dialect(self, dialect: str) -> None:
         if dialect != self._dialect:
@@ -7925,7 +8084,7 @@ class RegistrationHooks(typing.NamedTuple):
     """What the heartbeat thread asks and tells."""
 
     busy: typing.Callable[[], bool]  # whether something runs
-    resumed: typing.Callable[[], bool]  # whether a run of an earlier life waits or runs
+    owing: typing.Callable[[], bool]  # whether a result of an earlier life is still to come
     answered: typing.Callable[[bool], None]  # the admin answers; whether it did not before
     recall: typing.Callable[[str], str]
     learn: typing.Callable[[str, str], None]
@@ -7936,9 +8095,9 @@ class Registration:
     """The heartbeat thread: registers at start and every REGISTRY_INTERVAL, takes it back at the
     end; no failure ends it.
 
-    An address to which runs were sent that still go on must stay known to the admin, or it takes
-    them for lost: while this executor drains, and after a restart under another address, it is
-    parked under a key to which no trigger is routed.
+    An address to which runs were sent whose results have yet to come must stay known to the admin,
+    or it takes them for lost: while this executor drains, and after a restart under another
+    address, it is parked under a key to which no trigger is routed.
     """
 
     def __init__(
@@ -8006,7 +8165,7 @@ class Registration:
                 earlier = json.loads(self._hooks.recall("addresses"))
                 self._parked = [address for address in earlier if address != self.address]
         self._admin.registry(self.address)
-        if self._parked and not self._hooks.resumed():
+        if self._parked and not self._hooks.owing():
             for address in self._parked:
                 self._admin.registry(address, remove=True, parked=True)
             self._parked = []
@@ -8179,7 +8338,7 @@ class Owner(typing.NamedTuple):
     def alive(self) -> bool:
         with contextlib.suppress(OSError):
             process = _process_stat(self.pid)
-            return process is not None and process.started == self.started
+            return process is not None and process.alive and process.started == self.started
         return False
 
 
@@ -8288,10 +8447,8 @@ def recover(
     core: Core,
     scripts: Scripts,
     find_job: typing.Callable[[str], JobConfig | None],
-) -> list[int]:
-    """Runs that the last executor did not finish: start again, or report. Returns the logIds of
-    those that start again."""
-    resumed = []
+) -> None:
+    """Runs that the last executor did not finish: start again, or report."""
     for run in journal.unfinished():
         trigger, job = run.trigger, None
         with contextlib.suppress(Refused):  # not enabled any more
@@ -8307,13 +8464,29 @@ def recover(
             logs.open(trigger).end(told + more)
         if result.message or job is None:
             log.warning("failed %s: %s", trigger, result.message)
-            core.put(Lost(trigger, result))
+            core.put(Lost(Span(trigger, run.began, None), result))
         else:
             log.info("resumed %s", trigger)
             core.put(Resume(trigger, job, again))
-            resumed.append(trigger.log_id)
     journal.forget_dropped()
-    return resumed
+
+
+class Owed:
+    """The runs of earlier lives whose results the admin has yet to take."""
+
+    def __init__(self, journal: Journal, core: Core):
+        """When the journal holds none but those."""
+        self._journal, self._core = journal, core
+        self._log_ids = journal.owed()
+
+    def any_left(self) -> bool:
+        """One thread."""
+        while self._log_ids:
+            log_id = self._log_ids[-1]
+            if self._core.knows(log_id) or self._journal.state(log_id) is RunState.FINISHED:
+                return True
+            self._log_ids.pop()
+        return False
 
 
 def may_run_again(run: Unfinished, job: JobConfig | None) -> bool:
@@ -8410,9 +8583,6 @@ class Signals:
         self._wake_up.close()
 
 
-# --------------------------------------------------------------------------------------------------
-# 14b wiring, start and stop
-# --------------------------------------------------------------------------------------------------
 class Pruning:
     """Has a thread of its own remove what is old: there may be very much of it. start, join: the
     main thread."""
@@ -8465,6 +8635,9 @@ class Pruning:
                 log.info("pruned %s and %s", counted(logs, "log"), counted(runs, "run"))
 
 
+# --------------------------------------------------------------------------------------------------
+# 14b wiring, start and stop
+# --------------------------------------------------------------------------------------------------
 def what_is_left(counts: dict[str, int], stored: bool) -> str:
     """What becomes of results that were not delivered, by Journal.counts(); `stored`: the core has
     ended."""
@@ -8487,7 +8660,6 @@ class Wiring:
     def __init__(self, config: Config):
         self.config = config
         self._started, self._began = time.time(), time.monotonic()
-        self._resumed: list[int] = []
         self._reload_error = ""  # why the last reload changed nothing
         self._stdout = Output(1) if config.executor.log_to_stdout else None
         self._inherited: tuple | None = None  # the address of a socket of the service manager
@@ -8571,13 +8743,14 @@ class Wiring:
             self.config.executor.max_queued,
         )
         self._journal.post = self._core.put
+        self._owed = Owed(self._journal, self._core)
         self._pruning = Pruning(self._journal, self._logs, self._scripts, self._core, self._started)
 
     def _build_network(self, listener: socket.socket, room: int) -> None:
         """What others reach, and what tells the admin of it."""
         hooks = RegistrationHooks(
             busy=self._core.active,
-            resumed=lambda: any(map(self._core.knows, self._resumed)),
+            owing=self._owed.any_left,
             answered=self._callbacks.retry,
             recall=self._journal.fact,
             learn=self._journal.learn,
@@ -8624,7 +8797,9 @@ class Wiring:
 
     def _summary(self) -> str:
         runs, counts = self._core.snapshot(), self._journal.counts()
-        failed = "RELOAD FAILED, the old jobs stay, " if self._reload_error else ""
+        failed = ""
+        if self._reload_error:
+            failed = f"RELOAD FAILED, the old jobs stay ({self._reload_error[:200]}), "
         return (
             f"{failed}{len(runs['running'])} running, {sum(runs['queued'].values())} queued,"
             f" {counts['undelivered']} undelivered"
@@ -8753,7 +8928,7 @@ class Daemon(Wiring):
         config = self.config
         self._processes.start_thread()
         self._prepare(config)
-        self._resumed = recover(self._journal, self._logs, self._core, self._scripts, config.job)
+        recover(self._journal, self._logs, self._core, self._scripts, config.job)
         self._core.start()
         self._core.flush(STORE_LIMIT)
         self._http.start()
@@ -9113,8 +9288,12 @@ def columns(text: str) -> int:
 
 def fit(text: str) -> str:
     """`text` cut to the width of the terminal, when stdout is one."""
-    most = shutil.get_terminal_size().columns - 1 if sys.stdout.isatty() else sys.maxsize
-    return cut(text, most)
+    return cut(text, width())
+
+
+def width() -> int:
+    """Columns of a line on stdout."""
+    return shutil.get_terminal_size().columns - 1 if sys.stdout.isatty() else sys.maxsize
 
 
 def cut(text: str, most: int) -> str:
@@ -9124,6 +9303,11 @@ def cut(text: str, most: int) -> str:
     while text and columns(text) > most - 3:
         text = text[:-1]
     return text + "..."
+
+
+def short(name: str) -> str:
+    """The name of a job in at most a quarter of a line: what is told of it matters."""
+    return cut(name, max(12, width() // 4))
 
 
 def table(
@@ -9183,6 +9367,11 @@ def cmd_check(arguments: argparse.Namespace) -> int:
             refuse_unsafe(config)
     except ConfigError as error:
         problems.append(str(error))
+        if ".access_token: is empty" in problems[-1] and "CREDENTIALS_DIRECTORY" not in os.environ:
+            problems[-1] += (
+                "; of a service with LoadCredential=token:FILE, check with"
+                " CREDENTIALS_DIRECTORY=<the directory of FILE>"
+            )
     warnings = HostCheck(config, deep=True).warnings() if jobs or not problems else []
     for warning in warnings:
         print(printable(f"warning: {warning}"), file=sys.stderr)
@@ -9202,7 +9391,7 @@ def _rows(jobs: list[JobConfig]) -> list[tuple[str, ...]]:
     ]
     return [
         (
-            job.name,
+            short(job.name),
             kind,
             seconds_text(job.timeout) if job.timeout else "-",
             job.description or job.what,
@@ -9249,6 +9438,7 @@ class _Progress:
 
 
 def cmd_demo(arguments: argparse.Namespace) -> int:
+    require_modules()
     config = load_config(find_config(arguments.config))
     names = [job.name for job in config.jobs.values() if job.enabled]
     if not names:
@@ -9302,13 +9492,15 @@ def _demo_config(config: Config, admin: str, data_dir: str) -> Config:
 
 
 def _show_how_to_go_on(job: str, url: str, data_dir: str) -> None:
-    program = os.path.relpath(__file__)
+    started = os.path.abspath(sys.argv[0])  # this file, or what setup.cfg installs for it
+    program = [sys.executable, started] if started.endswith(".py") else [started]
+    command = shlex.join([*program, "status", "--data-dir", data_dir])
     trigger = json.dumps({"jobId": 1, "logId": 0, "executorHandler": job})
     trigger = trigger.replace("'", "\\u0027").replace('"logId": 0', "\"logId\": '$(date +%s)'")
     print(
-        "Still serving; Ctrl-C ends it. In another terminal, to run a job again and to look:\n"
+        "Still serving; Ctrl-C ends it. In another terminal, to run a job again:\n"
         f"  curl -d '{trigger}' {url}run; echo\n"
-        f"  python3 {program} status --data-dir {data_dir}",
+        f"and to look:\n  {command}",
         flush=True,
     )
 
@@ -9418,12 +9610,16 @@ def run_here(trigger: Trigger, job: JobConfig) -> Result:
 def find_data(arguments: argparse.Namespace) -> tuple[str, Config | None]:
     """(data_dir, the configuration as far as it can be read): a mistake in it, or a token that is
     not set here, is no reason not to look. Raises ConfigError when nothing names the directory."""
-    config, error = None, None
+    config, path, error = None, "", None
     try:
-        config = load_config(find_config(arguments.config))
+        file = find_config(arguments.config)
+        path = legible_data_dir(file)
+        config = load_config(file)
     except ConfigError as failure:
         config, error = failure.config, failure
-    path = arguments.data_dir or (config.executor.data_dir if config is not None else None)
+    if config is not None and config.executor.data_dir:
+        path = config.executor.data_dir
+    path = arguments.data_dir or path
     if not path:
         raise ConfigError(f"{error}\nThis command needs only executor.data_dir: --data-dir DIR")
     return path, config
@@ -9457,7 +9653,7 @@ def look(path: str, config: Config | None) -> Look:
     elif owner is not None:
         trouble = f"not running, it stopped at {stamp(int(owner.since))}"
     state: dict = {
-        "app": config.executor.app_name if config is not None else path,
+        "app": config and config.executor.app_name or path,
         "jobs": sorted(config.jobs) if config is not None else [],
         "trouble": trouble,
         "running": [],
@@ -9479,7 +9675,7 @@ def _look_back(path: str, state: dict) -> None:
             state["undelivered"] += run.state == RunState.FINISHED.value
             state["dead"] += run.state == RunState.DEAD.value
             if run.code is not None:
-                codes = state["recent"].setdefault(run.label, [])
+                codes = state["recent"].setdefault(run.handler, [])
                 if not codes and run.code != SUCCESS:
                     state["failures"].append(run.shown())
                 if len(codes) < RECENT:
@@ -9510,9 +9706,10 @@ def cmd_status(arguments: argparse.Namespace) -> int:
     live = arguments.watch and not arguments.json and sys.stdout.isatty()
     if live:
         print("\x1b[2J", end="")
+    path, config = find_data(arguments)
     with contextlib.suppress(KeyboardInterrupt):
         while True:
-            seen = look(*find_data(arguments))
+            seen = look(path, config)
             if arguments.json:
                 indent = None if arguments.watch else 2
                 print(json.dumps(seen.state, ensure_ascii=False, indent=indent), flush=True)
@@ -9571,7 +9768,11 @@ def _running_lines(state: dict) -> list[str]:
         return []
     stuck = " (cancelled, but its thread does not return)"
     rows = [
-        (run["job"], run["logId"], seconds_text(run["seconds"]) + (stuck if run["stuck"] else ""))
+        (
+            short(run["job"]),
+            run["logId"],
+            seconds_text(run["seconds"]) + (stuck if run["stuck"] else ""),
+        )
         for run in state["running"]
     ]
     return [*table(("RUNNING", "LOGID", "FOR"), rows), ""]
@@ -9582,14 +9783,10 @@ def _failure_lines(state: dict) -> list[str]:
     if not state["failures"]:
         return []
     rows = [
-        (run["job"], stamp(int(_end_of(run))), run["logId"], printable(run["message"]))
-        for run in sorted(state["failures"], key=_end_of, reverse=True)
+        (short(run["job"]), stamp(int(run["ended"])), run["logId"], printable(run["message"]))
+        for run in sorted(state["failures"], key=lambda run: run["ended"], reverse=True)
     ]
     return [*table(("FAILED", "AT", "LOGID", "MESSAGE"), rows), ""]
-
-
-def _end_of(run: dict) -> float:
-    return run["began"] + (run["seconds"] or 0.0)
 
 
 def _job_lines(state: dict, most: int) -> list[str]:
@@ -9607,7 +9804,7 @@ def _job_lines(state: dict, most: int) -> list[str]:
         left_out = f"... and {counted(len(names) - room, 'more job')}"
     rows = [
         (
-            name,
+            short(name),
             "".join(marks.get(code, "?") for code in state["recent"].get(name, [])) or "-",
             running[name],
             state["queued"].get(name, 0),
@@ -9679,19 +9876,18 @@ def cmd_runs(arguments: argparse.Namespace) -> int:
         of = f' of "{arguments.job}"' if arguments.job else ""
         print(f"no {'failed ' if arguments.failed else ''}run{of} is known in {path}")
     else:
-        print("\n".join(map(fit, _run_lines(runs, alive))))
+        print("\n".join(_run_lines(runs, alive)))
     return 0
 
 
 def _run_lines(runs: list[PastRun], alive: bool) -> list[str]:
-    """The table of `runs`; on a terminal long names of jobs are cut, for the messages matter."""
-    most = 24 if sys.stdout.isatty() else sys.maxsize
+    """The table of `runs`; why a run has failed is below its line where that has no room for it."""
     shards = any(run.shard_total > 1 for run in runs)
     head = ("BEGAN", "JOB", "LOGID", *(["SHARD"] if shards else []), "RESULT", "TOOK", "MESSAGE")
     rows = [
         (
             stamp(int(run.began)),
-            cut(run.handler, most),
+            short(run.handler),
             run.log_id,
             *([f"{run.shard_index}/{run.shard_total}"] if shards and run.shard_total > 1 else []),
             *(["-"] if shards and run.shard_total <= 1 else []),
@@ -9701,7 +9897,15 @@ def _run_lines(runs: list[PastRun], alive: bool) -> list[str]:
         )
         for run in runs
     ]
-    return table(head, rows)
+    first, *lines = table(head, rows)
+    shown = [fit(first)]
+    for run, line in zip(runs, lines):
+        reason = printable(" ".join(run.message.split()))
+        if run.code in (None, SUCCESS) or columns(line) <= width():
+            shown.append(fit(line))
+        else:
+            shown += [fit(line.removesuffix(reason).rstrip()), fit(f"    {reason}")]
+    return shown
 
 
 def _took(run: PastRun, alive: bool) -> str:
@@ -10016,7 +10220,7 @@ class _Json(logging.Formatter):
         for line in lines:
             fields = line.fields if isinstance(line, Event) else {}
             more = {**fields, "trace": trace} if trace else fields
-            shown.append(json.dumps({**head, "message": line, **more}, ensure_ascii=False))
+            shown.append(json_line({**head, "message": line, **more}))
         return "\n".join(shown)
 
 

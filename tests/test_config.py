@@ -581,6 +581,7 @@ jobs:
         f'config.yaml:4: admin.addresses: {ADDRESS} the text "nonsense"',
         ("config.yaml:9: jobs.hello.command: expected text or a number, got the truth value true"),
         "config.yaml:12: jobs.hello.env.B: expected text or a number, got a list",
+        'config.yaml:13: jobs.hello.env: "C-D" is no name of an environment variable',
     ]
 
 

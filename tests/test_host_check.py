@@ -117,7 +117,7 @@ def test_no_jobs(host):
 
 def test_an_old_python(host):
     old = host / "old-python"
-    old.write_text("#!/bin/sh\necho '[3, 6]'\n")
+    old.write_text("#!/bin/sh\nprintf '[3, 6]\\n[]\\n'\n")
     old.chmod(old.stat().st_mode | stat.S_IXUSR)
     text = f'executor: {{bind: "127.0.0.1:0"}}\njobs: {{a: {{python: "good:main", interpreter: {old}}}}}\n'
     (host / "config.yaml").write_text(text)

@@ -26,6 +26,7 @@ from xxl_executor import (
     Result,
     RunState,
     Settled,
+    Span,
     Trigger,
 )
 
@@ -90,7 +91,7 @@ def finish(journal, log_id, code=200, message="fine"):
 
 
 def ended(*log_ids):
-    return [(trigger(log_id), 1.5) for log_id in log_ids]
+    return [Span(trigger(log_id), 100.0, 1.5) for log_id in log_ids]
 
 
 def settle(journal, log_ids, state, before=RunState.FINISHED, stored=lambda message: None):
@@ -147,12 +148,12 @@ def test_a_run_from_its_acceptance_to_its_delivery(journal):
     wanted = trigger(
         5, param='a "b" 你好', timeout=9, shard_index=1, shard_total=3, block_strategy="COVER_EARLY"
     )
-    assert not journal.knows(5)
+    assert not journal.state(5)
     began = journal.clock.now()
     assert abs(began - time.time()) < 60, "a new journal begins with the time of the wall clock"
     assert accept(journal, wanted) is True
     assert accept(journal, trigger(5, param="again")) is False
-    ((found, state, age, starts, cancelled),) = journal.unfinished()
+    ((found, state, age, began, starts, cancelled),) = journal.unfinished()
     assert (found, state, starts, cancelled) == (wanted, RunState.ACCEPTED, 0, None)
     assert 0 <= age < 60
     start(journal, 5)
@@ -169,7 +170,7 @@ def test_a_run_from_its_acceptance_to_its_delivery(journal):
     assert journal.undelivered(10) == [] and journal.oldest() == 0.0
     assert journal.counts() == {"undelivered": 0, "held": 0, "dead": 0}
     # Still known, so that its repeated trigger starts nothing.
-    assert journal.knows(5) and accept(journal, wanted) is False
+    assert journal.state(5) and accept(journal, wanted) is False
 
 
 def test_every_value_that_a_trigger_can_have_comes_back(journal):
@@ -228,7 +229,7 @@ def test_what_the_admin_acknowledged_can_be_sent_again(journal):
     settle(journal, [1, 2, 3], RunState.RESENT, RunState.ACKNOWLEDGED)
     assert (found(RunState.ACKNOWLEDGED), found(RunState.RESENT)) == ([], [1, 2, 3])
     settle(journal, [2], RunState.DELIVERED, RunState.RESENT)
-    assert found(RunState.RESENT) == [1, 3] and journal.knows(2)
+    assert found(RunState.RESENT) == [1, 3] and journal.state(2)
 
 
 def test_unfinished_runs_come_in_the_order_of_their_acceptance(journal):
@@ -279,7 +280,7 @@ def test_it_survives_reopening(file):
             (2, RunState.RUNNING, 1),
             (3, RunState.ACCEPTED, 0),
         ]
-        assert journal.fact("dialect") == "wrapper" and journal.knows(4)
+        assert journal.fact("dialect") == "wrapper" and journal.state(4)
         assert journal.counts() == {"undelivered": 1, "held": 0, "dead": 1}
 
 
@@ -332,10 +333,10 @@ def test_only_an_accepted_run_starts(journal, state):
         finish(journal, 1)
     if state in ("delivered", "dead"):
         settle(journal, [1], RunState(state))
-    before = waiting(journal), journal.counts(), journal.knows(1)
+    before = waiting(journal), journal.counts(), journal.state(1)
     start(journal, 1)
     assert journal.unfinished() == []
-    assert (waiting(journal), journal.counts(), journal.knows(1)) == before
+    assert (waiting(journal), journal.counts(), journal.state(1)) == before
 
 
 def test_the_first_result_stays(journal):
@@ -350,7 +351,7 @@ def test_the_first_result_stays(journal):
     assert (
         journal.undelivered(10) == []
         and journal.counts()["undelivered"] == 0
-        and not journal.knows(99)
+        and not journal.state(99)
     )
 
 
@@ -464,12 +465,12 @@ def test_prune_forgets_what_is_old_and_settled(journal, posted, file):
         if state != "finished":
             settle(journal, [log_id], RunState(state))
         at = journal.clock.now() - age * DAY
-        outside(file, "UPDATE runs SET finished = ? WHERE log_id = ?", at, log_id)
+        outside(file, "UPDATE runs SET since = ? WHERE log_id = ?", at, log_id)
     accept(journal, trigger(10))
     outside(file, "UPDATE runs SET accepted = 0 WHERE log_id = 10")
     assert journal.counts()["dead"] == 2
     assert journal.prune() == 4
-    assert [log_id for log_id in range(1, 11) if journal.knows(log_id)] == [2, 4, 5, 7, 9, 10]
+    assert [log_id for log_id in range(1, 11) if journal.state(log_id)] == [2, 4, 5, 7, 9, 10]
     assert journal.counts()["dead"] == 1
     assert journal.prune() == 0
 
@@ -477,7 +478,7 @@ def test_prune_forgets_what_is_old_and_settled(journal, posted, file):
 def many_delivered(file, count):
     with contextlib.closing(sqlite3.connect(file)) as db, db:
         db.executemany(
-            "INSERT INTO runs (log_id, log_date_time, state, accepted, finished) VALUES (?, ?,"
+            "INSERT INTO runs (log_id, log_date_time, state, accepted, since) VALUES (?, ?,"
             " 'delivered', 0, 0)",
             ((i, NOW) for i in range(count)),
         )
@@ -487,7 +488,7 @@ def test_prune_works_in_parts(journal, posted, file):
     many_delivered(file, 2500)
     assert journal.prune() == 2500
     assert len(posted) >= 3, "triggers could not come in between"
-    assert not journal.knows(1)
+    assert not journal.state(1)
 
 
 def test_prune_ends_when_it_is_told(journal, posted, file):
@@ -523,7 +524,7 @@ def test_nothing_of_a_batch_is_stored_before_all_of_it(journal, file):
     journal.finish(ended(1), Result(200, "fine"))
     journal.hold(Settled([3], RunState.FINISHED, RunState.DEAD, told.append))
     journal.learn("dialect", "wrapper")
-    assert journal.has(4) and not journal.knows(4) and waiting(journal) == [3]
+    assert journal.has(4) and not journal.state(4) and waiting(journal) == [3]
     assert journal.fact("dialect") == "wrapper"
     assert outside(file, query) == before
     assert outside(file, "SELECT * FROM facts WHERE name = 'dialect'") == []
@@ -537,7 +538,7 @@ def test_nothing_of_a_batch_is_stored_before_all_of_it(journal, file):
         (5, "accepted"),
     ]
     assert outside(file, "SELECT * FROM facts WHERE name = 'dialect'") == [("dialect", "wrapper")]
-    assert journal.knows(4) and waiting(journal) == [1]
+    assert journal.state(4) and waiting(journal) == [1]
     journal.publish()
     assert told == [Settled([3], RunState.FINISHED, RunState.DEAD, told.append), "results"]
     journal.publish()
@@ -564,7 +565,7 @@ def test_a_batch_that_is_taken_back_leaves_nothing_but_what_has_happened(journal
     journal.restart(trigger(2))
     journal.take_back()
     journal.publish()
-    assert not journal.knows(5) and told == []
+    assert not journal.state(5) and told == []
     assert [(row.trigger.log_id, row.state, row.starts) for row in journal.unfinished()] == [
         (1, RunState.ACCEPTED, 0),
         (2, RunState.RUNNING, 1),
@@ -585,7 +586,9 @@ def test_who_reads_does_not_wait_for_who_writes(journal):
     found = []
 
     def read():
-        found.append((waiting(journal), journal.knows(1), journal.counts()["undelivered"]))
+        found.append(
+            (waiting(journal), journal.state(1) is not None, journal.counts()["undelivered"])
+        )
         found.append((journal.fact("dialect"), journal.oldest() > 0, journal.unfinished()))
 
     journal.begin()
@@ -660,7 +663,7 @@ def test_a_full_disk_refuses_triggers_and_holds_results(journal, file, tmp_path,
     assert tolerant(journal) and not journal.reserve.lost and not journal.owes()
     assert (tmp_path / "reserve").stat().st_size == 4 << 20
     assert [row[:4] for row in journal.undelivered(10)] == [(1, NOW, 200, "y" * 100_000)]
-    assert not journal.knows(2) and not journal.knows(3)
+    assert not journal.state(2) and not journal.state(3)
     assert accept(journal, trigger(2, param="x" * 100_000)) is True
     assert [record.getMessage() for record in caplog.records] == [
         f"the disk is full: the reserve {tmp_path}/reserve of 4 MiB is given up for results;"
@@ -677,13 +680,13 @@ def test_a_commit_that_failed_leaves_nothing_to_come_back(journal, file, tmp_pat
         with no_file_above(64 << 10), pytest.raises(JournalError) as caught:
             accept(journal, trigger(2, param="x" * 100_000))
         assert str(caught.value) == f"{file}: disk I/O error"
-        assert not journal.owes() and not journal.knows(2)
+        assert not journal.owes() and not journal.state(2)
         crashed = tmp_path / f"crashed{number}"
         crashed.mkdir()
         for suffix in ("", "-wal"):
             shutil.copy(file + suffix, crashed)
         with contextlib.closing(Journal(str(crashed / "journal.db"))) as found:
-            assert found.knows(1) and not found.knows(2)
+            assert found.state(1) and not found.state(2)
     assert accept(journal, trigger(3)) is True
     assert [row.trigger.log_id for row in journal.unfinished()] == [1, 3]
 
@@ -737,7 +740,7 @@ def test_a_trigger_is_refused_where_the_files_were_removed(journal, file, caplog
         (1, "fine"),
         (2, "held meanwhile"),
     ]
-    assert accept(journal, trigger(3)) is True and not journal.knows(4)
+    assert accept(journal, trigger(3)) is True and not journal.state(4)
     assert outside(file, "SELECT log_id FROM runs ORDER BY log_id") == [(1,), (2,), (3,)]
     assert [record.getMessage() for record in caplog.records] == [
         f"the files of the journal {file} were removed: made anew, all is there"

@@ -162,7 +162,10 @@ def test_a_callback_that_never_ends_is_noticed(tmp_path):
         wait_until(lambda: callbacks.alive(0), what="that it waits")
         journal.begin()
         journal.accept(xxl_executor.Trigger(1, 1, "job"))
-        journal.finish([(xxl_executor.Trigger(1, 1, "job"), 1.0)], xxl_executor.Result(200, ""))
+        journal.finish(
+            [xxl_executor.Span(xxl_executor.Trigger(1, 1, "job"), 1.0, 1.0)],
+            xxl_executor.Result(200, ""),
+        )
         journal.commit()
         callbacks.wake()
         assert called.wait(10)
