@@ -173,6 +173,21 @@ def test_dialect_is_learned_from_the_path_and_remembered(executor, loopback, ver
     assert [type(body) for _, body in calls(admin, "callback")] == [shape]
 
 
+def test_a_caller_of_both_paths_does_not_fill_the_log(executor):
+    """Which dialect the admin speaks is told when it changes, not as often as somebody who calls
+    the paths of two versions in turn likes."""
+    daemon = executor(HELLO)
+    began = time.monotonic()
+    for log_id in range(1, 301):
+        path = "/trigger" if log_id % 2 else "/run"
+        body = {"jobId": 1, "logId": log_id, "executorHandler": "unknown"}
+        assert daemon.post(path, body)["code"] == 500
+    took = time.monotonic() - began
+    assert daemon.stop() == 0
+    told = daemon.log.count("the admin speaks the dialect")
+    assert 1 <= told <= took + 3, f"{told} lines in {took:.1f} s"
+
+
 def test_message_is_cut_to_what_the_admin_stores(executor, admin):
     text = "x" * 30_000
     daemon = executor(

@@ -45,6 +45,28 @@ def test_json_lines(executor, admin):
     ]
 
 
+def test_json_lines_hold_no_character_on_which_a_terminal_acts(executor, admin):
+    """What callers and jobs send is escaped where it would clear a screen, end a line or turn the
+    direction of the text, and whoever reads the JSON has it as it was."""
+    odd = "caf\u00e9 \x9b2J \x90 \x7f \u2028 \u202e end"
+    daemon = executor(
+        {"say": {"shell": 'printf "%s\\n" "$1"'}},
+        admin=admin,
+        executor={"log_format": "json", "log_to_stdout": True},
+    )
+    body = {"jobId": 9, "logId": 9, "executorHandler": odd, "glueType": "BEAN"}
+    assert daemon.post("/run", body)["code"] == 500
+    log_id, _ = run_job(daemon, admin, "say", executorParams=odd)
+    assert daemon.stop() == 0
+    text = daemon.stderr.read_bytes().decode("utf-8")
+    raw = set(re.findall(r"[^\n -~\u00e9]", text))
+    assert not raw, f"{raw} in {text!r}"
+    lines = [json.loads(line) for line in text.split("\n")[:-1]]
+    messages = [line["message"] for line in lines]
+    assert any(odd in message for message in messages if message.startswith("refused ")), messages
+    assert odd in [line["message"] for line in lines if line.get("logId") == log_id]
+
+
 def test_stacks_on_sigusr1(executor, admin):
     daemon = executor(HELLO, admin=admin)
     run_job(daemon, admin, "hello")

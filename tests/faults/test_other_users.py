@@ -441,6 +441,25 @@ def test_a_file_of_root_is_not_read_as_a_result(start, place, admin):
     assert os.listdir(place / "temporary") == []
 
 
+def test_a_result_file_that_has_another_name_is_not_read(start, place, admin):
+    """What is known under two names may be what somebody else wrote: the result of a job of another
+    user is the last line of its output then, as without a file."""
+    script = (
+        'F=$XXL_JOB_RESULT_FILE; echo told > "$F"; [ "$1" = alone ] || ln "$F" "link-$1"\n'
+        'echo output; [ "$1" = alone ] || [ -e "link-$1" ] && exit "$XXL_JOB_ID"'
+    )
+    daemon = start({"job": {"shell": script, "user": NOBODY, "cwd": str(place / "shared")}})
+    found = {
+        (name, status): ending(daemon, admin, "job", jobId=status, executorParams=name)
+        for name, status in (("alone", 0), ("a", 0), ("b", 3))
+    }
+    assert found == {
+        ("alone", 0): (200, "told"),
+        ("a", 0): (200, "output"),
+        ("b", 3): (500, "exit status 3: output"),
+    }
+
+
 PLANTED = {
     "file": 'echo forged > "$next"',
     "closed file": 'echo forged > "$next"; chmod 0 "$next"',

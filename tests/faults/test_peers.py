@@ -14,7 +14,9 @@ import time
 from pathlib import Path
 
 import pytest
+from client import clients
 from conftest import LAUNCH, Executor, launch, run_job, wait_until
+from crowd import ask_for_metrics
 from tools import Ledger, forget_peak, rounds, rss, traced
 
 import xxl_executor
@@ -229,6 +231,8 @@ def filled(before, piece, after=b"\r\n\r\n"):
 
 
 START = b"POST /beat HTTP/1.1\r\nHost: x\r\n"
+HOST = b"POST /beat HTTP/1.1\r\nHost: "
+TO_BEAT = b"/beat HTTP/1.1\r\nHost: x\r\n\r\n"
 FREEZING = {
     "spaces-then-a-cr": filled(b"GET /health HTTP/1.1\r\nExpect:", b" ", b"\rX\r\n\r\n"),
     "tabs-then-a-cr": filled(START + b"Content-Length:", b"\t", b"\rX\r\n\r\n"),
@@ -236,6 +240,11 @@ FREEZING = {
     "blanks-between-then-a-cr": filled(
         START + b"Expect:" + b" " * 4000 + b"x", b" ", b"\rX\r\n\r\n"
     ),
+    "letters-in-the-host-then-a-quote": filled(HOST, b"a", b'"\r\n\r\n'),
+    "encoded-letters-in-the-host-then-a-percent-sign": filled(HOST, b"%41", b"%\r\n\r\n"),
+    "digits-and-colons-in-the-host-then-a-bracket": filled(HOST + b"[", b"1:", b"[\r\n\r\n"),
+    "letters-in-an-authority-then-a-quote": filled(b"POST http://", b"a", b'"' + TO_BEAT),
+    "encoded-letters-in-the-target-then-a-percent-sign": filled(b"POST /", b"%41", b"%" + TO_BEAT),
 }
 HOSTILE = {
     "spaces": filled(START + b"X: a", b" ", b"b\r\n\r\n"),
@@ -268,7 +277,18 @@ HOSTILE = {
     "slashes": filled(b"POST ", b"/", b" HTTP/1.1\r\nHost: x\r\n\r\n"),
     "authorities": filled(b"POST http://", b"@[:", b"/beat HTTP/1.1\r\nHost: x\r\n\r\n"),
     "queries": filled(b"POST /beat?", b"&?=%", b" HTTP/1.1\r\nHost: x\r\n\r\n"),
-    "dots-in-the-host": filled(b"POST /beat HTTP/1.1\r\nHost: ", b"a."),
+    "dots-in-the-host": filled(HOST, b"a."),
+    "letters-in-the-host": filled(HOST, b"a"),
+    "percents-in-the-host": filled(HOST, b"%"),
+    "encoded-letters-in-the-host": filled(HOST, b"%41"),
+    "colons-in-the-host": filled(HOST, b":"),
+    "brackets-in-the-host": filled(HOST, b"[:]"),
+    "letters-in-the-target": filled(b"POST /", b"a", TO_BEAT),
+    "percents-in-the-target": filled(b"POST /", b"%", TO_BEAT),
+    "encoded-letters-in-the-target": filled(b"POST /", b"%41", TO_BEAT),
+    "letters-in-an-authority": filled(b"POST http://", b"a", TO_BEAT),
+    "percents-in-an-authority": filled(b"POST http://", b"%", TO_BEAT),
+    "percents-in-the-query": filled(b"POST /beat?", b"%", b" HTTP/1.1\r\nHost: x\r\n\r\n"),
     "empty-lines-before": filled(b"", b"\r\n", START + b"\r\n"),
     "no-line-at-all": b"\xff" * HEAD,
 }
@@ -457,6 +477,37 @@ MALFORMED = {
     "target-with-fragment-in-query": line(b"POST /beat?x#y HTTP/1.1"),
     "target-absolute-with-fragment": line(b"POST http://any:1/beat#x HTTP/1.1"),
     "target-absolute-with-control-character": line(b"POST http://any:1/be\x02at HTTP/1.1"),
+    "target-absolute-with-no-host": line(b"POST http://:80/beat HTTP/1.1"),
+    "target-absolute-with-two-colons": line(b"POST http://a:b:c/beat HTTP/1.1"),
+    "target-absolute-with-an-open-bracket": line(b"POST http://[::1/beat HTTP/1.1"),
+    "target-absolute-with-a-backslash-in-the-host": line(b"POST http://a\\b/beat HTTP/1.1"),
+    "target-absolute-with-an-angle-in-the-host": line(b"POST http://a<b/beat HTTP/1.1"),
+    "target-absolute-with-a-bad-percent-sign-in-the-host": line(b"POST http://a%zz/beat HTTP/1.1"),
+    "target-absolute-with-a-user": line(b"POST http://user@a/beat HTTP/1.1"),
+    "target-with-a-quote": line(b'POST /beat" HTTP/1.1'),
+    "target-with-a-quote-in-the-query": line(b'POST /beat?x=" HTTP/1.1'),
+    "target-with-an-angle": line(b"POST /beat< HTTP/1.1"),
+    "target-with-an-angle-in-the-query": line(b"POST /beat?x=< HTTP/1.1"),
+    "target-with-a-closing-angle": line(b"POST /beat> HTTP/1.1"),
+    "target-with-a-closing-angle-in-the-query": line(b"POST /beat?x=> HTTP/1.1"),
+    "target-with-a-backslash": line(b"POST /beat\\ HTTP/1.1"),
+    "target-with-a-backslash-in-the-query": line(b"POST /beat?x=\\ HTTP/1.1"),
+    "target-with-a-circumflex": line(b"POST /beat^ HTTP/1.1"),
+    "target-with-a-circumflex-in-the-query": line(b"POST /beat?x=^ HTTP/1.1"),
+    "target-with-a-backtick": line(b"POST /beat` HTTP/1.1"),
+    "target-with-a-backtick-in-the-query": line(b"POST /beat?x=` HTTP/1.1"),
+    "target-with-a-brace": line(b"POST /beat{ HTTP/1.1"),
+    "target-with-a-brace-in-the-query": line(b"POST /beat?x={ HTTP/1.1"),
+    "target-with-a-bar": line(b"POST /beat| HTTP/1.1"),
+    "target-with-a-bar-in-the-query": line(b"POST /beat?x=| HTTP/1.1"),
+    "target-with-a-closing-brace": line(b"POST /beat} HTTP/1.1"),
+    "target-with-a-closing-brace-in-the-query": line(b"POST /beat?x=} HTTP/1.1"),
+    "target-with-a-percent-sign-and-no-digits": line(b"POST /beat%zz HTTP/1.1"),
+    "target-with-a-percent-sign-and-no-digits-in-the-query": line(b"POST /beat?x=%zz HTTP/1.1"),
+    "target-with-a-percent-sign-and-one-digit": line(b"POST /beat%4 HTTP/1.1"),
+    "target-with-a-percent-sign-and-one-digit-in-the-query": line(b"POST /beat?x=%4 HTTP/1.1"),
+    "target-with-a-lone-percent-sign": line(b"POST /beat% HTTP/1.1"),
+    "target-with-a-lone-percent-sign-in-the-query": line(b"POST /beat?x=% HTTP/1.1"),
     # the first line
     "two-spaces-after-the-method": line(b"POST  /beat HTTP/1.1"),
     "two-spaces-after-the-target": line(b"POST /beat  HTTP/1.1"),
@@ -482,6 +533,12 @@ MALFORMED = {
     "two-equal-hosts": field(b"Host: x"),
     "two-hosts-in-other-spelling": field(b"hOST: x"),
     "host-with-a-space": b"POST /beat HTTP/1.1\r\nHost: x y\r\n\r\n",
+    "host-with-two-colons": b"POST /beat HTTP/1.1\r\nHost: a:b:c\r\n\r\n",
+    "host-with-an-open-bracket": b"POST /beat HTTP/1.1\r\nHost: [::1\r\n\r\n",
+    "host-with-a-lone-bracket": b"POST /beat HTTP/1.1\r\nHost: a]b\r\n\r\n",
+    "host-with-a-port-that-is-no-number": b"POST /beat HTTP/1.1\r\nHost: x:port\r\n\r\n",
+    "host-with-a-bad-percent-sign": b"POST /beat HTTP/1.1\r\nHost: a%zz\r\n\r\n",
+    "host-with-brackets-around-no-address": b"POST /beat HTTP/1.1\r\nHost: [zz]\r\n\r\n",
     "two-hosts-in-1.0": b"POST /beat HTTP/1.0\r\nHost: x\r\nHost: y\r\n\r\n",
     # lengths
     "two-lengths": field(b"Content-Length: 5", b"Content-Length: 6"),
@@ -559,7 +616,11 @@ WELL_FORMED = {
     "plain": beat(),
     "target-absolute": line(b"POST http://any:1/beat HTTP/1.1"),
     "target-absolute-with-a-query": line(b"POST http://any/beat?x=/y HTTP/1.1"),
+    "target-absolute-with-a-port": line(b"POST http://a.example:8080/beat HTTP/1.1"),
+    "target-absolute-of-ipv6": line(b"POST http://[::1]:80/beat HTTP/1.1"),
     "target-with-a-query": line(b"POST /beat?x=http://y/ HTTP/1.1"),
+    "target-with-an-encoded-character": line(b"POST /beat?x=%41 HTTP/1.1"),
+    "target-with-every-mark": line(b"POST /beat?-._~!$&'()*+,;=/?:@%7b HTTP/1.1"),
     "upper-case": b"POST /beat HTTP/1.1\r\nHOST: x\r\nCONTENT-LENGTH: 2\r\n\r\n{}",
     "lower-case": b"POST /beat HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}",
     "mixed-case": b"POST /beat HTTP/1.1\r\nhOsT: x\r\ncOnTeNt-LeNgTh: 2\r\n\r\n{}",
@@ -574,6 +635,8 @@ WELL_FORMED = {
     "blanks-around-a-length": START + b"Content-Length:\t 2 \t\r\n\r\n{}",
     "host-with-a-port": b"POST /beat HTTP/1.1\r\nHost: executor.example:9999\r\n\r\n",
     "host-of-ipv6": b"POST /beat HTTP/1.1\r\nHost: [::1]:9999\r\n\r\n",
+    "host-of-ipv6-with-port-80": b"POST /beat HTTP/1.1\r\nHost: [::1]:80\r\n\r\n",
+    "host-with-an-encoded-character": b"POST /beat HTTP/1.1\r\nHost: a%41\r\n\r\n",
     "host-with-blanks-around": b"POST /beat HTTP/1.1\r\nHost:\t x \t\r\n\r\n",
     "one-empty-line-before": b"\r\n" + beat(),
     "two-empty-lines-before": b"\r\n\r\n" + beat(),
@@ -706,6 +769,34 @@ def test_strangers_who_do_not_read_make_room(executor):
                     client.sock.recv(1024)
             with Client(daemon.port) as admin:
                 admin.alive(SHOWN, seconds=5)
+
+
+def test_strangers_who_always_wait_for_an_answer_make_room(executor, tmp_path):
+    """More of them than there are connections ask for metrics again and again, so that each of them
+    waits for an answer nearly always: whoever shows the token is heard all the same."""
+    daemon, over = executor(**GUARDED, executor={"max_connections": 64}), tmp_path / "over"
+
+    def connections():
+        found = 0
+        for fd in Path(f"/proc/{daemon.process.pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                found += os.readlink(fd).startswith("socket:")
+        return found
+
+    arguments = {"port": daemon.port, "count": 80, "over": str(over), "seconds": 60}
+    with clients(tmp_path, (ask_for_metrics, arguments)) as found:
+        try:
+            wait_until(lambda: connections() >= 64, 30, "the crowd")
+            for _ in range(5):
+                try:
+                    with Client(daemon.port, 10) as admin:
+                        admin.alive(SHOWN, seconds=10)
+                except OSError as error:
+                    pytest.fail(f"nobody hears the admin: {error!r}")
+        finally:
+            over.touch()
+    [answers] = found
+    assert answers > 0, "no stranger had an answer"
 
 
 def test_who_resets_takes_no_other_connection_with_it(executor):

@@ -109,6 +109,39 @@ def test_refused_results_do_not_hold_back_the_others(executor, loopback, port, b
     assert not poison & set(admin.results)
 
 
+def test_many_refused_results_do_not_hold_back_what_ends_meanwhile(executor, loopback, port):
+    """With 150 results waiting that the admin never takes, the result of a run that ends meanwhile
+    goes between the requests for those, not behind them; and those are tried again all the same."""
+    daemon = executor(
+        {"job": QUICK},
+        admin_options={"addresses": [f"http://127.0.0.1:{port}"]},
+        **constants(REFUSED_PACE=0.05),
+    )
+    poison, good = set(range(1, 151)), range(201, 206)
+    trigger(daemon, poison)
+    undelivered(daemon, 150)
+    daemon.kill()
+    admin = loopback(port=port)
+    came = refuse(admin, poison)
+    daemon.start()
+    wait_until(lambda: len(came) >= 2, 20, "the first refusals")
+    for log_id in good:
+        trigger(daemon, [log_id])
+        before = len(came)
+        assert result_of(admin, log_id, 60)["handleCode"] == 200
+        sent = came[before:]
+        taken = next((i for i, ids in enumerate(sent) if log_id in ids and not ids & poison), 0)
+        assert taken <= 40, f"{taken} requests with what is refused came before run {log_id}"
+    seen = len(came)
+
+    def again():
+        return {log_id for ids in came[seen:] if len(ids) == 1 for log_id in ids}
+
+    wait_until(lambda: poison <= again(), 60, "one more attempt of each that was refused")
+    assert sorted(admin.results) == list(good)
+    undelivered(daemon, 150)
+
+
 def test_an_admin_that_refuses_everything_for_a_while(executor, loopback):
     """While the token is wrong requests are few; once it is right, every result arrives soon."""
     admin, token = loopback(token="another"), "one"
@@ -407,6 +440,56 @@ def test_a_run_that_goes_on_under_another_address_is_not_lost(executor, admin, t
         assert new not in monitor.registered()
     result = monitor.calls.index(("callback", (log_id,)))
     assert ("registryRemove", DRAINING, old) not in monitor.calls[:result]
+
+
+@pytest.mark.parametrize("when", ["ends later", "was interrupted", "had ended"])
+def test_an_address_stays_known_until_the_results_of_its_runs_are_taken(
+    executor, admin, tmp_path, when
+):
+    """A restart under another address, while the admin takes heartbeats but no results: the address
+    to which a run was sent stays registered, but not for new runs, until the result is taken."""
+    go, old, new = tmp_path / "go", "http://127.0.0.1:1/old", "http://127.0.0.1:1/new"
+    on_crash = "rerun" if when == "ends later" else "fail"
+    daemon = executor(
+        {"slow": {"shell": waits(go), "on_crash": on_crash}},
+        admin=admin,
+        executor={"app_name": APP, "address": old},
+        **HEART,
+    )
+    with Monitor(admin) as monitor:
+        wait_until(lambda: monitor.registered(APP) == {old}, 10, "the registration")
+        admin.behave = lambda path, body: (503, b"") if path.endswith("/callback") else None
+        log_id, reply = admin.trigger(daemon.url, "slow")
+        assert reply["code"] == 200
+        monitor.watch(log_id, old)
+        wait_until(lambda: daemon.status()["running"], 10, "the start of the run")
+        if when == "had ended":
+            go.touch()
+            undelivered(daemon, 1)
+        daemon.kill()
+        rewrite(daemon, lambda config: config["executor"].update(address=new))
+        daemon.start()
+        go.touch()
+        undelivered(daemon, 1)
+        beats = monitor.count("registry", APP, new)
+        wait_until(
+            lambda: monitor.lost or monitor.count("registry", APP, new) >= beats + 4,
+            30,
+            "heartbeats while the result waits",
+        )
+        assert not monitor.count("registryRemove", DRAINING, old), "it was taken back too early"
+        assert monitor.registered(DRAINING) == {old} and not monitor.lost
+        assert log_id not in admin.results
+        admin.behave = lambda path, body: None
+        result = result_of(admin, log_id, 30)
+        assert not monitor.lost
+        assert result["handleCode"] == (500 if when == "was interrupted" else 200), result
+        wait_until(
+            lambda: monitor.count("registryRemove", DRAINING, old), 10, "the end of the old address"
+        )
+        assert new in monitor.registered(APP)
+    calls = monitor.calls[: monitor.calls.index(("registryRemove", DRAINING, old))]
+    assert ("registry", DRAINING, old) in calls and ("callback", (log_id,)) in calls
 
 
 # -- a job that was removed
