@@ -217,6 +217,9 @@ class RunState(enum.Enum):
     DEAD = "dead"
 
 
+OWED = RunState.ACCEPTED, RunState.RUNNING, RunState.FINISHED  # the admin has no result yet
+
+
 @dataclasses.dataclass(frozen=True)
 class Trigger:
     """One trigger as the admin sent it; `timeout` in seconds (0: none), `log_date_time` and
@@ -237,6 +240,11 @@ class Trigger:
 
     def __str__(self) -> str:
         return f"{self.handler} logId={self.log_id} jobId={self.job_id}"
+
+    def started(self, timeout: float, where: str) -> Event:
+        """The line that tells of the start of its run."""
+        limit = seconds_text(timeout) if timeout else "none"
+        return Event.of(self, f"started {self} {where} timeout={limit}")
 
     @property
     def label(self) -> str:
@@ -532,6 +540,11 @@ def seconds_text(seconds: float) -> str:
         else (divmod(int(seconds) // 60, 60), "hm")
     )
     return f"{large}{units[0]} {small}{units[1]}" if small else f"{large}{units[0]}"
+
+
+def shortest(*limits: float) -> float:
+    """The smallest of timeouts, of which 0 is none."""
+    return min([limit for limit in limits if limit], default=0)
 
 
 def counted(number: int, noun: str) -> str:
@@ -1623,8 +1636,13 @@ def legible_data_dir(file: str) -> str:
     reader = _ConfigReader(file)
     try:
         with open(file, encoding="utf-8", errors="replace") as stream:
-            given = re.findall(r"(?m)^[ \t]+data_dir:(.*)$", stream.read())
-        loader = reader.yaml.SafeLoader(f"data_dir:{''.join(given[-1:])}")
+            text = stream.read()
+        lines = re.findall(r"(?m)^([ \t]+)data_dir:(.*)$", text)
+        if "data_dir" in text and not lines:
+            return ""
+        # the keys of a section stand less deep than those of a job
+        given = min(lines, key=lambda line: len(line[0]), default=("", ""))[1]
+        loader = reader.yaml.SafeLoader(f"data_dir:{given}")
         loader.name = file
         config = reader.section(ExecutorConfig, loader.get_single_node(), "executor")
     except (OSError, reader.yaml.YAMLError):
@@ -1656,7 +1674,8 @@ class ModuleSearch:
         if interpreter not in self._paths:
             code = (
                 "import sys; print(list(sys.version_info[:2]));"
-                " print([getattr(finder, '__name__', '') for finder in sys.meta_path]);"
+                " print([getattr(finder, '__name__', type(finder).__name__) for finder in"
+                " sys.meta_path]);"
                 " print('\\n'.join(sys.path))"
             )
             try:
@@ -3215,6 +3234,10 @@ class Run:
         self.accepted, self.started = time.monotonic(), 0.0  # accepted: or resumed, in this life
         self.stuck = False  # cancelled, but its thread does not return
 
+    @property
+    def timeout(self) -> float:
+        return shortest(self.job.timeout, self.trigger.timeout)
+
     def span(self) -> Span:
         """Until now."""
         passed = time.monotonic() - (self.started or self.accepted)
@@ -3457,6 +3480,8 @@ class Decisions(Lanes):
             told = f"not started: run {run.trigger.log_id} is not waiting in the journal"
             self._drop_waiting(lane, 1, Result(FAILURE, told))
             return
+        if run.job.isolation == "thread":  # of all at once, not by each thread for itself
+            self._batch.lines.append(run.trigger.started(run.timeout, "in a thread"))
         lane.running = lane.waiting.popleft()
         self._queued -= 1
         self._occupied += 1
@@ -4961,6 +4986,8 @@ class Timers:
     def soonest(self) -> float:
         """Monotonic; infinity when nothing waits."""
         with self._lock:
+            while self._heap and self._heap[0][2] is None:  # a wake-up for each would cost more
+                heapq.heappop(self._heap)
             return self._heap[0][0] if self._heap else float("inf")
 
     def due(self) -> list[typing.Callable[[], typing.Any]]:
@@ -5297,10 +5324,10 @@ class Supervisor(Watched):
         self.report(Ended(run.trigger.log_id, result))
 
 
-def start_note(trigger: Trigger, timeout: float, where: str) -> tuple[Event, str]:
-    """What the daemon's log and the run's log say when a run starts in `where`."""
+def start_note(trigger: Trigger, timeout: float, where: str) -> str:
+    """What a run's log says when it starts in `where`."""
     limit = seconds_text(timeout) if timeout else "none"
-    return Event.of(trigger, f"started {trigger} {where} timeout={limit}"), (
+    return (
         f"{trigger} shard={trigger.shard_index}/{trigger.shard_total} timeout={limit} {where} "
         f"param={json.dumps(trigger.param, ensure_ascii=False)}"
     )
@@ -5310,11 +5337,6 @@ def end_note(result: Result, seconds: float) -> str:
     shown = " ".join(result.message.split())[:500]
     how = "succeeded" if result.code == SUCCESS else "failed"
     return f"{how} after {seconds_text(seconds)}: code {result.code}{', ' + shown if shown else ''}"
-
-
-def shortest(*limits: float) -> float:
-    """The smallest of timeouts, of which 0 is none."""
-    return min([limit for limit in limits if limit], default=0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5851,9 +5873,8 @@ class ProcessRun(EndingRun):
         self._finish(Result(FAILURE, why, 127))
 
     def _tell_start(self, where: str) -> None:
-        line, note = start_note(self.trigger, self._timeout, where)
-        self._supervisor.lines.append(line)
-        self.out.begin(note)
+        self._supervisor.lines.append(self.trigger.started(self._timeout, where))
+        self.out.begin(start_note(self.trigger, self._timeout, where))
 
     # -- RUNNING
 
@@ -6011,9 +6032,7 @@ class Slots:
         trigger, began = run.trigger, time.monotonic()
         run.out = self._logs.open(trigger)
         where = f"pid={os.getpid()} thread={threading.current_thread().name}"
-        line, note = start_note(trigger, run.timeout, where)
-        log.info(Lines([line]))
-        run.out.begin(note)
+        run.out.begin(start_note(trigger, run.timeout, where))
         expired = Result(TIMEOUT, f"timed out after {seconds_text(run.timeout)}")
         tell = functools.partial(self._report, Expired(trigger.log_id, expired))
         timer = self._timers.after(run.timeout, tell) if run.timeout else None
@@ -6934,10 +6953,8 @@ class JournalReader(Facts):
 
     def owed(self) -> list[int]:
         """The logIds of all whose result the admin has not taken."""
-        query = (
-            "SELECT log_id FROM runs WHERE state <> 'delivered'"
-            " AND state IN ('accepted', 'running', 'finished')"
-        )
+        states = ", ".join(f"'{state.value}'" for state in OWED)
+        query = f"SELECT log_id FROM runs WHERE state <> 'delivered' AND state IN ({states})"
         return [log_id for (log_id,) in self._files.read(query)]
 
     def state(self, log_id: int) -> RunState | None:
@@ -8474,19 +8491,19 @@ def recover(
 class Owed:
     """The runs of earlier lives whose results the admin has yet to take."""
 
-    def __init__(self, journal: Journal, core: Core):
+    def __init__(self, journal: Journal):
         """When the journal holds none but those."""
-        self._journal, self._core = journal, core
+        self._journal = journal
         self._log_ids = journal.owed()
 
     def any_left(self) -> bool:
         """One thread."""
-        while self._log_ids:
-            log_id = self._log_ids[-1]
-            if self._core.knows(log_id) or self._journal.state(log_id) is RunState.FINISHED:
-                return True
-            self._log_ids.pop()
-        return False
+        with contextlib.suppress(JournalError):  # nobody can tell
+            while self._log_ids:
+                if self._journal.state(self._log_ids[-1]) in OWED:
+                    return True
+                self._log_ids.pop()
+        return bool(self._log_ids)
 
 
 def may_run_again(run: Unfinished, job: JobConfig | None) -> bool:
@@ -8743,7 +8760,7 @@ class Wiring:
             self.config.executor.max_queued,
         )
         self._journal.post = self._core.put
-        self._owed = Owed(self._journal, self._core)
+        self._owed = Owed(self._journal)
         self._pruning = Pruning(self._journal, self._logs, self._scripts, self._core, self._started)
 
     def _build_network(self, listener: socket.socket, room: int) -> None:

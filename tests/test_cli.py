@@ -28,6 +28,11 @@ OPEN = (
     "admin.access_token: is empty, and executor.bind {} is open to the network: set a token, bind"
     " to 127.0.0.1, or set executor.allow_no_token: true when a firewall keeps others out\n"
 )
+OPEN_CHECKED = OPEN.replace(
+    "\n",
+    "; of a service with LoadCredential=token:FILE, check with CREDENTIALS_DIRECTORY=<the directory"
+    " of FILE>\n",
+)
 COMMANDS = ("run", "check", "demo", "exec", "runs", "logs", "status")
 PYTHON_JOBS = """
 import sys, threading
@@ -86,7 +91,9 @@ class Place:
         self.directory, self.mark = directory, uuid.uuid4().hex
         self.scratch = directory / "scratch"
         self.scratch.mkdir()
-        other = re.compile(r"XXL_|JOURNAL_STREAM|NO_COLOR|TERM$|COLUMNS|LINES")
+        other = re.compile(
+            r"XXL_|JOURNAL_STREAM|CREDENTIALS_DIRECTORY|NO_COLOR|TERM$|COLUMNS|LINES"
+        )
         kept = {name: value for name, value in os.environ.items() if not other.match(name)}
         self.env = {
             **kept,
@@ -332,7 +339,7 @@ config.yaml:6: jobs.hello.timout: unknown key, did you mean "timeout"?
 """
     if arguments == ["check"]:  # it shows the jobs, and whatever else is wrong
         assert out == "JOB   KIND   TIMEOUT  DESCRIPTION\ngood  shell  -        x\n"
-        problems += f"config.yaml:2: {OPEN.format('0.0.0.0')}"
+        problems += f"config.yaml:2: {OPEN_CHECKED.format('0.0.0.0')}"
     assert (status, err) == (2, problems) and (out == "" or arguments == ["check"])
 
 
@@ -368,7 +375,8 @@ def test_broken_pipe(place, arguments):
 def test_unsafe_start_is_refused(place, bind, host, arguments):
     place.write(f"executor: {{bind: {bind}}}\njobs: {{hello: {{shell: x}}}}\n")
     status, out, err = place.run("-c", "config.yaml", *arguments.split())
-    assert (status, err) == (2, f"config.yaml:1: {OPEN.format(host)}")
+    told = OPEN_CHECKED if arguments == "check" else OPEN
+    assert (status, err) == (2, f"config.yaml:1: {told.format(host)}")
     assert out.startswith("JOB ") if arguments == "check" else out == ""
     assert not (place.directory / "data").exists()
 
@@ -387,6 +395,19 @@ def test_unsafe_start_is_refused(place, bind, host, arguments):
 def test_safe_start_is_not_refused(place, options):
     status, _, err = place.write(options + "\njobs: {hello: {shell: x}}\n").run("check")
     assert (status, err) == (0, "")
+
+
+def test_check_of_a_service_that_systemd_gives_its_token(place):
+    """In a shell there is no CREDENTIALS_DIRECTORY: what is said names the way to check all the
+    same, which then works; and it is not said where the variable is set already."""
+    place.write("executor: {bind: '0.0.0.0:0'}\njobs: {hello: {shell: x}}\n")
+    assert place.run("check")[::2] == (2, f"./config.yaml:1: {OPEN_CHECKED.format('0.0.0.0')}")
+    credentials = place.directory / "credentials"
+    credentials.mkdir()
+    status, _, err = place.run("check", CREDENTIALS_DIRECTORY=str(credentials))
+    assert (status, err) == (2, f"./config.yaml:1: {OPEN.format('0.0.0.0')}"), "it holds no token"
+    (credentials / "token").write_text("s3cret\n")
+    assert place.run("check", CREDENTIALS_DIRECTORY=str(credentials))[::2] == (0, "")
 
 
 def test_default_token_is_warned_of(executor, loopback, place):
@@ -1000,26 +1021,39 @@ def test_demo_needs_jobs(place):
     )
 
 
+def lines_until(text, lines):
+    """All lines to the first one that holds `text`, after which no more may come."""
+    found = []
+    for line in lines:
+        found.append(line)
+        if text in line:
+            break
+    return found
+
+
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 0), (signal.SIGTERM, None)])
 def test_demo_serves_until_ctrl_c(place, number, status):
     with place.ended(place.write(DEMO).start("demo")) as process:
-        # The three lines work as they are.
+        # The lines work as they are, from any directory.
         lines = itertools.dropwhile(
             lambda line: not line.startswith("Still serving"), process.stdout
         )
-        serving, trigger, look = itertools.islice(lines, 3)
-        assert serving == (
-            "Still serving; Ctrl-C ends it. In another terminal, to run a job again and to look:\n"
-        )
+        *others, look = lines_until(" status --data-dir ", lines)
+        assert others[::2] == [
+            "Still serving; Ctrl-C ends it. In another terminal, to run a job again:\n",
+            "and to look:\n",
+        ]
+        trigger = others[1]
         words = shlex.split(trigger.replace("$(date +%s)", "12345"))
         assert words[:2] == ["curl", "-d"]
         request = urllib.request.Request(words[3].rstrip(";"), words[2].encode())
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as reply:
             assert json.load(reply)["code"] == 200
         words = shlex.split(look)
-        assert words[0] == "python3" and Path(place.directory, words[1]).resolve() == PROGRAM
-        status, shown, _ = place.run(*words[2:])
-        assert status == 0 and shown.startswith("shown  registered\n")
+        assert words[:3] == [sys.executable, str(PROGRAM), "status"]
+        ran = subprocess.run(words, cwd="/", env=place.env, capture_output=True, text=True)
+        assert (ran.returncode, ran.stderr) == (0, "")
+        assert ran.stdout.startswith("shown  registered\n")
         os.killpg(process.pid, number)  # a terminal sends it to all of them
         out, err = process.communicate(timeout=20)
     assert (out, err) == ("", "")

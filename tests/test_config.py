@@ -555,6 +555,14 @@ def test_bad_size(problems, written, got):
             "jobs: {a: {shell: x, env: {Ä: b}}}",
             ['1: jobs.a.env: "Ä" is no name of an environment variable'],
         ),
+        (  # each is told
+            "jobs:\n  a:\n    shell: x\n    env:\n      A-B: b\n      C: [d]\n      1E: f\n",
+            [
+                '5: jobs.a.env: "A-B" is no name of an environment variable',
+                "6: jobs.a.env.C: expected text or a number, got a list",
+                '7: jobs.a.env: "1E" is no name of an environment variable',
+            ],
+        ),
     ],
 )
 def test_wrong_value(problems, text, lines):

@@ -127,6 +127,98 @@ def test_an_old_python(host):
     assert check(host, "check").stderr == f"warning: ./config.yaml:2: jobs.a.interpreter: {told}\n"
 
 
+@pytest.fixture
+def another_python(host):
+    """An interpreter that is not the one of the program, for this only begins it."""
+    wrapper = host / "another-python"
+    wrapper.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    wrapper.chmod(0o755)
+    return wrapper
+
+
+FINDER = """\
+import importlib.util, sys
+class {name}:
+    def find_spec(self, name, path=None, target=None):
+        return importlib.util.spec_from_file_location(name, {file!r}) if name == "edited" else None
+sys.meta_path.append({name}())
+"""
+
+
+def test_a_module_that_a_finder_finds(host, another_python):
+    """`pip install --editable` puts a finder into sys.meta_path; another interpreter's can only be
+    asked by itself, so nothing is said then."""
+    (host / "elsewhere").mkdir()
+    source = host / "elsewhere/edited.py"
+    source.write_text("def main(): open('ran', 'w')\nopen('ran', 'w')\n")
+    (host / "hook").mkdir()
+    finder = FINDER.format(name="EditableFinder", file=str(source))
+    (host / "hook/sitecustomize.py").write_text(finder)
+    (host / "config.yaml").write_text(f"""\
+executor: {{bind: "127.0.0.1:0"}}
+jobs:
+  own: {{python: "edited:main", preload: [edited]}}
+  thread: {{python: "edited:main", isolation: thread}}
+  other: {{python: "edited:main", preload: [edited], interpreter: {another_python}}}
+  wrong: {{python: "edited:mian"}}
+  none: {{python: "missing:main"}}
+""")
+    found = check(host, "check", PYTHONPATH=str(host / "hook"))
+    assert found.returncode == 0
+    assert found.stderr.splitlines() == [
+        f"warning: ./config.yaml:6: jobs.wrong.python: {source} has no function mian, did you mean"
+        ' "main"?',
+        "warning: ./config.yaml:7: jobs.none.python: there is no module missing in pythonpath, cwd"
+        " or the interpreter's own path",
+    ]
+    assert not (host / "ran").exists()
+
+
+def test_what_another_interpreter_does_not_find(host, another_python):
+    (host / "config.yaml").write_text(f"""\
+executor: {{bind: "127.0.0.1:0"}}
+jobs:
+  a: {{python: "good:main", interpreter: {another_python}, preload: [json, missing]}}
+  b: {{python: "package.other:main", interpreter: {another_python}}}
+""")
+    elsewhere = "in pythonpath, cwd or the interpreter's own path"
+    found = check(host, "check")
+    assert (found.returncode, found.stderr.splitlines()) == (
+        0,
+        [
+            f"warning: ./config.yaml:3: jobs.a.preload: there is no module missing {elsewhere}",
+            f"warning: ./config.yaml:4: jobs.b.python: there is no module package.other {elsewhere}",
+        ],
+    )
+
+
+def test_a_module_that_is_no_file_of_its_name(host, another_python):
+    """os.path is posixpath."""
+    (host / "config.yaml").write_text(f"""\
+executor: {{bind: "127.0.0.1:0"}}
+jobs:
+  own: {{python: "os.path:join", preload: [os.path]}}
+  other: {{python: "os.path:join", preload: [os.path], interpreter: {another_python}}}
+""")
+    found = check(host, "check")
+    assert (found.returncode, found.stderr) == (0, "")
+
+
+def test_a_shell_that_does_not_get_to_an_answer(host):
+    """Nothing is known to be wrong with the job when a signal ended `sh -n`, which may have run out
+    of stack or memory."""
+    deep = "( " * 60_000
+    ran = subprocess.run(["/bin/sh", "-n", "-c", deep], capture_output=True)
+    if ran.returncode >= 0:
+        pytest.skip("this shell is not ended by what is nested deeply")
+    (host / "config.yaml").write_text(
+        f'executor: {{bind: "127.0.0.1:0"}}\njobs: {{a: {{shell: "{deep}"}}, b: {{shell: if}}}}\n'
+    )
+    found = check(host, "check")
+    assert found.returncode == 0 and "jobs.b.shell: the shell cannot read it: " in found.stderr
+    assert "jobs.a" not in found.stderr
+
+
 def test_the_start_and_a_reload_tell_it_too(executor):
     daemon = executor({"a": {"shell": "x", "cwd": "/nowhere"}})
     told = "jobs.a.cwd: the directory /nowhere does not exist"
@@ -144,7 +236,7 @@ def line(daemon, word):
     return next(number for number, text in enumerate(lines) if word in text)
 
 
-@pytest.mark.parametrize("arguments", [["run"], ["check"], []], ids=" ".join)
+@pytest.mark.parametrize("arguments", [["run"], ["check"], [], ["demo"]], ids=" ".join)
 def test_without_requests(host, arguments):
     (host / "config.yaml").write_text('executor: {bind: "127.0.0.1:0"}\njobs: {a: {shell: x}}\n')
     (host / "hook").mkdir()

@@ -1,6 +1,7 @@
 """What ran, what it said and why it failed, without the admin: `runs`, `logs` and `status`."""
 
 import contextlib
+import datetime
 import fcntl
 import json
 import os
@@ -18,7 +19,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import LAUNCH, PROGRAM, launch, result_of, run_job, wait_until
+from conftest import LAUNCH, PROGRAM, alive, launch, result_of, run_job, wait_until
 
 program = PROGRAM
 AT = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
@@ -168,6 +169,150 @@ def test_following_a_run_whose_executor_was_killed_ends(looked):
     daemon.start()  # it ends what is left
 
 
+def test_the_order_is_that_of_acceptance(executor, admin):
+    """Not that of logIds: an admin whose database is new counts from 1 again."""
+    daemon = executor({"a": {"shell": 'echo "said $1"; test "$1" = good'}}, admin=admin)
+    huge = int(time.time())
+    for log_id, param in ((huge, "bad"), (7, "good")):
+        run_job(daemon, admin, "a", logId=log_id, executorParams=param)
+
+    def check():
+        shown = said(daemon, "runs").splitlines()[1:]
+        assert [line.split()[3] for line in shown] == [str(huge), "7"]
+        assert "\nsaid good\n" in said(daemon, "logs", "a")
+
+    def same(state):
+        assert (state["recent"], state["failures"]) == ({"a": [500, 200]}, [])
+
+    check()
+    assert daemon.stop() == 0
+    check()
+    same(json.loads(said(daemon, "status", "--json", status=1)))
+    assert re.search(r"^a +F\. ", said(daemon, "status", status=1), re.MULTILINE)
+    daemon.start()
+    wait_until(lambda: daemon.status()["recent"])  # it looks back after the start
+    same(daemon.status())
+    check()
+
+
+@pytest.fixture
+def line_up(executor, admin, tmp_path):
+    """A factory: runs of one job, each until a file by the name of its parameter exists; the second
+    runs, and waited for the first. Returns the daemon, the logId of the second, what touches such a
+    file, and two times between which it began; it was accepted long before."""
+    end = lambda name: (tmp_path / name).touch()  # noqa: E731
+
+    def make():
+        daemon = executor(
+            {"a": {"shell": f'until [ -e "{tmp_path}/$1" ]; do sleep 0.05; done; echo end'}},
+            admin=admin,
+        )
+        first, _ = admin.trigger(daemon.url, "a", executorParams="first")
+        second, _ = admin.trigger(daemon.url, "a", executorParams="second")
+        wait_until(lambda: daemon.status()["queued"] == {"a": 1})
+        passes(2)
+        before = time.time()
+        end("first")
+        result_of(admin, first)
+        wait_until(lambda: [run["logId"] for run in daemon.status()["running"]] == [second])
+        return daemon, second, end, (before, time.time())
+
+    yield make
+    end("first")
+    end("second")
+
+
+def passes(seconds):
+    until = time.monotonic() + seconds
+    wait_until(lambda: time.monotonic() >= until, seconds + 5)
+
+
+def lies(moment, between):
+    """Whether it does; the clock of the journal may differ a bit from that of the host."""
+    first, last = between
+    return first - 0.5 <= moment <= last + 0.5
+
+
+def told_of(daemon, log_id):
+    """What `runs` shows of this run, as JSON; its BEGAN is the same in the table."""
+    (run,) = [run for run in json.loads(said(daemon, "runs", "--json")) if run["logId"] == log_id]
+    (at,) = re.findall(rf"^({AT})  \S+ +{log_id} ", said(daemon, "runs"), re.MULTILINE)
+    moment = datetime.datetime.strptime(at, "%Y-%m-%d %H:%M:%S").timestamp()
+    assert abs(moment - run["began"]) <= 1, (run, at)
+    return run
+
+
+def test_a_run_that_waited_began_when_it_started(line_up, admin):
+    daemon, second, end, start = line_up()
+    run = told_of(daemon, second)
+    assert run["outcome"] == "running" and lies(run["began"], start), run
+    passes(1.5)
+    before = time.time()
+    end("second")
+    result_of(admin, second)
+    ended = before, time.time()
+    run = told_of(daemon, second)
+    assert run["outcome"] == "succeeded" and lies(run["began"], start), run
+    assert lies(run["ended"], ended) and abs(run["began"] + run["seconds"] - run["ended"]) <= 0.5
+
+
+def test_when_an_interrupted_run_began(line_up, admin):
+    """That is known after the crash; its end is when the next executor noticed."""
+    daemon, second, _, start = line_up()
+    daemon.kill()
+    run = told_of(daemon, second)
+    assert run["outcome"] == "interrupted" and lies(run["began"], start), run
+    passes(1.5)
+    before = time.time()
+    daemon.start()
+    result_of(admin, second)
+    noticed = before, time.time()
+    for _ in range(2):
+        run = told_of(daemon, second)
+        assert run["outcome"] == "failed" and lies(run["began"], start), run
+        assert lies(run["ended"], noticed) and run["seconds"] is None, run
+        assert daemon.stop() == 0
+        daemon.start()
+
+
+def test_when_a_run_that_never_started_was_accepted(line_up, admin):
+    daemon, second, _, _ = line_up()
+    before = time.time()
+    third, _ = admin.trigger(daemon.url, "a", executorParams="third")
+    accepted = before, time.time()
+    passes(2)
+    before = time.time()
+    assert admin.call(daemon.url, "/kill", {"jobId": 1})["code"] == 200
+    result_of(admin, third)
+    killed = before, time.time()
+    result_of(admin, second)
+    run = told_of(daemon, third)
+    assert lies(run["began"], accepted) and lies(run["ended"], killed), run
+    assert run["seconds"] is None
+
+
+def test_an_executor_that_nobody_reaps_has_ended(looked):
+    """Whoever started it, such as a supervisor that hangs or a bare `sleep` in a container, may
+    leave its process as a zombie."""
+    daemon, admin = looked
+    waits, _ = admin.trigger(daemon.url, "waits")
+    wait_until(lambda: "begun" in said(daemon, "logs", "waits"))
+    pid = daemon.process.pid
+    daemon.signal(signal.SIGKILL)
+    try:
+        wait_until(lambda: not alive(pid))
+        assert os.path.exists(f"/proc/{pid}"), "a zombie"
+        head = said(daemon, "status", status=1).splitlines()[0]
+        assert re.search(rf"  it ended unexpectedly at about {AT}, pid {pid} is gone$", head)
+        (row,) = said(daemon, "runs").splitlines()[1:]
+        assert row.split()[3:] == [str(waits), "interrupted", "-"]
+        assert "\nbegun\n" in said(daemon, "logs", "waits", "-f"), "it does not go on for ever"
+        assert os.path.exists(f"/proc/{pid}")
+    finally:
+        daemon.wait()
+        daemon.start()  # it ends what is left
+
+
 def test_status_says_how_it_ended(looked, executor):
     daemon, admin = looked
     never = executor({"ok": {"shell": "true"}}, start=False)
@@ -207,9 +352,100 @@ def test_status_needs_no_good_file(looked):
         daemon.file.write_text(bad)
         text = said(daemon, "status", "--data-dir", str(daemon.data))
         assert text.startswith("xxl-job-executor-sample  registered\n")
+        assert said(daemon, "status").startswith("xxl-job-executor-sample  registered\n")
+    daemon.file.unlink()
     found = command(daemon, "status")
     assert found.returncode == 2 and "--data-dir DIR" in found.stderr
     daemon.file.write_text(good)
+
+
+def test_a_file_that_is_no_yaml_still_names_the_data_dir(looked):
+    """In the middle of an edit somebody looks what runs."""
+    daemon, admin = looked
+    ok, _ = run_job(daemon, admin, "ok")
+    assert admin.wait(lambda: admin.registry, 10)
+    good = daemon.file.read_text()
+    assert good.count("  data_dir: ./data\n") == good.count("  drain_timeout: 5s\n") == 1
+    bad = good.replace("  drain_timeout: 5s\n", "") + "jobs: [}\n"
+
+    def names_it(line):
+        daemon.file.write_text(bad.replace("data_dir: ./data", line))
+        assert re.search(rf"  ok +{ok}  succeeded ", said(daemon, "runs")), line
+
+    lines = (
+        "data_dir: ./data",
+        f"data_dir: {daemon.data}",
+        'data_dir: "./data"',
+        f"data_dir: '{daemon.data}'  # where it is",
+        "data_dir:   data   # where it is",
+        "data_dir: ${UNSET:-./data}",
+        "drain_timeout: 5s",  # none: the default
+    )
+    for line in lines:
+        names_it(line)
+        assert said(daemon, "status").startswith("xxl-job-executor-sample  registered\n"), line
+    assert "\nfine\n" in said(daemon, "logs", "ok")
+    assert daemon.stop() == 0
+    for line in lines[2:4]:
+        names_it(line)
+        assert re.fullmatch(
+            rf"{re.escape(str(daemon.data))}  not running, it stopped at {AT}",
+            said(daemon, "status", status=1).splitlines()[0],
+        )
+
+
+def test_status_without_an_app_name_names_the_directory(executor):
+    daemon = executor({}, executor={"app_name": "No Name!"}, start=False)
+    assert said(daemon, "status", status=1).startswith(f"{daemon.data}  no executor has used ")
+
+
+def test_a_file_that_breaks_while_somebody_watches(looked):
+    daemon, admin = looked
+    assert admin.wait(lambda: admin.registry, 10)
+    arguments = [sys.executable, str(PROGRAM), "-c", str(daemon.file), "status", "--watch"]
+    with terminal(arguments) as screen:
+        shown = lambda: "\n".join(screen())  # noqa: E731
+        wait_until(lambda: re.search(r"^ok +- ", shown(), re.MULTILINE))
+        good = daemon.file.read_text()
+        daemon.file.write_text(good.replace("data_dir: ./data", "data_dir: [}"))
+        run_job(daemon, admin, "ok")
+        wait_until(lambda: re.search(r"^ok +\. ", shown(), re.MULTILINE))
+        daemon.file.unlink()
+        run_job(daemon, admin, "ok")
+        wait_until(lambda: re.search(r"^ok +\.\. ", shown(), re.MULTILINE))
+        daemon.file.write_text(good)
+
+
+def test_two_scripts_from_the_admin_are_two(executor, loopback):
+    """In `status`, as in `runs`; the metrics have one name for all, for there may be many."""
+    admin = loopback(token="s3cret")
+    daemon = executor({}, admin=admin, glue={"enabled": True})
+
+    def runs(job, source):
+        script = {"glueType": "GLUE_SHELL", "glueSource": source, "glueUpdatetime": len(source)}
+        return run_job(daemon, admin, "", jobId=job, **script)
+
+    runs(1, "exit 3")
+    runs(2, "exit 14")
+
+    def check(recent, failed, state):
+        assert state["recent"] == recent
+        assert {run["job"] for run in state["failures"]} == failed
+
+    check({"glue-1": [500], "glue-2": [500]}, {"glue-1", "glue-2"}, daemon.status(**TOKEN))
+    runs(1, "echo fine")
+    after = {"glue-1": [500, 200], "glue-2": [500]}, {"glue-2"}
+    check(*after, daemon.status(**TOKEN))
+    text = said(daemon, "status")
+    assert re.search(r"^glue-1 +F\. ", text, re.MULTILINE), text
+    assert re.search(rf"^glue-2 +{AT} +\d+ +exit status 14$", text, re.MULTILINE), text
+    metrics = daemon.session.get(daemon.url + "/metrics", headers=TOKEN, timeout=20).text
+    assert set(re.findall(r'handler="([^"]*)"', metrics)) == {"glue"}
+    assert daemon.stop() == 0
+    check(*after, json.loads(said(daemon, "status", "--json", status=1)))
+    daemon.start()
+    wait_until(lambda: daemon.status(**TOKEN)["recent"])  # it looks back after the start
+    check(*after, daemon.status(**TOKEN))
 
 
 def test_the_key_of_status_opens_nothing_else(looked):

@@ -10,7 +10,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from conftest import run_job, wait_until
+from conftest import PROGRAM, result_of, run_job, wait_until
 
 JOBS = """
 import logging, os, sys, time
@@ -37,6 +37,11 @@ def generator():
 
 async def asynchronous():
     yield 1
+
+def waits(context):
+    print("pid", os.getpid(), flush=True)
+    while not os.path.exists(context.param):
+        time.sleep(0.05)
 """
 
 
@@ -119,7 +124,7 @@ def test_what_a_job_logs_is_in_its_log(executor, admin, modules, isolation):
     log_id, found = run_job(daemon, admin, "logs")
     assert found["handleMsg"] == "done"
     text = log_of(daemon, log_id)
-    at = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[.,]\d{3}"
+    at = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}"
     assert re.search(rf"^{at} INFO    of interest$", text, re.M), text
     assert re.search(rf"^{at} WARNING careful$", text, re.M), text
     assert "too fine" not in text
@@ -154,15 +159,40 @@ def test_a_threads_log_has_no_priority_of_the_journal(executor, admin, modules):
 
 
 @pytest.mark.parametrize("isolation", ["process", "thread"])
-@pytest.mark.parametrize("function", ["generator", "asynchronous"])
-def test_a_generator_is_an_error(executor, admin, modules, function, isolation):
+@pytest.mark.parametrize(
+    "function, kind",
+    [("generator", "a generator"), ("asynchronous", "an asynchronous generator")],
+    ids=["generator", "asynchronous"],
+)
+def test_a_generator_is_an_error(executor, admin, modules, function, kind, isolation):
+    """Its log shows no line of the executor, where its author would look in vain."""
     daemon = executor({"a": job(modules, function, isolation=isolation)}, admin=admin)
-    _, found = run_job(daemon, admin, "a")
-    assert (found["handleCode"], found["handleMsg"]) == (
-        500,
-        f"TypeError: mine:{function} is a generator, of which nothing has run: take out the yield,"
-        " or iterate over it in the function",
+    log_id, found = run_job(daemon, admin, "a")
+    told = (
+        f"TypeError: mine:{function} is {kind}, of which nothing has run: take out the yield, or"
+        " iterate over it in the function"
     )
+    assert (found["handleCode"], found["handleMsg"]) == (500, told)
+    text = log_of(daemon, log_id)
+    assert f"\n{told}\n" in text and PROGRAM.name not in text, text
+
+
+def test_ps_shows_which_run_it_is(executor, admin, modules, tmp_path):
+    """Of two processes, which are forked from one, which has to be ended."""
+    go = tmp_path / "go"
+    daemon = executor({"a": job(modules, "waits"), "b": job(modules, "waits")}, admin=admin)
+    runs = {
+        admin.trigger(daemon.url, name, jobId=number, executorParams=str(go))[0]: name
+        for number, name in enumerate("ab", 1)
+    }
+    for log_id in runs:
+        wait_until(lambda: list(daemon.data.glob(f"logs/*/{log_id}.log")), what="the log")
+        told = wait_until(lambda: re.search(r"^pid (\d+)$", log_of(daemon, log_id), re.M))
+        words = Path(f"/proc/{told[1]}/cmdline").read_bytes().decode().rstrip("\0").split("\0")
+        assert words[1:] == [str(PROGRAM), "mine:waits", f"logId={log_id}"]
+    go.touch()
+    for log_id in runs:
+        assert result_of(admin, log_id)["handleCode"] == 200
 
 
 def test_an_interpreter_that_is_too_old(executor, admin, modules, tmp_path):

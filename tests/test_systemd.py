@@ -2,6 +2,7 @@
 sockets."""
 
 import contextlib
+import re
 import signal
 import socket
 import sys
@@ -73,6 +74,29 @@ def test_the_status_line_tells_what_runs(executor, admin, tmp_path, manager):
     )
     assert daemon.stop() == 0
     assert manager.read().count("READY=1") == 1 and manager.read().count("STOPPING=1") == 1
+
+
+def test_a_failed_reload_is_told(executor, manager):
+    """With its reason: who sees it there needs no other place to look."""
+    daemon = executor(
+        {"job": {"shell": "true"}},
+        env={"NOTIFY_SOCKET": manager.path, "WATCHDOG_USEC": "200000"},
+    )
+    good = daemon.file.read_text()
+
+    def last():
+        lines = [line for line in manager.read() if line.startswith("STATUS=")]
+        return lines[-1] if lines else ""
+
+    daemon.file.write_text(good.replace("shell:", "shel:"))
+    daemon.signal(signal.SIGHUP)
+    at = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
+    told = r"config\.yaml:\d+: jobs\.job\.shel: unknown key.*"
+    failed = rf"STATUS=RELOAD FAILED, the old jobs stay \({at}: .*{told}\), 0 running, .*"
+    wait_until(lambda: re.fullmatch(failed, last()), what="the reason")
+    daemon.file.write_text(good)
+    daemon.signal(signal.SIGHUP)
+    wait_until(lambda: last() == "STATUS=0 running, 0 queued, 0 undelivered")
 
 
 @pytest.mark.parametrize("kind", ["none", "down", "hanging"])
