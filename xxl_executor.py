@@ -5004,8 +5004,8 @@ class Timers:
 class Crew:
     """At most `limit` threads that call what they are given, in order; started when none is idle,
     they end when they are idle for `idle` seconds. With `timers` more than two only when a call has
-    waited for CREW_PATIENCE. `do`: any thread. Daemons: one that never returns cannot hold the exit
-    back."""
+    waited, and none has ended, for CREW_PATIENCE. `do`: any thread. They are daemons: one that
+    never returns cannot hold the exit back."""
 
     def __init__(
         self, name: str, limit: int, idle: float | None = None, timers: Timers | None = None
@@ -5017,6 +5017,7 @@ class Crew:
         self._spare = 0  # idle threads; below 0: so many calls wait for one
         self._since: collections.deque[float] = collections.deque()  # of the calls that wait
         self._looking = False  # whether `_look` will come
+        self._done_at = 0.0  # monotonic; when a call last came to its end
 
     def do(self, call: typing.Callable[[], typing.Any]) -> None:
         """`call` must not raise."""
@@ -5039,7 +5040,8 @@ class Crew:
         """Many threads that all get on would only be in each other's way."""
         with self._lock:
             self._looking = False
-            if self._since and time.monotonic() - self._since[0] >= CREW_PATIENCE:
+            since = max(self._since[0], self._done_at) if self._since else float("inf")
+            if time.monotonic() - since >= CREW_PATIENCE:
                 for _ in range(min(len(self._since), self._limit - self._threads)):
                     self._grow()
             if self._since:
@@ -5081,6 +5083,7 @@ class Crew:
             self._since.popleft()
             call()
             with self._lock:
+                self._done_at = time.monotonic()
                 self._spare += 1
 
 
@@ -7569,12 +7572,12 @@ class Callbacks(Watched):
                 self._attempt(Part(fresh[:BATCH], RunState.FINISHED, taken))
                 continue
             due = [Part(fresh, RunState.FINISHED, taken)] if fresh else []
+            repeat, wait = self._due_again()  # while what is in a part is known to be in one
             part = self._refused.next_part()
             if part is not None:
                 due.append(part)
             elif again and not self._refused.in_parts():
                 due.append(Part(again[:BATCH], RunState.FINISHED, taken))
-            repeat, wait = self._due_again()
             if repeat is not None:
                 due.append(repeat)
             if not all(map(self._attempt, due)) or due and self._refused.part_due():

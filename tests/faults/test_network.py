@@ -56,7 +56,10 @@ def prefill(daemon, ledger, count):
         assert all(map(journal.accept, triggers))
         journal.commit()
         for start in range(0, count, 100):
-            ended = [(trigger, 1.0) for trigger in triggers[start : start + 100]]
+            ended = [
+                xxl_executor.Span(trigger, now / 1000, 1.0)
+                for trigger in triggers[start : start + 100]
+            ]
             journal.begin()
             journal.finish(ended, xxl_executor.Result(200, f"result {start}"))
             journal.commit()
