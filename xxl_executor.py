@@ -6482,6 +6482,7 @@ _WAL_MAGIC = (
 _NO_SPACE = re.compile("is full|I/O error")  # what SQLite says of ENOSPC
 # Errors of SQLite that say nothing of what the file holds.
 _OUTSIDE = re.compile("is full|is locked|unable to open|I/O error|permission|protocol")
+# `finished` is when a run came into its state, or started, by the journal's clock.
 # SQLite uses a partial index only for a query that repeats its condition: hence the `state <>
 # 'delivered'` below.
 _SCHEMA = """
@@ -6491,10 +6492,10 @@ PRAGMA journal_size_limit = 16777216;
 CREATE TABLE IF NOT EXISTS runs (
   log_id INTEGER PRIMARY KEY, log_date_time INTEGER NOT NULL, state TEXT NOT NULL,
   accepted REAL NOT NULL, trigger TEXT, starts INTEGER NOT NULL DEFAULT 0, code INTEGER,
-  message TEXT, since REAL);
-CREATE INDEX IF NOT EXISTS runs_by_state ON runs (state, since) WHERE state <> 'delivered';
+  message TEXT, finished REAL);
+CREATE INDEX IF NOT EXISTS runs_by_state ON runs (state, finished) WHERE state <> 'delivered';
 CREATE INDEX IF NOT EXISTS runs_by_acceptance ON runs (accepted);
-CREATE INDEX IF NOT EXISTS runs_delivered ON runs (since) WHERE state = 'delivered';
+CREATE INDEX IF NOT EXISTS runs_delivered ON runs (finished) WHERE state = 'delivered';
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT);
 """
 
@@ -6845,7 +6846,7 @@ class Facts:
         self.learn("clock", str(self.clock.now()))
 
     def _start_clock(self) -> None:
-        [newest] = self._files.read("SELECT max(since), max(accepted) FROM runs")
+        [newest] = self._files.read("SELECT max(finished), max(accepted) FROM runs")
         saved = 0.0
         with contextlib.suppress(ValueError):  # the first start, or a damaged page
             saved = float(self.fact("clock"))
@@ -6887,7 +6888,7 @@ class Unstored:
             )
         if self.results:
             more["finished"] += db.executemany(
-                "UPDATE runs SET since = ?, state = 'finished', code = ?, message = ?, trigger ="
+                "UPDATE runs SET finished = ?, state = 'finished', code = ?, message = ?, trigger ="
                 " ? WHERE log_id = ? AND state IN ('accepted', 'running')",
                 [(now, *row) for row in self.results],
             ).rowcount
@@ -6909,7 +6910,7 @@ class Unstored:
         # Of what is only a memory the beginning will do: there may be very many.
         short = ", message = substr(message, 1, 500)"
         query = (
-            "UPDATE runs SET state = ?, since = ?"
+            "UPDATE runs SET state = ?, finished = ?"
             f"{short if settled.state is RunState.DELIVERED else ''}"
             " WHERE log_id = ? AND state = ?"
         )
@@ -6933,8 +6934,8 @@ class JournalReader(Facts):
     def undelivered(self, limit: int) -> list[StoredResult]:
         """Results that wait for the admin, the oldest first."""
         rows = self._files.read(
-            "SELECT log_id, log_date_time, code, message, since FROM runs WHERE state <>"
-            " 'delivered' AND state = 'finished' ORDER BY since LIMIT ?",
+            "SELECT log_id, log_date_time, code, message, finished FROM runs WHERE state <>"
+            " 'delivered' AND state = 'finished' ORDER BY finished LIMIT ?",
             limit,
         )
         return [StoredResult(*row) for row in rows]
@@ -6944,8 +6945,8 @@ class JournalReader(Facts):
     ) -> list[StoredResult]:
         """Results that came into this state between two times of the clock, the oldest first."""
         rows = self._files.read(
-            "SELECT log_id, log_date_time, code, message, since FROM runs WHERE state <>"
-            " 'delivered' AND state = ? AND since >= ? AND since < ? ORDER BY since"
+            "SELECT log_id, log_date_time, code, message, finished FROM runs WHERE state <>"
+            " 'delivered' AND state = ? AND finished >= ? AND finished < ? ORDER BY finished"
             " LIMIT ?",
             state.value,
             since,
@@ -6997,8 +6998,8 @@ class JournalReader(Facts):
     def unfinished(self) -> list[Unfinished]:
         """Every run without a result, in the order of acceptance; read once, at start."""
         rows = self._files.read(
-            "SELECT log_id, log_date_time, trigger, state, accepted, since, starts, code, message"
-            " FROM runs WHERE state <> 'delivered' AND state IN ('accepted', 'running')"
+            "SELECT log_id, log_date_time, trigger, state, accepted, finished, starts, code,"
+            " message FROM runs WHERE state <> 'delivered' AND state IN ('accepted', 'running')"
             " ORDER BY accepted"
         )
         runs, dropped = [], self._dropped()
@@ -7039,7 +7040,7 @@ class JournalReader(Facts):
         JournalError."""
         keep = max(keep, REPEAT_WINDOW)
         newest = self._files.read(
-            "SELECT since FROM runs WHERE state = 'delivered' ORDER BY since DESC LIMIT 1"
+            "SELECT finished FROM runs WHERE state = 'delivered' ORDER BY finished DESC LIMIT 1"
             f" OFFSET {KEPT_RUNS}"
         )
         if newest and isinstance(newest[0][0], float):  # else a damaged row
@@ -7057,7 +7058,7 @@ class JournalReader(Facts):
         """In parts: triggers wait meanwhile."""
         query = (
             "DELETE FROM runs WHERE log_id IN"
-            f" (SELECT log_id FROM runs WHERE {state} AND since < ? LIMIT 1000)"
+            f" (SELECT log_id FROM runs WHERE {state} AND finished < ? LIMIT 1000)"
         )
         before, removed = (self.clock.now() - age,), 0
         while not stop():
@@ -7215,7 +7216,7 @@ class Journal(JournalReader):
         """accepted -> running; committed before anything of the run starts, so that it never starts
         twice. Whether it was accepted."""
         query = (
-            "UPDATE runs SET state = 'running', since = ?, starts = starts + 1"
+            "UPDATE runs SET state = 'running', finished = ?, starts = starts + 1"
             " WHERE log_id = ? AND state = 'accepted'"
         )
         return self._files.db.execute(query, (self.clock.now(), log_id)).rowcount == 1
@@ -7223,7 +7224,7 @@ class Journal(JournalReader):
     def restart(self, trigger: Trigger) -> None:
         """running -> accepted, for a run that a crash interrupted and that its job wants again."""
         query = (
-            "UPDATE runs SET state = 'accepted', since = NULL, accepted = ?, trigger = ?"
+            "UPDATE runs SET state = 'accepted', finished = NULL, accepted = ?, trigger = ?"
             " WHERE log_id = ? AND state = 'running'"
         )
         self._files.db.execute(query, (self.clock.now(), self._stored(trigger), trigger.log_id))
@@ -7316,7 +7317,9 @@ def past_runs(db: sqlite3.Connection, log_id: int | None = None) -> typing.Itera
     """What is known of all runs, or of one, the one that was accepted last first. Raises
     JournalError."""
     one = ("", ()) if log_id is None else (" WHERE log_id = ?", (log_id,))
-    query = "SELECT log_id, log_date_time, state, trigger, accepted, since, code, message FROM runs"
+    query = (
+        "SELECT log_id, log_date_time, state, trigger, accepted, finished, code, message FROM runs"
+    )
     try:
         for row in db.execute(f"{query}{one[0]} ORDER BY accepted DESC", one[1]):
             yield _past_run(*row)
@@ -7339,7 +7342,9 @@ def _past_run(
     with contextlib.suppress(ValueError):  # a page may be damaged unnoticed
         fields = json.loads(stored or "{}")
     with contextlib.suppress(ValueError, TypeError, AttributeError, LookupError):
-        handler = str(fields["handler"])
+        handler, took = str(fields["handler"]), fields.get("took")
+        if "ended" not in fields and ended:  # by an earlier version
+            fields["ended"] = fields["began"] + (took or 0.0)
         return PastRun(
             log_id,
             date,
@@ -7349,7 +7354,7 @@ def _past_run(
             int(fields["shard_index"]),
             int(fields["shard_total"]),
             float(fields["began"]) if ended else _began(fields["accepted"], accepted, since),
-            fields.get("took"),
+            took,
             float(fields["ended"]) if ended else None,
             code if ended else None,  # else why it is being ended
             message or "" if ended else "",

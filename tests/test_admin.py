@@ -733,8 +733,8 @@ def test_a_result_is_given_up_after_seven_days(executor, loopback, port):
     daemon = executor(HELLO, admin=absent(port), start=False)
     undelivered(daemon, port, 3)
     with contextlib.closing(sqlite3.connect(daemon.data / "journal.db")) as db, db:
-        db.execute("UPDATE runs SET since = since - 7 * 86400 - 60 WHERE log_id = 1")
-        db.execute("UPDATE runs SET since = since - 7 * 86400 + 3600 WHERE log_id = 2")
+        db.execute("UPDATE runs SET finished = finished - 7 * 86400 - 60 WHERE log_id = 1")
+        db.execute("UPDATE runs SET finished = finished - 7 * 86400 + 3600 WHERE log_id = 2")
     admin = loopback(port=port)
     for _ in range(2):
         daemon.start()

@@ -465,7 +465,7 @@ def test_prune_forgets_what_is_old_and_settled(journal, posted, file):
         if state != "finished":
             settle(journal, [log_id], RunState(state))
         at = journal.clock.now() - age * DAY
-        outside(file, "UPDATE runs SET since = ? WHERE log_id = ?", at, log_id)
+        outside(file, "UPDATE runs SET finished = ? WHERE log_id = ?", at, log_id)
     accept(journal, trigger(10))
     outside(file, "UPDATE runs SET accepted = 0 WHERE log_id = 10")
     assert journal.counts()["dead"] == 2
@@ -478,7 +478,7 @@ def test_prune_forgets_what_is_old_and_settled(journal, posted, file):
 def many_delivered(file, count):
     with contextlib.closing(sqlite3.connect(file)) as db, db:
         db.executemany(
-            "INSERT INTO runs (log_id, log_date_time, state, accepted, since) VALUES (?, ?,"
+            "INSERT INTO runs (log_id, log_date_time, state, accepted, finished) VALUES (?, ?,"
             " 'delivered', 0, 0)",
             ((i, NOW) for i in range(count)),
         )

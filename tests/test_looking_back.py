@@ -619,7 +619,7 @@ def test_many_delivered_runs_are_kept_as_far_as_they_are_young(executor, admin):
         ]
         db.executemany(
             "INSERT INTO runs (log_id, log_date_time, state, accepted, trigger, code, message,"
-            " since) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            " finished) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             rows,
         )
         db.commit()

@@ -433,7 +433,7 @@ def test_a_broken_journal(executor, admin, tmp_path, damage, broken):
         journal.learn("dialect", "wrapper")
         with contextlib.closing(sqlite3.connect(db)) as other, other:
             other.executemany(
-                "INSERT INTO runs (log_id, log_date_time, state, accepted, code, message, since)"
+                "INSERT INTO runs (log_id, log_date_time, state, accepted, code, message, finished)"
                 " VALUES (?, 1, 'delivered', ?, 200, ?, ?)",
                 (
                     (i, time.time(), f"result of {i} {'x' * 300}", time.time())

@@ -151,7 +151,7 @@ def fill_journal(data, waiting, dead):
     ]
     with contextlib.closing(sqlite3.connect(data / "journal.db")) as db, db:
         db.executemany(
-            "INSERT INTO runs (log_id, log_date_time, state, accepted, code, message, since)"
+            "INSERT INTO runs (log_id, log_date_time, state, accepted, code, message, finished)"
             " VALUES (?, ?, ?, ?, 200, 'fine', ?)",
             rows,
         )
