@@ -1131,11 +1131,12 @@ class ScriptsConfig:
         problems = []
         for directory in self.directories:
             try:
-                names = sorted(os.listdir(directory))
+                with os.scandir(directory) as entries:  # what is below is nobody's job
+                    places = [entry for entry in entries if not entry.is_dir(follow_symlinks=False)]
             except OSError as error:
                 problems.append(f"{directory}: {error.strerror}")
                 continue
-            for name in names:
+            for name in sorted(entry.name for entry in places):
                 try:
                     job = None if name in jobs else self.job(name)
                 except Refused as error:
@@ -4479,7 +4480,7 @@ class ForkedChild:
 
     def go_on(self, request: dict) -> None:
         """Its PID is known: have it run `request`."""
-        process = _process_stat(self.pid)
+        process = process_stat(self.pid)
         if process is not None:
             self.seen = {self.pid: process.started}  # before it has its session and its marker
         with open(os.memfd_create("request"), "wb") as stream:
@@ -4506,7 +4507,7 @@ class ForkedChild:
     def session(self) -> int:
         """The number of its session, 0 once it may belong to somebody else."""
         try:
-            process = _process_stat(self.pid) if self.lost else None
+            process = process_stat(self.pid) if self.lost else None
         except OSError:  # no descriptor free: its marker tells
             return 0
         known = not self.lost or process is not None and self.seen.get(self.pid) == process.started
@@ -4672,7 +4673,7 @@ class ProcessStat(typing.NamedTuple):
         return self.state not in "ZX"
 
 
-def _process_stat(pid: int) -> ProcessStat | None:
+def process_stat(pid: int) -> ProcessStat | None:
     """None when it is gone. Raises OSError, as when no descriptor is free."""
     try:
         fields = _read_proc(f"/proc/{pid}/stat").rpartition(b") ")[2].split()
@@ -4686,7 +4687,7 @@ def _process_stat(pid: int) -> ProcessStat | None:
 def has_ended(pid: int) -> bool:
     """Whether a process that nobody has reaped has ended."""
     try:
-        process = _process_stat(pid)
+        process = process_stat(pid)
     except OSError:  # no descriptor free: nobody can tell
         return False
     return process is None or not process.alive
@@ -4719,7 +4720,7 @@ def family(
     stats, members = {}, []
     children = collections.defaultdict(list)
     for pid in _pids():
-        process = _patiently(functools.partial(_process_stat, pid))
+        process = _patiently(functools.partial(process_stat, pid))
         if process is None or pid == os.getpid():
             continue
         stats[pid] = process
@@ -4751,7 +4752,7 @@ def send_signal(members: dict[int, int], number: int) -> list[int]:
         with contextlib.suppress(ProcessLookupError):
             fd = _patiently(functools.partial(os.pidfd_open, pid))
             fds.append(fd)
-            process = _patiently(functools.partial(_process_stat, pid))
+            process = _patiently(functools.partial(process_stat, pid))
             if process is None or process.started != started:
                 os.close(fds.pop())
                 continue
@@ -4844,7 +4845,7 @@ def _reap() -> tuple[bool, bool]:
 def _is_kept(pid: int) -> bool:
     """Whether a job with background: keep left it."""
     try:
-        process = _process_stat(pid)
+        process = process_stat(pid)
     except OSError:  # no descriptor free
         return False
     return process is not None and process.started == _KEPT.get(pid)
@@ -8362,7 +8363,7 @@ class Owner(typing.NamedTuple):
 
     def alive(self) -> bool:
         with contextlib.suppress(OSError):
-            process = _process_stat(self.pid)
+            process = process_stat(self.pid)
             return process is not None and process.alive and process.started == self.started
         return False
 
@@ -8402,7 +8403,7 @@ class DataDir:
             )
         valid = re.fullmatch(r"[0-9a-f]{16}", identity) and not copied
         self.identity = identity if valid else secrets.token_hex(8)
-        self.key, stat_ = secrets.token_hex(16), _process_stat(os.getpid())
+        self.key, stat_ = secrets.token_hex(16), process_stat(os.getpid())
         self._started = stat_.started if stat_ is not None else 0
         try:
             self.publish("")

@@ -50,7 +50,7 @@ def wait_until(predicate, seconds=10.0, what="the condition"):
 
 def alive(pid):
     """Whether process `pid` runs; a zombie does not."""
-    found = xxl_executor._process_stat(pid)
+    found = xxl_executor.process_stat(pid)
     return found is not None and found[0] not in "ZX"
 
 

@@ -31,7 +31,7 @@ def ending(daemon, admin, handler, **fields):
 def children_of(pid, states):
     """The children of `pid` that are in one of `states`."""
     found = {
-        int(name): xxl_executor._process_stat(int(name))
+        int(name): xxl_executor.process_stat(int(name))
         for name in os.listdir("/proc")
         if name.isdigit()
     }
@@ -266,7 +266,7 @@ def test_exit_statuses_are_exact_and_nobody_stays_a_zombie(executor, admin):
 
 def test_a_kept_process_may_be_reaped_by_another_thread_meanwhile(monkeypatch):
     """It took the result of an unrelated run away: that run failed with a KeyError."""
-    kept, stat = {}, xxl_executor._process_stat
+    kept, stat = {}, xxl_executor.process_stat
     monkeypatch.setattr(xxl_executor, "_KEPT", kept)
     with subprocess.Popen(["sleep", "60"]) as process:
         try:
@@ -277,7 +277,7 @@ def test_a_kept_process_may_be_reaped_by_another_thread_meanwhile(monkeypatch):
                 kept.clear()
                 return stat(pid)
 
-            monkeypatch.setattr(xxl_executor, "_process_stat", faster)
+            monkeypatch.setattr(xxl_executor, "process_stat", faster)
             assert xxl_executor._reap() == (False, True)
         finally:
             process.kill()

@@ -51,7 +51,7 @@ def server_of(daemon):
             with contextlib.suppress(OSError, TypeError):  # it has just ended
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
                 own = (daemon.process.pid, pid)  # what it forked has the same words
-                if b"--serve-python" in words and xxl_executor._process_stat(pid)[1:3] == own:
+                if b"--serve-python" in words and xxl_executor.process_stat(pid)[1:3] == own:
                     return pid
         return None
 

@@ -495,7 +495,7 @@ def members(inode):
     found = {}
     for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
         with contextlib.suppress(OSError):
-            stat = xxl_executor._process_stat(pid)
+            stat = xxl_executor.process_stat(pid)
             if stat and (os.stat(f"/proc/{pid}/ns/pid").st_ino == inode):
                 found[pid] = stat[0]
     return found

@@ -402,7 +402,7 @@ def test_jobs_that_stop_or_kill_themselves(executor, admin, ledger):
             if f"XXL_JOB_LOG_ID={ids[name]}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes()
         ]
         wait_until(
-            lambda: [xxl_executor._process_stat(pid)[0] for pid in session] == ["T"],
+            lambda: [xxl_executor.process_stat(pid)[0] for pid in session] == ["T"],
             10,
             "the stop of the job",
         )

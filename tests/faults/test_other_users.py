@@ -139,7 +139,7 @@ def server_of(daemon):
     """The pid of the daemon's Python server, when no job runs."""
     nothing_runs(daemon)
     [server] = [
-        pid for pid in daemon.family() if xxl_executor._process_stat(pid)[1] == daemon.process.pid
+        pid for pid in daemon.family() if xxl_executor.process_stat(pid)[1] == daemon.process.pid
     ]
     return server
 
