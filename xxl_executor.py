@@ -2,13 +2,13 @@
 """XXL-JOB executor in one file: copy it, list scripts in a YAML file, start it from systemd or
 beside a container.
 
-A trigger travels down this file: connection (4) -> Api (5) -> core (6), which decides, commits
-to the journal (9) and then answers -> supervisor (7), job process -> job log (8) -> core, journal
--> callback thread (10) -> admin (11). "Accepted" is said only after the journal has committed the
-run; a result is sent until the admin has acknowledged it, for at most 7 days. Every run carries a
-marker in its environment, by which its whole process tree is found again, after a crash of this
-daemon too. Objects arrive through constructors, only Wiring (14) knows them all; no section from 4
-to 12 names a class of an earlier one of these.
+A trigger travels down this file: connection (4) -> Api (5) -> core (6), which decides, commits to
+the journal (9) and then answers -> supervisor (7), job process -> job log (8) -> core, journal ->
+callback thread (10) -> admin (11). "Accepted" is said only after the journal has committed the run;
+a result is sent until the admin has acknowledged it, for at most 7 days. Every run carries a marker
+in its environment, by which its whole process tree is found again, after a crash of this daemon
+too. Objects arrive through constructors, only Wiring (14) knows them all; no section from 4 to 12
+names a class of another one of these.
 
  sockets          lanes, journal writer           job processes
  selector --run/kill--> core --start/cancel--> supervisor
@@ -68,7 +68,7 @@ def run_compiled(flags: list[str]) -> None:
     os.execv(sys.executable, words)
 
 
-_ONCE = {
+_ONCE = {  # commands that end soon: not worth `run_compiled`
     "check",
     "demo",
     "exec",
@@ -165,6 +165,7 @@ MARKER = (  # environment variable that names the data_dir and the run of every 
 )
 FAILPOINT = "XXL_EXECUTOR_FAILPOINT"  # environment variable of the tests, see `failpoint`
 OLD_PYTHON = "{} is too old a Python, a python job needs 3.9: use command: [python, script] for it"
+# names of environment variables that jobs do not get
 SECRETS = re.compile(
     "XXL_JOB_ACCESS_TOKEN|NOTIFY_SOCKET|WATCHDOG_.*|LISTEN_.*|CREDENTIALS_DIRECTORY"
     f"|{MARKER}|{FAILPOINT}"
@@ -213,7 +214,7 @@ class RunState(enum.Enum):
     FINISHED = "finished"
     ACKNOWLEDGED = "acknowledged"  # by the admin, which may have lost it nevertheless
     RESENT = "resent"  # and acknowledged once more
-    DELIVERED = "delivered"
+    DELIVERED = "delivered"  # acknowledged three times, or there is no admin
     DEAD = "dead"
 
 
@@ -516,7 +517,7 @@ def unusable(error: OSError) -> ExecutorError:
 
 
 def make_directory(path: str) -> None:
-    """Raises ExecutorError."""
+    """Make it unless it is there. Raises ExecutorError."""
     try:
         os.makedirs(path, 0o750, exist_ok=True)
     except OSError as error:
@@ -556,7 +557,8 @@ def authority(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-FLUSH_LIMIT = 1.0  # seconds that the end waits for who reads stdout and stderr
+# seconds that the end waits for who reads stdout and stderr, the pruning, the supervisor
+FLUSH_LIMIT = 1.0
 OUTPUT_LIMIT = 1 << 20  # bytes that wait for who reads stdout or stderr; more are dropped
 
 
@@ -718,19 +720,19 @@ def failpoint(name: str) -> None:
 _SHARED = {random.choice(sorted(os.sched_getaffinity(0)))}
 
 
-def share_core() -> None:
-    """Keep the calling thread on the core that the threads of this daemon share.
+def share_cpu() -> None:
+    """Keep the calling thread on the one CPU that the threads of this daemon share.
 
     They exclude each other by the GIL anyway, and handing it from core to core costs more
     (tests/bench.py, thread: 1.5 times the runs with 0.6 of the CPU, beside other load too; shell:
-    the same). What such a thread starts is started in `all_cores`.
+    the same). What such a thread starts is started in `all_cpus`.
     """
     with contextlib.suppress(OSError):  # a sandbox that forbids it
         os.sched_setaffinity(0, _SHARED)
 
 
 @contextlib.contextmanager
-def all_cores() -> typing.Iterator[None]:
+def all_cpus() -> typing.Iterator[None]:
     """Inside, the calling thread, which shares a core, may run where the main thread may, which
     shares none: so may the processes and threads that begin there."""
     with contextlib.suppress(OSError):
@@ -738,7 +740,7 @@ def all_cores() -> typing.Iterator[None]:
     try:
         yield
     finally:
-        share_core()
+        share_cpu()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -872,7 +874,7 @@ def amount(text: str, pattern: str, units: dict) -> float | None:
     return (float(match[1]) if "." in match[1] else int(match[1])) * units[match[2]]
 
 
-LEAST_RETENTION = 3600.0  # seconds; `log_retention: 30` meant 30 s, and the logs were gone
+LEAST_RETENTION = 3600.0  # seconds; less is refused: `log_retention: 30` is 30 s, not 30 days
 
 
 def _retention(reader: _YamlReader, node: Node) -> float:
@@ -1437,7 +1439,7 @@ class _YamlReader:
         return self.yaml.ScalarNode(tag, text, mark, mark) if text else None
 
 
-_NOT_OF_SCRIPTS = (
+_NOT_OF_SCRIPTS = (  # keys of a job that `scripts` does not take
     *("shell", "command", "python", "isolation", "interpreter", "pythonpath", "preload"),
     *("description", "enabled"),
 )
@@ -1657,46 +1659,53 @@ SOURCE_LIMIT = 1 << 20  # bytes; a longer module is not looked into
 # --------------------------------------------------------------------------------------------------
 # 2c what this host lacks
 # --------------------------------------------------------------------------------------------------
-_KNOWN_FINDERS = {"BuiltinImporter", "FrozenImporter", "PathFinder", "DistutilsMetaFinder"}
+# Asks also the finders of what is installed as editable, which import nothing to tell where it is.
+_ASK_INTERPRETER = """
+import json, sys
+print(list(sys.version_info[:2]))
+others = [finder for finder in sys.meta_path if getattr(finder, "__name__", "") != "PathFinder"]
+found = []
+for name in sys.argv[1:]:
+    for finder in others:
+        if hasattr(finder, "find_spec") and finder.find_spec(name, None):
+            found.append(name)
+print(json.dumps(found))
+print("\\n".join(sys.path))
+"""
 
 
 class ModuleSearch:
     """Where interpreters find modules: nothing of a job is imported; any thread."""
 
-    def __init__(self, environment: dict[str, str]):
+    def __init__(self, environment: dict[str, str], modules: list[str]):
+        """`modules`: which will be looked for."""
         self._environment = environment
+        self._tops = sorted({module.partition(".")[0] for module in modules})
         self._paths: dict[str, list[str]] = {}  # by interpreter
-        self._others_find: set[str] = set()  # interpreters with finders that only they can ask
+        self._others_find: dict[str, list[str]] = {}  # what its finders find beside the path
 
     def path(self, interpreter: str) -> list[str]:
         """Where it finds modules. Raises ExecutorError for one that runs no Python job."""
         if interpreter == sys.executable:
             return sys.path
         if interpreter not in self._paths:
-            code = (
-                "import sys; print(list(sys.version_info[:2]));"
-                " print([getattr(finder, '__name__', type(finder).__name__) for finder in"
-                " sys.meta_path]);"
-                " print('\\n'.join(sys.path))"
-            )
             try:
                 ran = subprocess.run(
-                    [interpreter, "-c", code],
+                    [interpreter, "-c", _ASK_INTERPRETER, *self._tops],
                     stdin=subprocess.DEVNULL,
                     capture_output=True,
                     timeout=10,
                     cwd="/",
                     env=self._environment,
                 )
-                version, finders, *path = os.fsdecode(ran.stdout).splitlines()
+                version, found, *path = os.fsdecode(ran.stdout).splitlines()
                 major, minor = json.loads(version)
             except (OSError, ValueError, subprocess.TimeoutExpired):
                 raise ExecutorError(f"{interpreter} is no Python that runs") from None
             if (major, minor) < (3, 9):
                 raise ExecutorError(OLD_PYTHON.format(interpreter))
             self._paths[interpreter] = path
-            if not set(ast.literal_eval(finders)) <= _KNOWN_FINDERS:
-                self._others_find.add(interpreter)
+            self._others_find[interpreter] = json.loads(found)
         return self._paths[interpreter]
 
     def find(self, module: str, path: list[str], interpreter: str) -> typing.Any:
@@ -1714,7 +1723,7 @@ class ModuleSearch:
                     spec = spec or next(filter(None, others), None)
             except Exception:  # a broken archive in the path
                 return None
-            if spec is None and interpreter in self._others_find:
+            if spec is None and name.partition(".")[0] in self._others_find.get(interpreter, ()):
                 return None
             if spec is None:
                 raise ExecutorError(
@@ -1733,7 +1742,9 @@ class HostCheck:
         """`deep`: parse the modules of Python jobs too, which would hold up a daemon."""
         self._config, self._deep = config, deep
         self._environment = without_secrets()
-        self._modules = ModuleSearch(self._environment)
+        jobs = [job for job in config.jobs.values() if job.python]
+        wanted = [module for job in jobs for module in (job.python.partition(":")[0], *job.preload)]
+        self._modules = ModuleSearch(self._environment, wanted)
 
     def warnings(self) -> list[str]:
         """One `file:line: key: problem` for each."""
@@ -1926,7 +1937,7 @@ _METRICS = {  # name: (type, help, names of labels)
     "stuck_threads": ("gauge", "Runs in a thread that did not return after their cancellation."),
     "undelivered_results": ("gauge", "Results that the admin has not acknowledged."),
     "oldest_undelivered_seconds": ("gauge", "Age of the oldest of them, 0 when there is none."),
-    "dead_results": ("gauge", "Results that were given up after 7 days."),
+    "dead_results": ("gauge", f"Results that were given up after {DEAD_AFTER / 86_400:g} days."),
     "max_running": ("gauge", "Runs that may be in progress at once."),
     "config_last_reload_successful": (
         "gauge",
@@ -1959,6 +1970,7 @@ class Metrics:
             self._values[key] = self._values.get(key, 0) + amount
 
     def set(self, name: str, value: float, **labels: typing.Any) -> None:
+        """A gauge that keeps `value`."""
         with self._lock:
             self._values[name, tuple(labels.items())] = value
 
@@ -1972,6 +1984,7 @@ class Metrics:
             sums[-1] += value
 
     def gauge(self, name: str, value: typing.Callable[[], float]) -> None:
+        """A gauge that is asked at each scrape."""
         self._gauges[name] = value
 
     def render(self) -> str:
@@ -2080,10 +2093,10 @@ IDLE_TIMEOUT = 3900.0  # seconds; longer than any proxy keeps a connection (Envo
 STRANGER_TIMEOUT = 15.0  # seconds of idleness for who has not shown the token
 LINGER = 2.0  # seconds for the client to read why a connection ends
 BACKLOG = 1024  # connections that wait to be accepted
-ALIVE = 15.0  # seconds; the selector turns at least every LINGER
+ALIVE = 15.0  # seconds without a turn after which the selector counts as stuck
 PATIENCE = 2.5  # seconds for the core to decide; the admin waits at least 3
 POOL_THREADS = 4
-SMALL_BODY = HEAD_LIMIT  # bytes; what is no longer needs no budget, and is decoded by the selector
+SMALL_BODY = HEAD_LIMIT  # bytes; up to here a body needs no budget and the selector decodes it
 BODY_BUDGET = PAGE_BUDGET = 64 << 20  # bytes of all bodies, and of all log pages, at a time
 PAGE_COST = 9 << 20  # bytes; more than any answer to /log, see PAGE_LIMIT
 _TURN = 1 << 16  # bytes that one connection may send or be sent before others get their turn
@@ -2761,7 +2774,7 @@ class HttpServer(Exchanges):
             self._wake_up.close()
 
     def _serve(self) -> None:
-        share_core()
+        share_cpu()
         for connection, request, ticket in iter(self._pool.get, None):
             reply: Reply | None = None
             try:
@@ -2779,7 +2792,7 @@ class HttpServer(Exchanges):
     # -- the selector thread
 
     def _loop(self) -> None:
-        share_core()
+        share_cpu()
         sweep = 0.0
         while time.monotonic() < self._stop_at and (self._connections or not self._listener.closed):
             now = self._ticked = time.monotonic()
@@ -3079,11 +3092,15 @@ class Api:
         if path == "/log":
             return Route.PAGE
         # A long body takes a while to decode, and a script is written to the disk first.
-        if len(request.body) > SMALL_BODY or b"GLUE" in request.body or self._looks(path, request):
+        if (
+            len(request.body) > SMALL_BODY
+            or b"GLUE" in request.body
+            or self._may_wait_for_disk(path, request)
+        ):
             return Route.POOL if path == "/idleBeat" else Route.LONG
         return Route.DIRECT if path == "/idleBeat" else Route.CORE
 
-    def _looks(self, path: str, request: Request) -> bool:
+    def _may_wait_for_disk(self, path: str, request: Request) -> bool:
         """Whether a script may have to be looked up, on a disk that may not answer."""
         if not self.config.scripts.directories or path not in ("/run", "/trigger"):
             return False
@@ -3217,6 +3234,7 @@ class Api:
 # --------------------------------------------------------------------------------------------------
 RECENT = 10  # results of each handler that `status` shows
 SHOWN_HANDLERS = 1000  # of which it shows them
+LEAST_INBOX = 1000  # messages that may wait for a slow disk however small executor.max_queued is
 RETRY_STORING = 1.0  # seconds until what could not be stored is tried again
 # So many dropped runs are finished in the decision itself; of more, so many in each later turn:
 # 10,000 at once took 0.2 to 0.5 s, in which nothing else was decided.
@@ -3462,7 +3480,8 @@ class Decisions(Lanes):
                 self._start_next(lane)
 
     def _may_start(self) -> bool:
-        """Whether a run waits for nothing but its turn."""
+        """Whether `_start_ready` would start a run now; the core does not sleep while it is
+        true."""
         room = self._occupied < self._max_running
         return bool(self._ready) and room and self._idle_hook is None
 
@@ -3629,8 +3648,9 @@ class Decisions(Lanes):
 # 6b the core's thread
 # --------------------------------------------------------------------------------------------------
 class Endings(Decisions):
-    """What has happened to runs, and what becomes of those that end. It cannot be refused nor
-    undone: what cannot be stored now is held. The core's thread."""
+    """What has happened to runs, and what becomes of those that end: outside the transaction, never
+    refused nor undone, and held until a commit works. What must write into the transaction is a
+    decision. The core's thread."""
 
     def __init__(self, journal: typing.Any, metrics: Metrics, max_running: int, max_queued: int):
         super().__init__(journal, max_running, max_queued)
@@ -3762,7 +3782,7 @@ class Core(Endings, Watched):
 
     def overloaded(self) -> bool:
         """Whether so much waits to be decided that nobody may add to it."""
-        return self._inbox.qsize() > self._max_queued
+        return self._inbox.qsize() > max(self._max_queued, LEAST_INBOX)
 
     def accepted(self, log_id: int) -> bool:
         """Whether this run was accepted, however long ago."""
@@ -3803,7 +3823,7 @@ class Core(Endings, Watched):
     # -- the core's thread
 
     def _loop(self) -> None:
-        share_core()
+        share_cpu()
         while True:
             closing = self._closing
             messages = self._take(0.0 if closing else self._patience())
@@ -3820,7 +3840,7 @@ class Core(Endings, Watched):
         """Seconds to wait for a message; None: there is nothing to do before one comes."""
         if self._dropped and not self._failed:
             return 0.0
-        if self._failed or self._journal.owes():
+        if self._failed or self._journal.has_unstored():
             return RETRY_STORING
         return 0.0 if self._may_start() else None
 
@@ -3940,7 +3960,8 @@ ASIDE_LIMIT = 1000  # threads beside the supervisor; each run needs one at a tim
 CREW_PATIENCE = 0.05
 SERVER_LIMIT = 10.0  # seconds that a Python server may take to fork; it takes milliseconds
 PRELOAD_LIMIT = 60.0  # seconds; the same while it imports what a job wants preloaded
-STORE_LIMIT = 5.0  # seconds that a run which is out of time waits for that to be stored
+# seconds to wait for the journal: a timeout before it ends its run, the daemon when it stops
+STORE_LIMIT = 5.0
 PR_SET_DUMPABLE, PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 4, 15, 36  # <linux/prctl.h>
 M_MMAP_THRESHOLD = -3  # <malloc.h>
 _KEPT: dict[int, int] = {}  # {pid: start time} of what jobs with background: keep left
@@ -4029,7 +4050,7 @@ def call_entry_point(entry_point: str, context: Context) -> str:
         raise
 
 
-class Scripts:
+class GlueScripts:
     """Scripts that the admin sends with its triggers (GLUE), in one directory; any thread."""
 
     def __init__(self, directory: str, config: GlueConfig, now: typing.Callable[[], float]):
@@ -4129,7 +4150,7 @@ class Scripts:
 
 
 # --------------------------------------------------------------------------------------------------
-# 7b the Python server
+# 7b inside the Python server and its children
 # --------------------------------------------------------------------------------------------------
 # A process that imports nothing of the jobs, unless they preload it, and forks one child per run.
 
@@ -4274,7 +4295,7 @@ def _python_child(output: int, channel: int) -> int:
     except BaseException as error:
         # first: it needs the least memory
         tell(traceback.format_exception_only(type(error), error)[-1].strip())
-        traceback.print_exception(type(error), error, _own_frames(error.__traceback__))
+        traceback.print_exception(type(error), error, _job_frames(error.__traceback__))
         return 1
 
 
@@ -4351,7 +4372,7 @@ def _take_request(channel: int) -> dict | None:
     return request
 
 
-def _own_frames(trace: types.TracebackType | None) -> types.TracebackType | None:
+def _job_frames(trace: types.TracebackType | None) -> types.TracebackType | None:
     """The traceback from the first frame that is not of this file: the author of a job looks for
     his own lines."""
     while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
@@ -4360,7 +4381,7 @@ def _own_frames(trace: types.TracebackType | None) -> types.TracebackType | None
 
 
 # --------------------------------------------------------------------------------------------------
-# 7c processes and their descendants
+# 7c children as the daemon sees them, and trees of processes
 # --------------------------------------------------------------------------------------------------
 
 
@@ -4554,7 +4575,7 @@ class PythonServer:
         self._socket, theirs = socket.socketpair()
         self.fd = self._socket.fileno()
         wanted = [json.dumps([preload, path])] if preload else []
-        with theirs, all_cores():
+        with theirs, all_cpus():
             try:
                 self._popen = subprocess.Popen(
                     run_as_module(interpreter, "--serve-python", str(theirs.fileno()), *wanted),
@@ -4617,7 +4638,8 @@ class PythonServer:
                 self.close(0)
 
     def too_old(self) -> bool:
-        """Of a retired one without children: whether its interpreter runs no Python job."""
+        """Whether it ended because its interpreter is older than jobs need; asked when it is
+        retired and has no children."""
         return self._popen.poll() == OLD_STATUS
 
     def kill(self) -> None:
@@ -4744,9 +4766,9 @@ def family(
 
 
 def send_signal(members: dict[int, int], number: int) -> list[int]:
-    """Signal processes found by `family`; returns a pidfd of each, to wait for and to close. A PID
-    that changed hands since is left alone: the descriptor is opened first, then the start time is
-    compared."""
+    """Signal processes found by `family`, and wake those that are stopped for a SIGTERM; returns a
+    pidfd of each, to wait for and to close. A PID that changed hands since is left alone: the
+    descriptor is opened first, then the start time is compared."""
     fds = []
     for pid, started in members.items():
         with contextlib.suppress(ProcessLookupError):
@@ -5017,7 +5039,7 @@ class Crew:
         self._threads = 0
         self._spare = 0  # idle threads; below 0: so many calls wait for one
         self._since: collections.deque[float] = collections.deque()  # of the calls that wait
-        self._looking = False  # whether `_look` will come
+        self._looking = False  # whether `_grow_if_stuck` will come
         self._done_at = 0.0  # monotonic; when a call last came to its end
 
     def do(self, call: typing.Callable[[], typing.Any]) -> None:
@@ -5035,10 +5057,11 @@ class Crew:
     def _look_later(self) -> None:
         assert self._timers is not None
         self._looking = True
-        self._timers.after(CREW_PATIENCE, self._look)
+        self._timers.after(CREW_PATIENCE, self._grow_if_stuck)
 
-    def _look(self) -> None:
-        """Many threads that all get on would only be in each other's way."""
+    def _grow_if_stuck(self) -> None:
+        """Start threads for the calls that wait, if none has ended for CREW_PATIENCE: many that all
+        get on would only be in each other's way."""
         with self._lock:
             self._looking = False
             since = max(self._since[0], self._done_at) if self._since else float("inf")
@@ -5070,7 +5093,7 @@ class Crew:
         self._spare += 1
 
     def _loop(self) -> None:
-        share_core()
+        share_cpu()
         while True:
             try:
                 call = self._queue.get(timeout=self._idle)
@@ -5238,7 +5261,7 @@ class Supervisor(Watched):
     # -- the supervisor's thread
 
     def _loop(self) -> None:
-        share_core()
+        share_cpu()
         while not self._closing:
             self._asleep = True
             left = min(self.timers.soonest() - time.monotonic(), 3600.0)
@@ -5283,7 +5306,7 @@ class Supervisor(Watched):
             self._epoll.unregister(fd)
 
     def report(self, message: typing.Any) -> None:
-        """At the end of this turn."""
+        """Have the core told `message` at the end of this turn."""
         self._reports.append(message)
 
     def aside(
@@ -5358,7 +5381,7 @@ class RunPhase(enum.Enum):
 
 
 class Tree:
-    """All processes of a run, and how they are ended; the run's own thread."""
+    """All processes of a run, and how they are ended; a thread aside, one at a time for a run."""
 
     def __init__(self, trigger: Trigger, marker: str):
         self._trigger, self._marker = trigger, marker
@@ -5460,7 +5483,7 @@ class Launch:
             user, groups = self._user
             as_user = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": groups}
         environment = self._environment()
-        with all_cores():
+        with all_cpus():
             popen = subprocess.Popen(
                 command,
                 cwd=job.cwd,
@@ -5586,8 +5609,8 @@ def result_of(
 
 
 class EndingRun:
-    """One run in a process of its own, as far as its end goes; see ProcessRun. The supervisor's
-    thread.
+    """What a ProcessRun has from the beginning (log, tree, timers), and its way from a cancellation
+    or an end to its result. The supervisor's thread.
 
     A thread of this run's own does what may take long, one thing at a time: until it has done so,
     the main process is not reaped, and its PID and session are nobody else's.
@@ -5640,7 +5663,8 @@ class EndingRun:
         work: typing.Callable[[], typing.Any],
         then: typing.Callable[[typing.Any], None] | None = None,
     ) -> None:
-        """Have this run's thread do `work`, and go on with `then` or with what came meanwhile."""
+        """Have a thread aside do `work`, and go on with `then` or with what came meanwhile; one at
+        a time for a run."""
         self._aside = True
 
         def done(value: typing.Any) -> None:
@@ -5662,7 +5686,7 @@ class EndingRun:
 
     # -- RUNNING
 
-    def _look(self) -> bool:
+    def _poll_end(self) -> bool:
         """Whether the main process has ended: then its leftovers are next."""
         assert self._child is not None
         if self._status is None:
@@ -5679,7 +5703,7 @@ class EndingRun:
         """Whether the main process has ended, be it that its status is on its way: then `again` is
         called if it does not come."""
         assert self._child is not None
-        if self._look():
+        if self._poll_end():
             return True
         if not self._awaited and has_ended(self._child.pid):
             self._awaited = True
@@ -5909,7 +5933,7 @@ class ProcessRun(EndingRun):
         if self.phase is RunPhase.STARTING:
             self._on_started()
         else:
-            self._look()
+            self._poll_end()
 
     def _expire(self) -> None:
         if self._has_ended(self._expire):
@@ -5976,7 +6000,7 @@ class ThreadRun:
         except BaseException as error:  # sys.exit() in a job must not end a slot's thread
             if isinstance(error, SystemExit) and error.code in (None, 0):
                 return Result(SUCCESS, self.out.last_line())
-            trace = _own_frames(error.__traceback__)
+            trace = _job_frames(error.__traceback__)
             self.write("".join(traceback.format_exception(type(error), error, trace)))
             return Result(FAILURE, traceback.format_exception_only(type(error), error)[-1].strip())
 
@@ -6042,7 +6066,7 @@ class Slots:
         timer = self._timers.after(run.timeout, tell) if run.timeout else None
         blank = self._timers.after(0.5, run.out.flush)
         self._local.sink = run.write
-        with all_cores():
+        with all_cpus():
             result = run.cancelled or run.call()
         self._local.sink = None
         for entry in (timer, blank):
@@ -6056,7 +6080,7 @@ class Slots:
 # 8 job logs
 # --------------------------------------------------------------------------------------------------
 PAGE_LIMIT = 4 << 20  # bytes of the log in one reply to /log, where they stand twice, as JSON
-_CONTROLS = bytes(set(range(1, 0x20)) - set(b"\b\t\n\f\r"))  # six bytes in JSON
+_CONTROLS = bytes(set(range(1, 0x20)) - set(b"\b\t\n\f\r"))  # each is six bytes in JSON
 _INDEXED_FILES = 256  # how many files the positions of lines are remembered for
 
 
@@ -6069,8 +6093,8 @@ def encoded_size(data: bytes) -> int:
 
 
 def fitting(data: bytes, limit: int, step: int = 1) -> int:
-    """How many bytes of `data`, at most `limit`, are not much more as JSON text; from its end with
-    `step` -1. The ends of lines, two bytes there, are given a tenth."""
+    """How many bytes of `data`, at most `limit`, take at most a tenth more than `limit` as JSON
+    text; from its end with `step` -1. The ends of lines, two bytes there, are given a tenth."""
     most, count = limit + limit // 10, min(len(data), limit)
     while 6 * count > most:
         size = encoded_size(data[:count] if step == 1 else data[len(data) - count :])
@@ -6087,8 +6111,9 @@ def timestamp(seconds: float) -> str:
 
 
 @functools.lru_cache(2)
-def stamp(second: int) -> str:
-    """Seconds since the epoch in local time; most notes of a second are written in a row."""
+def local_time(second: int) -> str:
+    """Seconds since the epoch in local time, as job logs and tables show it; remembered, for most
+    notes of a second are written in a row."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
 
 
@@ -6161,7 +6186,7 @@ class RunLog:
         self._gap, self.dropped = self._gap + lost, self.dropped + lost
 
     def _note(self, text: str) -> bytes:
-        return f"----- {stamp(int(time.time()))} {text} -----\n".encode("utf-8", "replace")
+        return f"----- {local_time(int(time.time()))} {text} -----\n".encode("utf-8", "replace")
 
     def begin(self, text: str) -> None:
         """The first note; it is written with the first output, or by `flush`."""
@@ -6619,7 +6644,8 @@ class JournalFiles:
         self._places = self._stamps()
 
     def check(self) -> None:
-        """Before each transaction, which could not be found in other files. Raises FilesMoved."""
+        """That the open files still lie in their place, before each transaction: nobody would find
+        it in removed ones. Raises FilesMoved."""
         if self.closed or self._stamps() != self._places:
             raise FilesMoved("its files were removed or replaced while it was open: try again")
 
@@ -6693,14 +6719,14 @@ class JournalFiles:
     def _stamps(self) -> tuple:
         """Which files lie where those of the journal should."""
 
-        def stamp(suffix: str) -> tuple[int, int] | None:
+        def place(suffix: str) -> tuple[int, int] | None:
             try:
                 status = os.stat(self._file + suffix)
             except FileNotFoundError:
                 return None
             return status.st_dev, status.st_ino
 
-        return tuple(map(stamp, _SUFFIXES))
+        return tuple(map(place, _SUFFIXES))
 
     def renew(self) -> bool:
         """Make the files anew from those that are still open; whether they are there. The core's
@@ -6829,7 +6855,8 @@ class Facts:
         self._facts[name] = value
         self.post(Note(name, value))
 
-    def forget(self, name: str) -> None:
+    def forget_since(self, name: str) -> None:
+        """What `known_for` has noted; a fact of this name stays."""
         self._facts.pop(f"since {name}", None)
         self.post(Note(f"since {name}", None))
 
@@ -7153,7 +7180,7 @@ class Journal(JournalReader):
                 self._tainted = bool(busy)
 
     def mend(self, error: Exception) -> bool:
-        """Whether a transaction that failed so may work now."""
+        """Make files anew or give up the reserve; whether what failed by `error` may work now."""
         if isinstance(error, FilesMoved):
             self._moved = self._files.renew()
             return self._moved
@@ -7161,7 +7188,7 @@ class Journal(JournalReader):
         return bool(full) and self.reserve.give_up()
 
     def cannot_store(self, error: Exception) -> str:
-        """Nothing can be stored now: have nothing of it come back after a crash; the reason."""
+        """Say so once, and have nothing of it come back after a crash; returns the reason."""
         if self._tainted and not self._files.closed:
             self._untaint()
         if self._unstored.results and not self._told:  # an outage is told once
@@ -7180,12 +7207,12 @@ class Journal(JournalReader):
         if self.reserve.lost and not self._unstored.results:
             self.reserve.restore()
 
-    def owes(self) -> bool:
-        """Whether something is to be tried again."""
+    def has_unstored(self) -> bool:
+        """Whether something is still to be stored or mended."""
         return bool(self._unstored) or self._tainted or self._files.closed or self.reserve.lost
 
     def has(self, log_id: int) -> bool:
-        """Whether the run is in the journal, in a transaction."""
+        """Whether the run is in the journal; to be asked within a transaction."""
         return bool(
             self._files.db.execute("SELECT 1 FROM runs WHERE log_id = ?", (log_id,)).fetchone()
         )
@@ -7223,7 +7250,8 @@ class Journal(JournalReader):
         return self._files.db.execute(query, (self.clock.now(), log_id)).rowcount == 1
 
     def restart(self, trigger: Trigger) -> None:
-        """running -> accepted, for a run that a crash interrupted and that its job wants again."""
+        """running -> accepted, for a run that a crash interrupted and that its job wants again. In
+        a transaction, see `Resume`."""
         query = (
             "UPDATE runs SET state = 'accepted', finished = NULL, accepted = ?, trigger = ?"
             " WHERE log_id = ? AND state = 'running'"
@@ -7236,7 +7264,7 @@ class Journal(JournalReader):
         return json.dumps({**vars(trigger), "accepted": moment()})
 
     def cancel(self, log_id: int, result: Result) -> None:
-        """What a run that is running will have ended with, should a crash come first."""
+        """Note why a running run is being ended: its result, should a crash come before its end."""
         self._unstored.cancels.append((result.code, result.message, log_id))
 
     def drop(self, log_ids: list[int], result: Result) -> str:
@@ -7264,7 +7292,7 @@ class Journal(JournalReader):
             self._unstored.results.append(row)
 
     def hold(self, message: Settled | Note | Work) -> None:
-        """To be stored by the next commit; Work finds no core any more."""
+        """To be stored by the next commit; a Work is dropped, for there is no core to do it."""
         if isinstance(message, Settled):
             self._unstored.settled.append(message)
         elif isinstance(message, Note):
@@ -7378,8 +7406,9 @@ def _began(accepted: list, clock: float, since: float | None) -> float:
 BATCH = 100  # results in one request
 PACE = 0.05  # seconds between two requests: what ends meanwhile goes into the next one
 REFUSED_PACE = 0.25  # seconds between two results that are tried alone while none is taken
-RESEND_AFTER = (120.0, 1200.0)  # seconds since its acknowledgement until a result is sent again
-SUSPECT = 90.0  # seconds: what an admin acknowledged so long before it was missed may be lost
+# seconds since its first and its second acknowledgement until a result is sent again
+RESEND_AFTER = (120.0, 1200.0)
+SUSPECT = 90.0  # seconds: what an admin acknowledged this shortly before it was missed may be lost
 
 
 class Part(typing.NamedTuple):
@@ -7417,7 +7446,7 @@ class RefusedResults:
         return min([at for _, at in self._results.values()], default=float("inf"))
 
     def split(self, part: Part) -> None:
-        """It was refused: try its halves, the fresh one first."""
+        """It was refused: try its halves, the one with the newer results first."""
         middle = len(part.rows) // 2
         halves = part.rows[:middle], part.rows[middle:]
         self._parts += [part._replace(rows=half) for half in halves]
@@ -7446,7 +7475,7 @@ class RefusedResults:
             self._results.pop(row.log_id, None)
 
     def pardon(self) -> None:
-        """The admin may have been wrong about all of them."""
+        """Forget every refusal: the admin may have been wrong about all of them."""
         self._results.clear()
         self._parts.clear()
         self.in_a_row = 0
@@ -7462,15 +7491,15 @@ class Repeats:
         self._suspects: tuple[float, float] | None = None
         self._missed_at = 0.0  # monotonic; the last such absence that was looked at
 
-    def due(self, taken: set[int]) -> tuple[Part | None, float]:
-        """Results to send once more but for those that are `taken` care of, and the seconds until
-        there are some, if there are none."""
+    def due(self, in_hand: set[int]) -> tuple[Part | None, float]:
+        """Results to send once more, without those `in_hand`; or None, and the seconds until there
+        are some."""
         now, wait = self._journal.clock.now(), float("inf")
         if self._admin.missed_at > self._missed_at:
             self._missed_at = self._admin.missed_at
             noticed = now - (time.monotonic() - self._missed_at)
             self._suspects = (noticed - SUSPECT, noticed)
-        most = BATCH + len(taken)
+        most = BATCH + len(in_hand)
         for before, after, age in (
             (RunState.ACKNOWLEDGED, RunState.RESENT, RESEND_AFTER[0]),
             (RunState.RESENT, RunState.DELIVERED, RESEND_AFTER[1]),
@@ -7482,7 +7511,7 @@ class Repeats:
                 rows = self._journal.acknowledged(before, 0.0, now - age / 2, most)
             elif oldest:
                 wait = min(wait, oldest[0].since + age - now)
-            rows = [row for row in rows if row.log_id not in taken][:BATCH]
+            rows = [row for row in rows if row.log_id not in in_hand][:BATCH]
             if rows:
                 return Part(rows, before, after), wait
         self._suspects = None
@@ -7491,7 +7520,7 @@ class Repeats:
 
 class Callbacks(Watched):
     """One thread delivers finished results from the journal in batches and tries again until each
-    is acknowledged; and then twice more, for an admin stores later than it acknowledges.
+    is acknowledged, and sends it twice more later, for an admin stores later than it acknowledges.
 
     wake, retry: any thread. A batch that the admin refuses is split until the bad results are
     alone; each of them is tried again with a backoff of its own. Between any two of these requests
@@ -7538,7 +7567,7 @@ class Callbacks(Watched):
         self._abandoned = True
 
     def _loop(self) -> None:
-        share_core()
+        share_cpu()
         wait: float | None = None
         while True:
             self._busy_since = 0.0
@@ -7565,7 +7594,7 @@ class Callbacks(Watched):
     def _deliver(self) -> float | None:
         """Send what is due; returns the seconds until something else is, None when nothing
         waits."""
-        taken = RunState.ACKNOWLEDGED if self._admin.addresses else RunState.DELIVERED
+        acknowledged = RunState.ACKNOWLEDGED if self._admin.addresses else RunState.DELIVERED
         while True:
             now = time.monotonic()
             if self._pardoned.is_set():
@@ -7575,15 +7604,15 @@ class Callbacks(Watched):
                 return self._retry_at - now
             fresh, again = self._undelivered(now)
             if len(fresh) >= BATCH:
-                self._attempt(Part(fresh[:BATCH], RunState.FINISHED, taken))
+                self._attempt(Part(fresh[:BATCH], RunState.FINISHED, acknowledged))
                 continue
-            due = [Part(fresh, RunState.FINISHED, taken)] if fresh else []
+            due = [Part(fresh, RunState.FINISHED, acknowledged)] if fresh else []
             repeat, wait = self._due_again()  # while what is in a part is known to be in one
             part = self._refused.next_part()
             if part is not None:
                 due.append(part)
             elif again and not self._refused.in_parts():
-                due.append(Part(again[:BATCH], RunState.FINISHED, taken))
+                due.append(Part(again[:BATCH], RunState.FINISHED, acknowledged))
             if repeat is not None:
                 due.append(repeat)
             if not all(map(self._attempt, due)) or due and self._refused.part_due():
@@ -7597,20 +7626,20 @@ class Callbacks(Watched):
     def _undelivered(self, now: float) -> tuple[list[StoredResult], list[StoredResult]]:
         """What was never refused, and what was and is to be tried again."""
         while True:
-            taken = self._taken()  # before what is read becomes old
-            most = BATCH + len(self._refused) + len(taken)
-            rows = [row for row in self._journal.undelivered(most) if row.log_id not in taken]
+            in_hand = self._in_hand()  # before what is read becomes old
+            most = BATCH + len(self._refused) + len(in_hand)
+            rows = [row for row in self._journal.undelivered(most) if row.log_id not in in_hand]
             alive = self._bury(rows)
             if len(alive) == len(rows):  # else others may stand behind those
                 fresh = [row for row in alive if row.log_id not in self._refused]
                 return fresh, [row for row in alive if self._refused.due(row.log_id, now)]
 
-    def _taken(self) -> set[int]:
-        """Whom nobody else is to take care of now: a copy."""
+    def _in_hand(self) -> set[int]:
+        """logIds of results in a part or on their way into the journal: to be left alone."""
         return self._settling | self._refused.in_parts()
 
     def _attempt(self, part: Part) -> bool:
-        """Whether the admin has answered; else it is left alone for a while."""
+        """Send `part`; whether the admin has answered, else nothing is sent for a while."""
         try:
             self._send(part)
         except AdminUnreachable as error:
@@ -7635,7 +7664,7 @@ class Callbacks(Watched):
         """See Repeats.due; nothing at the end, or when nobody acknowledges."""
         if not self._admin.addresses or self._closing.is_set():
             return None, float("inf")
-        return self._repeats.due(self._taken())  # before what is read becomes old
+        return self._repeats.due(self._in_hand())  # before what is read becomes old
 
     def _settle(self, rows: list[StoredResult], before: RunState, after: RunState) -> None:
         """Have the journal remember their new state; they are left alone until it does."""
@@ -7648,6 +7677,7 @@ class Callbacks(Watched):
         self._wake.set()
 
     def _bury(self, rows: list[StoredResult]) -> list:
+        """Give up what waits longer than DEAD_AFTER; returns the others."""
         oldest = self._journal.clock.now() - DEAD_AFTER
         dead = [row for row in rows if row.since < oldest]
         if dead:
@@ -7662,8 +7692,9 @@ class Callbacks(Watched):
         return [row for row in rows if row.since >= oldest]
 
     def _send(self, part: Part) -> None:
-        """Also of results that it had taken, when `before` is not FINISHED: a refusal of one, such
-        as of a log that was deleted there, is as good as a yes then."""
+        """Deliver `part`, and note what becomes of its results. When `before` is not FINISHED the
+        admin has had them: the refusal of a single one, such as of a log that was deleted there, is
+        as good as a yes then."""
         rows, before, after = part
         self._busy_since = time.monotonic()
         try:
@@ -7955,8 +7986,9 @@ class AdminClient:
             raise
 
     def learned(self, path: str) -> None:
-        """What the admin called: only a 3.5 calls /trigger, only older ones /run. At most once a
-        second: a caller of both must not fill the log and the journal."""
+        """Take the admin's dialect from the path that it called: only a 3.5 calls /trigger, only
+        older ones /run. At most once a second: a caller of both must not fill the log and the
+        journal."""
         dialect, now = "wrapper" if path == "/trigger" else "array", time.monotonic()
         if dialect != self._dialect and now >= self._learned_at + 1.0:
             self._learned_at = now
@@ -8142,7 +8174,7 @@ class Registration:
         # once known never changed: the admin compares it as text with where it sent its runs
         self.address = ""
         self._parked: list[str] = []  # other addresses, of earlier lives; when draining, this one
-        self.registered = threading.Event()
+        self.registered = threading.Event()  # at the first success, and never cleared
         self._thread = threading.Thread(target=self._loop, name="registration", daemon=True)
         metrics.gauge(
             "last_heartbeat_timestamp_seconds",
@@ -8259,7 +8291,7 @@ class Registration:
             log.warning(
                 "the admin has not taken a registration for %s, since %s; %s: %s",
                 seconds_text(now - self._since),
-                stamp(int(time.time() - (now - self._since))),
+                local_time(int(time.time() - (now - self._since))),
                 f"{counted(self._hooks.waiting(), 'result')} waiting",
                 error,
             )
@@ -8298,7 +8330,7 @@ class ServiceManager:
         self.due = time.monotonic() + self._interval if os.environ.get("NOTIFY_SOCKET") else None
 
     def tell(self) -> None:
-        """To be called when it is due."""
+        """Tell systemd the status, and feed the watchdog; to be called at `due`."""
         self.due = time.monotonic() + self._interval
         status = self._status()
         lines = [f"STATUS={status}"] if status != self._shown else []
@@ -8341,7 +8373,8 @@ def inherited_listener() -> socket.socket | None:
 # 14 daemon
 # --------------------------------------------------------------------------------------------------
 RESUME_WINDOW = 300.0  # seconds; an accepted run that is older is not started after a restart
-HOLD = 1.0  # seconds; the admin waits for an answer at least 3
+# seconds that a stop with a socket unit keeps requests for the next executor; the admin waits 3
+HOLD = 1.0
 # of one run with on_crash: rerun; a job that brings the executor down must not do so for ever
 MAX_STARTS = 3
 FOLLOW_INTERVAL = 0.2  # seconds between two looks at a log that is followed
@@ -8471,7 +8504,7 @@ def recover(
     journal: Journal,
     logs: JobLogs,
     core: Core,
-    scripts: Scripts,
+    scripts: GlueScripts,
     find_job: typing.Callable[[str], JobConfig | None],
 ) -> None:
     """Runs that the last executor did not finish: start again, or report."""
@@ -8501,12 +8534,12 @@ class Owed:
     """The runs of earlier lives whose results the admin has yet to take."""
 
     def __init__(self, journal: Journal):
-        """When the journal holds none but those."""
+        """To be made before this life accepts a run."""
         self._journal = journal
         self._log_ids = journal.owed()
 
     def any_left(self) -> bool:
-        """One thread."""
+        """Whether the admin has yet to take one of them; one thread."""
         with contextlib.suppress(JournalError):  # nobody can tell
             while self._log_ids:
                 if self._journal.state(self._log_ids[-1]) in OWED:
@@ -8614,7 +8647,7 @@ class Pruning:
     main thread."""
 
     def __init__(
-        self, journal: Journal, logs: JobLogs, scripts: Scripts, core: Core, before: float
+        self, journal: Journal, logs: JobLogs, scripts: GlueScripts, core: Core, before: float
     ):
         """`before`: when this life of the executor began; the first time `core` is told what ran
         until then."""
@@ -8624,7 +8657,7 @@ class Pruning:
         self._thread: threading.Thread | None = None
 
     def start(self, config: Config) -> None:
-        """Unless it is at work."""
+        """Begin to remove what is old, unless that still goes on."""
         if self._thread is None or not self._thread.is_alive():
             work = functools.partial(self._remove_old, config)
             thread = threading.Thread(target=work, name="pruning", daemon=True)
@@ -8651,7 +8684,7 @@ class Pruning:
                     self._core.remember(journal.latest(self._before, config.jobs))
                     self._remembered = True
             journal.save_clock()
-            logs = self._logs.prune(journal.known_for, journal.forget, stop)
+            logs = self._logs.prune(journal.known_for, journal.forget_since, stop)
             runs = journal.prune(stop, keep)
             self._scripts.prune(keep)
         except (OSError, JournalError) as error:
@@ -8692,7 +8725,7 @@ class Wiring:
         self._core: Core
 
     def build(self) -> None:
-        """Raises ExecutorError; then nothing of it is left."""
+        """Build all parts. Raises ExecutorError; then nothing of it is left."""
         with contextlib.ExitStack() as undo:
             listener, room = self._listen(undo)
             self.metrics = Metrics()
@@ -8743,7 +8776,7 @@ class Wiring:
             config.log_format == "json",
         )
         undo.callback(self._logs.close)
-        self._scripts = Scripts(
+        self._scripts = GlueScripts(
             os.path.join(self._data.path, "gluesource"),
             self.config.glue,
             self._journal.clock.now,
@@ -8880,9 +8913,9 @@ class Wiring:
 
 
 def log_stacks() -> None:
-    """What does every thread do just now? By the log, which waits for nobody who reads it. Not by
-    `faulthandler.register`: it reads the frames of threads that go on running, and ended a busy
-    daemon with a segmentation fault."""
+    """Log what every thread does just now (SIGUSR1): by the log, which waits for nobody who reads
+    it. Not by `faulthandler.register`: it reads the frames of threads that go on running, and ended
+    a busy daemon with a segmentation fault."""
     with open(os.memfd_create("stacks"), "w+", encoding="utf-8", errors="replace") as stacks:
         faulthandler.dump_traceback(stacks, all_threads=True)
         stacks.seek(0)
@@ -8890,8 +8923,8 @@ def log_stacks() -> None:
 
 
 def check_host(config: Config) -> None:
-    """In a thread of its own: it starts programs, and looks into directories that may not
-    answer."""
+    """Warn of what this host lacks, see HostCheck; in a thread of its own: it starts programs, and
+    looks into directories that may not answer."""
 
     def check() -> None:
         try:
@@ -8932,7 +8965,7 @@ class Daemon(Wiring):
         self._files = ConfigFiles(config)
 
     def start(self) -> None:
-        """Raises ExecutorError; nothing runs then."""
+        """Build and start everything. Raises ExecutorError; nothing runs then."""
         self.build()
         self._start_threads()
         log.info(
@@ -8981,8 +9014,8 @@ class Daemon(Wiring):
         self.signals.close()
 
     def _next(self, deadline: float | None) -> bool:
-        """Wait for a signal or a wake-up until `deadline` (monotonic) and act on it; True for
-        SIGTERM and SIGINT."""
+        """Wait for a signal or a wake-up until `deadline` (monotonic) and act on it; SIGHUP
+        reloads, SIGUSR1 logs the stacks, SIGCHLD reaps; True for SIGTERM and SIGINT."""
         limits = [
             limit
             for limit in (
@@ -9030,7 +9063,7 @@ class Daemon(Wiring):
             first, *more = str(error).splitlines()
             first += f" (and {len(more)} more, see check)" if more else ""
             log.error("reload failed, the old jobs stay: %s", first)
-            self._reload_error = f"{stamp(int(time.time()))}: {first}"
+            self._reload_error = f"{local_time(int(time.time()))}: {first}"
         else:
             self._reload_error = ""
             self._take_over(old, new)
@@ -9673,11 +9706,11 @@ def look(path: str, config: Config | None) -> Look:
         files = [os.path.join(path, name) for name in ("journal.db", "journal.db-wal")]
         last = max([os.stat(file).st_mtime for file in files if os.path.exists(file)], default=0.0)
         trouble = (
-            f"it ended unexpectedly at about {stamp(int(max(last, owner.since)))}, pid {owner.pid}"
-            " is gone"
+            f"it ended unexpectedly at about {local_time(int(max(last, owner.since)))},"
+            f" pid {owner.pid} is gone"
         )
     elif owner is not None:
-        trouble = f"not running, it stopped at {stamp(int(owner.since))}"
+        trouble = f"not running, it stopped at {local_time(int(owner.since))}"
     state: dict = {
         "app": config and config.executor.app_name or path,
         "jobs": sorted(config.jobs) if config is not None else [],
@@ -9809,7 +9842,7 @@ def _failure_lines(state: dict) -> list[str]:
     if not state["failures"]:
         return []
     rows = [
-        (short(run["job"]), stamp(int(run["ended"])), run["logId"], printable(run["message"]))
+        (short(run["job"]), local_time(int(run["ended"])), run["logId"], printable(run["message"]))
         for run in sorted(state["failures"], key=lambda run: run["ended"], reverse=True)
     ]
     return [*table(("FAILED", "AT", "LOGID", "MESSAGE"), rows), ""]
@@ -9912,7 +9945,7 @@ def _run_lines(runs: list[PastRun], alive: bool) -> list[str]:
     head = ("BEGAN", "JOB", "LOGID", *(["SHARD"] if shards else []), "RESULT", "TOOK", "MESSAGE")
     rows = [
         (
-            stamp(int(run.began)),
+            local_time(int(run.began)),
             short(run.handler),
             run.log_id,
             *([f"{run.shard_index}/{run.shard_total}"] if shards and run.shard_total > 1 else []),

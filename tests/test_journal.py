@@ -254,10 +254,10 @@ def test_facts(journal):
 def test_for_how_long_something_is_known(journal, file):
     journal.learn("since outage", str(journal.clock.now() - 100))
     assert 100 <= journal.known_for("outage") < 160
-    journal.forget("outage")
+    journal.forget_since("outage")
     assert journal.known_for("outage") == 0.0, "it is noted anew"
     assert journal.known_for("outage") < 60
-    journal.forget("outage")
+    journal.forget_since("outage")
     turn(journal)
     assert outside(file, "SELECT name FROM facts WHERE name LIKE 'since %'") == []
 
@@ -572,10 +572,12 @@ def test_a_batch_that_is_taken_back_leaves_nothing_but_what_has_happened(journal
         (4, RunState.ACCEPTED, 0),
     ]
     assert waiting(journal) == [3]
-    assert journal.counts() == {"undelivered": 2, "held": 1, "dead": 0} and journal.owes()
+    assert journal.counts() == {"undelivered": 2, "held": 1, "dead": 0} and journal.has_unstored()
     assert accept(journal, trigger(5)) is True
     assert waiting(journal) == [4] and [message.log_ids for message in told] == [[3]]
-    assert journal.counts() == {"undelivered": 1, "held": 0, "dead": 0} and not journal.owes()
+    assert (
+        journal.counts() == {"undelivered": 1, "held": 0, "dead": 0} and not journal.has_unstored()
+    )
     assert outside(file, "SELECT state FROM runs WHERE log_id = 3") == [("acknowledged",)]
     assert outside(file, "SELECT value FROM facts WHERE name = 'dialect'") == [("wrapper",)]
 
@@ -653,14 +655,18 @@ def test_a_full_disk_refuses_triggers_and_holds_results(journal, file, tmp_path,
                 f"the executor cannot store the trigger: {file}: the disk is full"
             )
             assert refused.value.reason == "journal"
-            assert journal.reserve.lost and not (tmp_path / "reserve").exists() and journal.owes()
+            assert (
+                journal.reserve.lost
+                and not (tmp_path / "reserve").exists()
+                and journal.has_unstored()
+            )
         journal.finish(ended(1), Result(200, "y" * 100_000))
         with pytest.raises(JournalError) as caught:
             turn(journal)
         assert str(caught.value) == f"{file}: disk I/O error"
         assert not tolerant(journal) and waiting(journal) == []
         assert journal.counts() == {"undelivered": 1, "held": 1, "dead": 0}
-    assert tolerant(journal) and not journal.reserve.lost and not journal.owes()
+    assert tolerant(journal) and not journal.reserve.lost and not journal.has_unstored()
     assert (tmp_path / "reserve").stat().st_size == 4 << 20
     assert [row[:4] for row in journal.undelivered(10)] == [(1, NOW, 200, "y" * 100_000)]
     assert not journal.state(2) and not journal.state(3)
@@ -680,7 +686,7 @@ def test_a_commit_that_failed_leaves_nothing_to_come_back(journal, file, tmp_pat
         with no_file_above(64 << 10), pytest.raises(JournalError) as caught:
             accept(journal, trigger(2, param="x" * 100_000))
         assert str(caught.value) == f"{file}: disk I/O error"
-        assert not journal.owes() and not journal.state(2)
+        assert not journal.has_unstored() and not journal.state(2)
         crashed = tmp_path / f"crashed{number}"
         crashed.mkdir()
         for suffix in ("", "-wal"):
@@ -716,7 +722,7 @@ def test_a_commit_that_was_stored_ends_what_a_failed_one_left(journal, file, tmp
         with no_file_above(64 << 10), pytest.raises(JournalError):
             accept(journal, trigger(2, param="x" * 100_000))
         finish(journal, 1)
-        assert waiting(journal) == [1] and not journal.owes()
+        assert waiting(journal) == [1] and not journal.has_unstored()
         assert accept(journal, trigger(3)) is True
 
 
@@ -763,7 +769,7 @@ def test_results_that_cannot_be_stored_are_held(journal, file, caplog):
             settle(journal, [1], RunState.ACKNOWLEDGED, stored=told.append)
         assert str(caught.value) == f"{file}: the disk is full"
         assert told == []
-    assert waiting(journal) == [1] and journal.owes()
+    assert waiting(journal) == [1] and journal.has_unstored()
     journal.stored = lambda: told.append("results")
     assert tolerant(journal)
     assert [row[0::3][:2] for row in journal.undelivered(10)] == [
