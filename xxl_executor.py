@@ -25,12 +25,12 @@ core           Core.start           lanes, limits, the journal's writer:  close(
                                     a queue of messages
 supervisor     Daemon               job processes: epoll over output,     close(), nothing runs
                                     ends and a wake-up; timers
-aside-N        Crew, on need        a start that may hang, a tree's end   10 s without work
+aside-N        Crew, on need        a start that may hang, a tree's end   10 s idle, all but one
 slot-N         Crew, on need        a job with isolation: thread          the process ends
 callback       Callbacks.start      a result, the next attempt            close(), after at most 5 s
 registration   Registration.start   30 s, or a retry                      close(), registryRemove
 (pruning)      Daemon, each hour    the disk                              all is removed, or a stop
-(host-check)   Daemon, at a reload  programs that tell what is missing    all is looked at
+(host-check)   Daemon, and a reload programs that tell what is missing    all is looked at
 (output)       Output, on need      who reads stdout or stderr            nothing waits any more
 (Timer)        11 and 14            a deadline of an exchange, of a stop  that ends first
 (resolver)     11                   the name of an admin                  the resolver gives up
@@ -255,8 +255,9 @@ class Trigger:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """How a run ended: `code` is SUCCESS, FAILURE or TIMEOUT; `exit_status` as a shell would show
-    it, None in a thread."""
+    """How a run ended, or why it is being ended, which `result_of` and `_thread_stuck` copy field
+    by field: `code` is SUCCESS, FAILURE or TIMEOUT; `exit_status` as a shell would show it, None in
+    a thread."""
 
     code: int
     message: str
@@ -828,6 +829,8 @@ def _header(reader: _YamlReader, node: Node) -> str:
 
 
 def _token(reader: _YamlReader, node: Node) -> str:
+    """That of the admin: `_ConfigReader.config` takes it from `reader.token`, so this parses no
+    other key."""
     if (
         node.id == "scalar"
         and node.tag.rpartition(":")[2] in ("int", "float", "bool", "timestamp")
@@ -1178,7 +1181,8 @@ class ScriptsConfig:
 
     @staticmethod
     def _no_interpreter(file: str) -> str:
-        """Why the kernel would not start `file`, "" when it would or who reads may not look."""
+        """Why the kernel would not start `file`; "" when it would, or when this process may not
+        read it."""
         try:
             with open(file, "rb") as stream:
                 first = stream.read(256).split(b"\n")[0]
@@ -1212,7 +1216,8 @@ class Config:
         return self.jobs.get(name) or self.scripts.job(name)
 
     def told(self, key: str, text: str, *others: str) -> str:
-        """`text` on `key`, with the file and line of it, of what it belongs to, or of `others`."""
+        """`place: key: text`; the place is that of `key`, else of its parent, else of the first of
+        `others` that is written somewhere, else the file."""
         keys = (key, key.rpartition(".")[0], *others)
         place = next((self.places[name] for name in keys if name in self.places), self.file)
         return f"{place}: {key}: {text}"
@@ -1449,6 +1454,8 @@ class _ConfigReader(_YamlReader):
     """Knows what a configuration holds."""
 
     def job(self, key: Node, node: Node) -> JobConfig | None:
+        """One entry of `jobs`, None after a problem: which keys go together, and which have no
+        effect with its kind, is checked here."""
         path, before = f"jobs.{key.value}", len(self.problems)
         job = self.section(JobConfig, node, path, name=key.value)
         if len(self.problems) > before:
@@ -2234,7 +2241,7 @@ def _body_length(fields: dict[bytes, list[bytes]], old: bool) -> int:
     return int(digits or b"0")
 
 
-# tests/bench.py, beat: 0.3 times the requests without it, 0.85 without that of dates.
+# tests/bench.py, beat: 0.3 times the requests without this cache, 0.85 without that of _http_date.
 _known_head = functools.lru_cache(256)(parse_head)
 
 
@@ -2920,6 +2927,8 @@ def decode(body: bytes) -> dict:
 
 
 def number_of(fields: dict, name: str, default: int | None = None) -> int:
+    """A whole number; one that is missing or null is `default`, and without a default refused.
+    Raises Refused."""
     value = fields.get(name)
     if value is None:
         if default is None:
@@ -3233,7 +3242,7 @@ class Api:
 # 6 core
 # --------------------------------------------------------------------------------------------------
 RECENT = 10  # results of each handler that `status` shows
-SHOWN_HANDLERS = 1000  # of which it shows them
+SHOWN_HANDLERS = 1000  # handlers of which `status` shows results, at most
 LEAST_INBOX = 1000  # messages that may wait for a slow disk however small executor.max_queued is
 RETRY_STORING = 1.0  # seconds until what could not be stored is tried again
 # So many dropped runs are finished in the decision itself; of more, so many in each later turn:
@@ -3277,7 +3286,8 @@ class Lane:
         self.offered = False  # it stands in the queue of lanes that may start a run
 
     def check(self, trigger: Trigger, job: JobConfig) -> None:
-        """Raises Refused for a trigger that this lane does not take now."""
+        """Raises Refused for what depends on what runs and waits here: a stuck thread,
+        DISCARD_LATER, queue_limit."""
         if self.running is not None and self.running.stuck:
             raise Refused(
                 f"{self.stuck_text()}: restart the executor, and let the job watch"
@@ -3470,8 +3480,8 @@ class Decisions(Lanes):
         }
 
     def _start_ready(self) -> None:
-        """Start what may run now, the lanes in turn: what came in earlier turns, for `_let_out` may
-        still withdraw what this one accepts."""
+        """Start runs that wait since earlier turns, the lanes in turn, while there is room; none
+        that this turn accepts, for `_let_out` may still withdraw it."""
         while self._may_start():
             lane = self._ready.popleft()
             lane.offered = False
@@ -3527,7 +3537,8 @@ class Decisions(Lanes):
         self._batch.answers.append((message.ticket, outcome, run))
 
     def _accept(self, trigger: Trigger, job: typing.Any) -> Run | None:
-        """None for a logId that is known already. Raises Refused."""
+        """Refuses by the keys of the job and the limits of the executor, then by its lane; None for
+        a logId that is known already. Raises Refused."""
         if trigger.log_id in self._runs:
             return None
         if isinstance(job, Refused):
@@ -5025,10 +5036,10 @@ class Timers:
 
 
 class Crew:
-    """At most `limit` threads that call what they are given, in order; started when none is idle,
-    they end when they are idle for `idle` seconds. With `timers` more than two only when a call has
-    waited, and none has ended, for CREW_PATIENCE. `do`: any thread. They are daemons: one that
-    never returns cannot hold the exit back."""
+    """At most `limit` threads that call what they are given, in order. One is started when none is
+    idle; all but the last end after `idle` idle seconds, none without `idle`. With `timers` a third
+    and more are started only when no call has ended for CREW_PATIENCE while one waited. `do`: any
+    thread. They are daemons: one that never returns cannot hold the exit back."""
 
     def __init__(
         self, name: str, limit: int, idle: float | None = None, timers: Timers | None = None
@@ -5324,8 +5335,8 @@ class Supervisor(Watched):
         self._crew.do(act)
 
     def end_silent_server(self, server: PythonServer) -> None:
-        """It was retired because it did not answer: it goes on for what it has started, until an
-        end of that is not told."""
+        """After it was retired because it did not answer: leave it while what it forked runs, and
+        kill it when one of those has ended and it has not told so."""
         children = [run.child_of(server) for run in self._runs.values()]
         if any(child is not None and has_ended(child.pid) for child in children):
             server.kill()
@@ -5497,6 +5508,7 @@ class Launch:
         return Child(popen)
 
     def _environment(self) -> dict[str, str]:
+        """Of its process; the parameter too, which the kernel limits to 128 KiB."""
         trigger, job = self._trigger, self._job
         environment = {
             **self._supervisor.environment,
@@ -5518,7 +5530,8 @@ class Launch:
         return environment
 
     def request(self) -> dict:
-        """What a Python server's child is to run, as `_execute` for others; see `_become`."""
+        """What a Python server's child is to run, as `_execute` for others; a key that concerns the
+        process itself needs a line here and in `_become`."""
         job = self._job
         return {
             "entry_point": job.python,
@@ -5561,13 +5574,14 @@ class Launch:
         )
         return f"cannot start {program}: {getattr(error, 'strerror', None) or error}"
 
-    def close_input(self) -> None:
+    def close_write(self) -> None:
+        """Our copy of the end that the process writes to."""
         if self.write >= 0:
             os.close(self.write)
             self.write = -1
 
     def close_output(self) -> None:
-        self.close_input()
+        self.close_write()
         if self.read >= 0:
             self._supervisor.unwatch(self.read)
             os.close(self.read)
@@ -5842,7 +5856,7 @@ class ProcessRun(EndingRun):
                 self._child = self._launch.fork()
             except OSError as error:
                 failure = self._launch.why_not(error)
-        self._launch.close_input()
+        self._launch.close_write()
         if failure:
             self._cannot_start(failure)
             return
@@ -5907,6 +5921,7 @@ class ProcessRun(EndingRun):
     # -- RUNNING
 
     def _run(self) -> None:
+        """Its process is known, whoever started it: tell the start, and set its timeout."""
         assert self._child is not None
         self.phase = RunPhase.RUNNING
         self._tree.seen.update(self._child.seen)
@@ -6024,7 +6039,8 @@ class Slots:
         self._streams: tuple | None = None
 
     def prepare(self, jobs: typing.Iterable[JobConfig]) -> None:
-        """Before the first of `jobs` runs; main thread."""
+        """Have what threads of jobs print go to their run's log, if one of `jobs` needs it; before
+        the first of them runs; main thread."""
         if self._streams is None and any(job.isolation == "thread" for job in jobs):
             self._streams = sys.stdout, sys.stderr
             sys.stdout, sys.stderr = (ThreadOutput(stream, self._local) for stream in self._streams)
@@ -6455,9 +6471,9 @@ class JobLogs:
     ) -> int:
         """Remove logs older than the retention, until `stop()`; returns how many.
 
-        `known_for(day)`: for how many seconds in which an executor ran its directory has been
-        there. A log goes only when it is too old by both: after a jump of the wall clock every log
-        would be.
+        `known_for(day)`: how long the directory of that day has been known, in seconds during which
+        an executor ran. A log goes only when its own time and this are both too old: after a jump
+        of the wall clock every log would be.
         """
         oldest, removed = time.time() - self._retention, 0
         last_day = datetime.date.fromtimestamp(oldest).isoformat()
@@ -6497,7 +6513,8 @@ _SUFFIXES = ("", "-wal", "-shm")  # of the files of an SQLite database in WAL mo
 # seconds a delivered run is remembered, so that its repeated trigger starts nothing
 REPEAT_WINDOW = 86_400.0
 LOOK_BACK = 50_000  # rows that are searched for the latest runs of each job, in 0.3 s
-KEPT_RUNS = 200_000  # rows for `runs`, as far as they are younger than executor.log_retention
+# delivered runs kept for `runs`, as far as they are younger than executor.log_retention
+KEPT_RUNS = 200_000
 PRUNE_PATIENCE = 60.0  # seconds for a part of what is old to be removed
 _DROPPED = "dropped "  # the beginning of the names of facts that tell which runs were dropped
 RESERVE = 4 << 20  # bytes; SQLite uses its write-ahead log anew after 1,000 pages of 4 KiB
@@ -6506,7 +6523,7 @@ _WAL_MAGIC = (
     b"\x37\x7f\x06\x83",
 )  # https://sqlite.org/fileformat2.html#walformat
 _NO_SPACE = re.compile("is full|I/O error")  # what SQLite says of ENOSPC
-# Errors of SQLite that say nothing of what the file holds.
+# Errors of SQLite that blame the disk, a lock or permissions: the journal is not taken for broken.
 _OUTSIDE = re.compile("is full|is locked|unable to open|I/O error|permission|protocol")
 # `finished` is when a run came into its state, or started, by the journal's clock.
 # SQLite uses a partial index only for a query that repeats its condition: hence the `state <>
@@ -6870,7 +6887,8 @@ class Facts:
             return 0.0
 
     def save_clock(self) -> None:
-        """From time to time: what is lost of it makes ages that decide younger."""
+        """To be called from time to time: after a crash the clock goes on from what was stored
+        last."""
         self.learn("clock", str(self.clock.now()))
 
     def _start_clock(self) -> None:
@@ -6898,7 +6916,7 @@ class Unstored:
         return bool(self.cancels or self.results or self.settled or self.notes)
 
     def size(self) -> tuple[int, int]:
-        """For `shorten`: how many there are of those that decisions add too."""
+        """How many cancels and results there are, to which `shorten` takes them back."""
         return len(self.cancels), len(self.results)
 
     def shorten(self, size: tuple[int, int]) -> None:
@@ -7268,8 +7286,8 @@ class Journal(JournalReader):
         self._unstored.cancels.append((result.code, result.message, log_id))
 
     def drop(self, log_ids: list[int], result: Result) -> str:
-        """What many runs that wait have ended with, at once as one row; each is to be finished
-        before the row is forgotten, by the name that is returned."""
+        """Store in one row with what result these waiting runs have ended; returns the name of the
+        row, which is to be forgotten when each of them is finished."""
         name = f"{_DROPPED}{log_ids[0]}"
         value = json.dumps([log_ids, result.code, result.message])
         self._files.db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
@@ -8122,7 +8140,8 @@ class AdminClient:
 # --------------------------------------------------------------------------------------------------
 # 12 registration
 # --------------------------------------------------------------------------------------------------
-# seconds; RegistryConfig.BEAT_TIMEOUT of XXL-JOB, the admin forgets after three of them
+# seconds between heartbeats, as RegistryConfig.BEAT_TIMEOUT of XXL-JOB; the admin forgets who was
+# silent for 90 s, whatever stands here
 REGISTRY_INTERVAL = 30.0
 OUTAGE_INTERVAL = 600.0  # seconds between two lines of the log while the admin is away
 
@@ -8619,7 +8638,7 @@ class Signals:
         signal.set_wakeup_fd(self._wake_up.write_end, warn_on_full_buffer=False)
 
     def _note(self, number: int, frame: types.FrameType | None) -> None:
-        """The handler. CPython calls it before it goes on after the read of the byte."""
+        """The handler: CPython runs it before `wait` goes on from reading the signal's byte."""
         self._came.add(number)
 
     def wait(self, deadline: float | None = None) -> set[int]:
@@ -9053,7 +9072,8 @@ class Daemon(Wiring):
         return bool(got & {signal.SIGTERM, signal.SIGINT})
 
     def reload(self) -> None:
-        """Take over `jobs` from the configuration file; a bad file changes nothing."""
+        """Read the configuration again and take over what a reload may change, see `_take_over`; a
+        bad file changes nothing."""
         notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         old = self.config
         try:
@@ -9728,7 +9748,7 @@ def look(path: str, config: Config | None) -> Look:
 
 
 def _look_back(path: str, state: dict) -> None:
-    """Complete `found` from the journal that an executor has left."""
+    """Complete `state` from the journal that an executor has left."""
     with contextlib.closing(read_journal(os.path.join(path, "journal.db"))) as db:
         for run in itertools.islice(past_runs(db), LOOK_BACK):
             state["undelivered"] += run.state == RunState.FINISHED.value
