@@ -202,7 +202,12 @@ class AdminUnreachable(ExecutorError):
 
 
 class AdminRefused(ExecutorError):
-    """The admin answered with an envelope whose code is not 200."""
+    """The admin answered, but not with an envelope of code 200; `away`: a proxy says that it is
+    away."""
+
+    def __init__(self, text: str, away: bool):
+        super().__init__(text)
+        self.away = away
 
 
 class RunState(enum.Enum):
@@ -509,6 +514,9 @@ class Reply(typing.NamedTuple):
     body: bytes
 
 
+# --------------------------------------------------------------------------------------------------
+# 1b what all sections use
+# --------------------------------------------------------------------------------------------------
 def unusable(error: OSError) -> ExecutorError:
     """What to tell about a file of the data directory that cannot be used."""
     return ExecutorError(
@@ -1647,15 +1655,15 @@ def legible_data_dir(file: str) -> str:
     try:
         with open(file, encoding="utf-8", errors="replace") as stream:
             text = stream.read()
-        lines = re.findall(r"(?m)^([ \t]+)data_dir:(.*)$", text)
-        if "data_dir" in text and not lines:
+        section = re.search(r"(?m)^executor:[ \t]*(?:#.*)?\n((?:(?:[ \t#].*)?\n)*)", text + "\n")
+        lines = re.findall(r"(?m)^[ \t]+data_dir:(.*)$", section[1]) if section else []
+        if "data_dir" in text and (not lines or lines[0].strip()[:1] in ("|", ">")):
             return ""
-        # the keys of a section stand less deep than those of a job
-        given = min(lines, key=lambda line: len(line[0]), default=("", ""))[1]
+        given = lines[0] if lines else ""
         loader = reader.yaml.SafeLoader(f"data_dir:{given}")
         loader.name = file
         config = reader.section(ExecutorConfig, loader.get_single_node(), "executor")
-    except (OSError, reader.yaml.YAMLError):
+    except (OSError, RecursionError, reader.yaml.YAMLError):
         return ""
     return config.data_dir or ""
 
@@ -2113,10 +2121,12 @@ _ALPHANUMERIC = b"0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ
 _FIELD_NAME = b"!#$%&'*+-.^_`|~" + _ALPHANUMERIC
 _FIELD_TEXT = b"\t" + bytes(range(0x20, 0x7F)) + bytes(range(0x80, 0x100))
 # RFC 3986, 2: what may stand in a path and a query; and a percent sign that encodes nothing
-_TARGET = b"-._~!$&'()*+,;=/?:@%" + _ALPHANUMERIC
+_TARGET = b"-._~!$&'()*+,;=/?:@%[]" + _ALPHANUMERIC
 _BAD_PERCENT = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 # RFC 9110, 7.2, without a user; no two parts take the same character
-_AUTHORITY = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+;=%-]*)(:[0-9]{0,5})?")
+_AUTHORITY = re.compile(
+    rb"(\[[0-9A-Fa-f:.]+(%[0-9A-Za-z._~-]+)?\]|[A-Za-z0-9._~!$&'()*+;=%-]*)(:[0-9]{0,5})?"
+)
 
 
 def envelope(code: int, message: str | None = None, data: typing.Any = None) -> bytes:
@@ -2199,7 +2209,8 @@ def parse_head(head: bytes) -> Head:
 
 
 def _names_host(authority: bytes) -> bool:
-    return bool(_AUTHORITY.fullmatch(authority)) and not _BAD_PERCENT.search(authority)
+    name = authority.rpartition(b"]")[2]  # without an IPv6 address, which may have a zone
+    return bool(_AUTHORITY.fullmatch(authority)) and not _BAD_PERCENT.search(name)
 
 
 def _request_target(line: bytes) -> str:
@@ -2498,7 +2509,7 @@ class Connections:
             connection
             for connection in self._connections.values()
             if connection.phase is Phase.IDLE
-            or connection.phase not in (Phase.BODY, Phase.WAITING)
+            or connection.phase in (Phase.HEAD, Phase.SENDING, Phase.LINGERING)
             and not connection.trusted
         ]
         candidates.sort(key=lambda connection: (connection.trusted, connection.since))
@@ -2506,10 +2517,8 @@ class Connections:
         for connection in candidates:
             if made and (connection.trusted or made >= max(4, self._limit // 64)):
                 break  # several strangers at once: a crowd of them must not have each one searched
-            # Of a stranger who does not take his answer something is always unread, and many may
-            # wait for one.
-            passed_over = connection.phase not in (Phase.SENDING, Phase.ANSWERING)
-            if not (passed_over and connection.unread()):
+            # Of a stranger who does not take his answer something is always unread.
+            if connection.phase is Phase.SENDING or not connection.unread():
                 self._drop(connection)
                 made += 1
         return made > 0
@@ -2652,6 +2661,7 @@ class Exchanges(Connections):
             self._advance(connection)
 
     def _dispatch(self, connection: Connection) -> None:
+        assert connection.request is not None
         route = self._api.route(connection.request)
         if route is Route.DIRECT or route is Route.CORE:
             ticket = Ticket(connection, self._deliver)
@@ -2661,6 +2671,8 @@ class Exchanges(Connections):
                 return
             connection.ticket = ticket
             connection.enter(Phase.ANSWERING, PATIENCE)
+        elif not connection.request.trusted and self._pool.qsize() >= self._limit // 8:
+            self._reply(connection, refusal(503, "too many ask at once"))
         elif route is Route.PAGE and not self._pages.lend(connection, PAGE_COST):
             connection.phase = Phase.WAITING
         else:
@@ -3383,12 +3395,19 @@ class RecentRuns:
                 continue
             for name in names:
                 self._metrics.set(f"{name}_timestamp_seconds", run.ended, handler=run.label)
+        live = self._codes
+        earlier: dict[str, collections.deque[int]] = {}
         for run in past:
-            codes = self._codes.setdefault(run.handler, collections.deque(maxlen=RECENT))
+            if run.handler not in live and len(live) + len(earlier) < SHOWN_HANDLERS:
+                earlier.setdefault(run.handler, collections.deque(maxlen=RECENT))
+            codes = live.get(run.handler, earlier.get(run.handler))
+            if codes is None:
+                continue
             if not codes and run.code != SUCCESS:
                 self._failures[run.handler] = run
             if len(codes) < RECENT:
                 codes.appendleft(run.code or 0)
+        self._codes = {**dict(reversed(list(earlier.items()))), **live}
 
     def snapshot(self) -> dict:
         return {
@@ -5038,8 +5057,9 @@ class Timers:
 class Crew:
     """At most `limit` threads that call what they are given, in order. One is started when none is
     idle; all but the last end after `idle` idle seconds, none without `idle`. With `timers` a third
-    and more are started only when no call has ended for CREW_PATIENCE while one waited. `do`: any
-    thread. They are daemons: one that never returns cannot hold the exit back."""
+    and more are started only when no call has ended for CREW_PATIENCE while one waited, or one
+    waits for four times as long. `do`: any thread. They are daemons: one that never returns cannot
+    hold the exit back."""
 
     def __init__(
         self, name: str, limit: int, idle: float | None = None, timers: Timers | None = None
@@ -5075,8 +5095,9 @@ class Crew:
         get on would only be in each other's way."""
         with self._lock:
             self._looking = False
-            since = max(self._since[0], self._done_at) if self._since else float("inf")
-            if time.monotonic() - since >= CREW_PATIENCE:
+            now, first = time.monotonic(), self._since[0] if self._since else float("inf")
+            stuck = now - max(first, self._done_at) >= CREW_PATIENCE
+            if stuck or now - first >= 4 * CREW_PATIENCE:
                 for _ in range(min(len(self._since), self._limit - self._threads)):
                     self._grow()
             if self._since:
@@ -5115,7 +5136,8 @@ class Crew:
                         self._spare -= 1
                         return
                 continue
-            self._since.popleft()
+            with self._lock:
+                self._since.popleft()
             call()
             with self._lock:
                 self._done_at = time.monotonic()
@@ -6130,7 +6152,10 @@ def timestamp(seconds: float) -> str:
 def local_time(second: int) -> str:
     """Seconds since the epoch in local time, as job logs and tables show it; remembered, for most
     notes of a second are written in a row."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
+    except (OverflowError, ValueError, OSError):  # of a page that was damaged unnoticed
+        return "?"
 
 
 class RunLog:
@@ -6596,6 +6621,13 @@ class Reserve:
             return False
 
 
+def keep_room(file: str) -> None:
+    """Have the disk keep room for all of `file`, if it is there. SQLite maps its `-shm`: a page of
+    it for which a broken or full disk has no block would end this process by SIGBUS."""
+    with contextlib.suppress(OSError), open(file, "r+b") as stream:
+        os.posix_fallocate(stream.fileno(), 0, os.fstat(stream.fileno()).st_size)
+
+
 class FilesMoved(sqlite3.OperationalError):
     """The files of the journal are not those that are open."""
 
@@ -6687,6 +6719,7 @@ class JournalFiles:
                 os.replace(copy, self._file)
             self.reserve = Reserve(os.path.join(os.path.dirname(self._file), "reserve"))
             self._check_wal()
+            keep_room(self._file + "-shm")
             try:
                 return self._open()
             except sqlite3.OperationalError:
@@ -6984,7 +7017,7 @@ class JournalReader(Facts):
             " 'delivered' AND state = 'finished' ORDER BY finished LIMIT ?",
             limit,
         )
-        return [StoredResult(*row) for row in rows]
+        return list(itertools.starmap(_sound, rows))
 
     def acknowledged(
         self, state: RunState, since: float, until: float, limit: int
@@ -6999,7 +7032,7 @@ class JournalReader(Facts):
             until,
             limit,
         )
-        return [StoredResult(*row) for row in rows]
+        return list(itertools.starmap(_sound, rows))
 
     def owed(self) -> list[int]:
         """The logIds of all whose result the admin has not taken."""
@@ -7008,9 +7041,10 @@ class JournalReader(Facts):
         return [log_id for (log_id,) in self._files.read(query)]
 
     def state(self, log_id: int) -> RunState | None:
-        """Of a run as it is stored; None for one that is not known."""
+        """Of a run as it is stored; None for one that is not known, DEAD for a damaged page."""
         [[state]] = self._files.read("SELECT state FROM runs WHERE log_id = ?", log_id) or [[None]]
-        return RunState(state) if state is not None else None
+        states = {one.value: one for one in RunState}
+        return None if state is None else states.get(state, RunState.DEAD)
 
     def latest(self, before: float, handlers: typing.Collection[str]) -> list[PastRun]:
         """The RECENT latest runs of each handler that ended before the time `before`, the latest
@@ -7333,6 +7367,30 @@ class Journal(JournalReader):
             self.cannot_store(error)
 
 
+def _sound(
+    log_id: int, date: typing.Any, code: typing.Any, message: typing.Any, since: typing.Any
+) -> StoredResult:
+    """One flipped bit of a page makes a BLOB of a text or a number, unnoticed: that must not hold
+    up the others."""
+    return StoredResult(
+        log_id,
+        date if isinstance(date, int) else 0,
+        code if isinstance(code, int) else FAILURE,
+        _text_of(message),
+        float(since) if isinstance(since, (int, float)) else time.time(),
+    )
+
+
+def _text_of(value: typing.Any) -> str:
+    return (
+        value
+        if isinstance(value, str)
+        else str(value or b"", "utf-8", "replace")
+        if isinstance(value, bytes)
+        else ""
+    )
+
+
 def read_journal(file: str) -> sqlite3.Connection:
     """A connection that only reads, with or without an executor that uses the journal, for whoever
     may read the file. Raises JournalError."""
@@ -7385,6 +7443,7 @@ def _past_run(
     message: str | None,
 ) -> PastRun:
     ended = state not in (RunState.ACCEPTED.value, RunState.RUNNING.value)
+    _, date, code, message, _ = _sound(log_id, date, code, message, since)
     fields: dict = {}
     with contextlib.suppress(ValueError):  # a page may be damaged unnoticed
         fields = json.loads(stored or "{}")
@@ -7404,17 +7463,18 @@ def _past_run(
             took,
             float(fields["ended"]) if ended else None,
             code if ended else None,  # else why it is being ended
-            message or "" if ended else "",
+            message if ended else "",
         )
     at = (date or 0) / 1000
     unknown = ("(unknown)", "(unknown)", 0, 1, at, None, at if ended else None)
-    return PastRun(log_id, date, state, *unknown, code if ended else None, message or "")
+    return PastRun(log_id, date, state, *unknown, code if ended else None, message)
 
 
 def _began(accepted: list, clock: float, since: float | None) -> float:
     """`began` of a run without a result, see Span: that was accepted at this `moment`, when the
     journal's clock was at `clock`, and runs since that was at `since`, None for one that waits."""
-    waited = 0.0 if since is None else max(0.0, since - clock)
+    waited = 0.0 if since is None else since - clock
+    waited = waited if 0.0 <= waited <= DEAD_AFTER else 0.0  # a page may be damaged unnoticed
     return round(float(accepted[2]) + waited, 3)
 
 
@@ -7422,6 +7482,7 @@ def _began(accepted: list, clock: float, since: float | None) -> float:
 # 10 callbacks
 # --------------------------------------------------------------------------------------------------
 BATCH = 100  # results in one request
+MOST_REFUSED = 10 * BATCH  # results from which on an admin that takes none is given no more of them
 PACE = 0.05  # seconds between two requests: what ends meanwhile goes into the next one
 REFUSED_PACE = 0.25  # seconds between two results that are tried alone while none is taken
 # seconds since its first and its second acknowledgement until a result is sent again
@@ -7431,11 +7492,12 @@ SUSPECT = 90.0  # seconds: what an admin acknowledged this shortly before it was
 
 class Part(typing.NamedTuple):
     """Results for one request, the state in which they are, and the one in which they will be once
-    the admin has taken them."""
+    the admin has taken them; `suspect`: more of them together were not taken."""
 
     rows: list[StoredResult]
     before: RunState
     after: RunState
+    suspect: bool = False
 
 
 class RefusedResults:
@@ -7457,9 +7519,9 @@ class RefusedResults:
     def due(self, log_id: int, now: float) -> bool:
         return log_id in self._results and self._results[log_id][1] <= now
 
-    def soonest(self) -> float:
-        """When the next request for them is due, monotonic."""
-        if self._parts:
+    def soonest(self, withheld: bool) -> float:
+        """When the next request for them is due, monotonic, or for what is `withheld`."""
+        if self._parts or withheld:
             return self._part_at
         return min([at for _, at in self._results.values()], default=float("inf"))
 
@@ -7467,14 +7529,19 @@ class RefusedResults:
         """It was refused: try its halves, the one with the newer results first."""
         middle = len(part.rows) // 2
         halves = part.rows[:middle], part.rows[middle:]
-        self._parts += [part._replace(rows=half) for half in halves]
+        self._parts += [part._replace(rows=half, suspect=True) for half in halves]
 
     def next_part(self) -> Part | None:
         """What is left of a batch that was refused and may be tried now."""
-        return self._parts.pop() if self.part_due() else None
+        return self._parts.pop() if self._parts and self.may_ask() else None
 
-    def part_due(self) -> bool:
-        return bool(self._parts) and time.monotonic() >= self._part_at
+    def too_many(self) -> bool:
+        """Whether the admin seems to refuse all: then one at a time will do to see that."""
+        return self.in_a_row > 3 and len(self._results) + len(self.in_parts()) >= MOST_REFUSED
+
+    def may_ask(self) -> bool:
+        """Whether an admin that refuses all, as it seems, may be asked again."""
+        return time.monotonic() >= self._part_at
 
     def in_parts(self) -> set[int]:
         return {row.log_id for part in self._parts for row in part.rows}
@@ -7505,6 +7572,7 @@ class Repeats:
 
     def __init__(self, journal: typing.Any, admin: typing.Any):
         self._journal, self._admin = journal, admin
+        self._backoff, self._not_before = Backoff(), 0.0  # monotonic; after an answer of nobody
         # times of the journal's clock between which an admin acknowledged that then went away
         self._suspects: tuple[float, float] | None = None
         self._missed_at = 0.0  # monotonic; the last such absence that was looked at
@@ -7512,6 +7580,8 @@ class Repeats:
     def due(self, in_hand: set[int]) -> tuple[Part | None, float]:
         """Results to send once more, without those `in_hand`; or None, and the seconds until there
         are some."""
+        if time.monotonic() < self._not_before:
+            return None, self._not_before - time.monotonic()
         now, wait = self._journal.clock.now(), float("inf")
         if self._admin.missed_at > self._missed_at:
             self._missed_at = self._admin.missed_at
@@ -7535,8 +7605,66 @@ class Repeats:
         self._suspects = None
         return None, wait
 
+    def put_off(self) -> None:
+        """What stands before the admin has answered in its place."""
+        self._not_before = time.monotonic() + self._backoff.fail()
 
-class Callbacks(Watched):
+    def taken(self) -> None:
+        self._backoff.succeed()
+
+
+class Undelivered:
+    """The results that wait for the admin, and what becomes of them in the journal; the callback
+    thread."""
+
+    def __init__(self, journal: typing.Any):
+        self._journal, self._wake = journal, threading.Event()
+        self._refused = RefusedResults()
+        # logIds whose new state is on its way into the journal: a reader would show them as before
+        self._settling: set[int] = set()
+
+    def _undelivered(self, now: float) -> tuple[list[StoredResult], list[StoredResult]]:
+        """What was never refused, and what was and is to be tried again."""
+        while True:
+            in_hand = self._in_hand()  # before what is read becomes old
+            most = BATCH + len(self._refused) + len(in_hand)
+            rows = [row for row in self._journal.undelivered(most) if row.log_id not in in_hand]
+            alive = self._bury(rows)
+            if len(alive) == len(rows):  # else others may stand behind those
+                fresh = [row for row in alive if row.log_id not in self._refused]
+                return fresh, [row for row in alive if self._refused.due(row.log_id, now)]
+
+    def _in_hand(self) -> set[int]:
+        """logIds of results in a part or on their way into the journal: to be left alone."""
+        return self._settling | self._refused.in_parts()
+
+    def _bury(self, rows: list[StoredResult]) -> list:
+        """Give up what waits longer than DEAD_AFTER; returns the others."""
+        oldest = self._journal.clock.now() - DEAD_AFTER
+        dead = [row for row in rows if row.since < oldest]
+        if dead:
+            log.error(
+                "giving up %s that the admin did not take for %d days: logId=%s",
+                counted(len(dead), "result"),
+                DEAD_AFTER // 86_400,
+                ",".join(str(row.log_id) for row in dead),
+            )
+            self._settle(dead, RunState.FINISHED, RunState.DEAD)
+            self._refused.forget(dead)
+        return [row for row in rows if row.since >= oldest]
+
+    def _settle(self, rows: list[StoredResult], before: RunState, after: RunState) -> None:
+        """Have the journal remember their new state; they are left alone until it does."""
+        log_ids = [row.log_id for row in rows]
+        self._settling.update(log_ids)
+        self._journal.post(Settled(log_ids, before, after, self._settled))
+
+    def _settled(self, message: Settled) -> None:
+        self._settling.difference_update(message.log_ids)
+        self._wake.set()
+
+
+class Callbacks(Undelivered, Watched):
     """One thread delivers finished results from the journal in batches and tries again until each
     is acknowledged, and sends it twice more later, for an admin stores later than it acknowledges.
 
@@ -7546,15 +7674,14 @@ class Callbacks(Watched):
     """
 
     def __init__(self, journal: typing.Any, admin: typing.Any, metrics: Metrics):
-        self._journal, self._admin, self._metrics = journal, admin, metrics
-        self._wake, self._closing, self._abandoned = threading.Event(), threading.Event(), False
+        super().__init__(journal)
+        self._admin, self._metrics = admin, metrics
+        self._closing, self._abandoned = threading.Event(), False
         self._next_at = 0.0  # monotonic
-        self._refused = RefusedResults()
-        # logIds whose new state is on its way into the journal: a reader would show them as before
-        self._settling: set[int] = set()
         self._repeats = Repeats(journal, admin)
         self._backoff = Backoff()
         self._pardoned = threading.Event()  # the admin takes again what it refused
+        self._heard = threading.Event()  # anything was answered since the last failure
         self._retry_at = 0.0
         self.last_error = ""
         self._thread = threading.Thread(target=self._loop, name="callback", daemon=True)
@@ -7572,6 +7699,7 @@ class Callbacks(Watched):
         """The admin answers: do not wait for the end of a backoff. `pardon`: it did not before, so
         that what it refused may have been right."""
         self._retry_at = 0.0
+        self._heard.set()
         if pardon:
             self._pardoned.set()
         self._wake.set()
@@ -7621,6 +7749,9 @@ class Callbacks(Watched):
             if now < self._retry_at:
                 return self._retry_at - now
             fresh, again = self._undelivered(now)
+            many = self._refused.too_many()
+            withheld = many and bool(fresh) and not self._refused.may_ask()
+            fresh = fresh[: 1 if many and not withheld else 0 if many else None]
             if len(fresh) >= BATCH:
                 self._attempt(Part(fresh[:BATCH], RunState.FINISHED, acknowledged))
                 continue
@@ -7629,32 +7760,19 @@ class Callbacks(Watched):
             part = self._refused.next_part()
             if part is not None:
                 due.append(part)
-            elif again and not self._refused.in_parts():
+            elif again and not self._refused.in_parts() and self._refused.may_ask():
                 due.append(Part(again[:BATCH], RunState.FINISHED, acknowledged))
             if repeat is not None:
                 due.append(repeat)
-            if not all(map(self._attempt, due)) or due and self._refused.part_due():
+            if not all(map(self._attempt, due)):
+                continue
+            if due and self._refused.in_parts() and self._refused.may_ask():
                 continue
             if due:  # what ends meanwhile goes into the next request
                 self._next_at = now + PACE
                 return 0.0
-            soonest = min(wait, self._refused.soonest() - now)
+            soonest = min(wait, self._refused.soonest(withheld) - now)
             return None if soonest == float("inf") else max(0.05, soonest)
-
-    def _undelivered(self, now: float) -> tuple[list[StoredResult], list[StoredResult]]:
-        """What was never refused, and what was and is to be tried again."""
-        while True:
-            in_hand = self._in_hand()  # before what is read becomes old
-            most = BATCH + len(self._refused) + len(in_hand)
-            rows = [row for row in self._journal.undelivered(most) if row.log_id not in in_hand]
-            alive = self._bury(rows)
-            if len(alive) == len(rows):  # else others may stand behind those
-                fresh = [row for row in alive if row.log_id not in self._refused]
-                return fresh, [row for row in alive if self._refused.due(row.log_id, now)]
-
-    def _in_hand(self) -> set[int]:
-        """logIds of results in a part or on their way into the journal: to be left alone."""
-        return self._settling | self._refused.in_parts()
 
     def _attempt(self, part: Part) -> bool:
         """Send `part`; whether the admin has answered, else nothing is sent for a while."""
@@ -7672,11 +7790,25 @@ class Callbacks(Watched):
                     error,
                 )
             self.last_error = str(error)
+            if (part.suspect or self._backoff.failures > 1) and self._heard.is_set():
+                self._blame(part)
+            self._heard.clear()
             return False
         self._backoff.succeed()
+        self._heard.set()
         if not self._refused and not self._refused.in_parts():
             self.last_error = ""
         return True
+
+    def _blame(self, part: Part) -> None:
+        """Heartbeats are answered, and these results are not: one of them may be what somebody
+        between does not let pass."""
+        if len(part.rows) > 1:
+            self._refused.split(part)
+        elif part.before is RunState.FINISHED:
+            self._refused.add(part.rows[0].log_id)
+        else:
+            self._repeats.put_off()
 
     def _due_again(self) -> tuple[Part | None, float]:
         """See Repeats.due; nothing at the end, or when nobody acknowledges."""
@@ -7684,40 +7816,18 @@ class Callbacks(Watched):
             return None, float("inf")
         return self._repeats.due(self._in_hand())  # before what is read becomes old
 
-    def _settle(self, rows: list[StoredResult], before: RunState, after: RunState) -> None:
-        """Have the journal remember their new state; they are left alone until it does."""
-        log_ids = [row.log_id for row in rows]
-        self._settling.update(log_ids)
-        self._journal.post(Settled(log_ids, before, after, self._settled))
-
-    def _settled(self, message: Settled) -> None:
-        self._settling.difference_update(message.log_ids)
-        self._wake.set()
-
-    def _bury(self, rows: list[StoredResult]) -> list:
-        """Give up what waits longer than DEAD_AFTER; returns the others."""
-        oldest = self._journal.clock.now() - DEAD_AFTER
-        dead = [row for row in rows if row.since < oldest]
-        if dead:
-            log.error(
-                "giving up %s that the admin did not take for %d days: logId=%s",
-                counted(len(dead), "result"),
-                DEAD_AFTER // 86_400,
-                ",".join(str(row.log_id) for row in dead),
-            )
-            self._settle(dead, RunState.FINISHED, RunState.DEAD)
-            self._refused.forget(dead)
-        return [row for row in rows if row.since >= oldest]
-
     def _send(self, part: Part) -> None:
         """Deliver `part`, and note what becomes of its results. When `before` is not FINISHED the
         admin has had them: the refusal of a single one, such as of a log that was deleted there, is
         as good as a yes then."""
-        rows, before, after = part
+        rows, before, after, _ = part
         self._busy_since = time.monotonic()
         try:
             self._admin.callback(rows)
         except AdminRefused as error:
+            if before is not RunState.FINISHED and error.away:
+                self._repeats.put_off()
+                return
             if len(rows) > 1:
                 self._refused.split(part)
                 return
@@ -7729,6 +7839,7 @@ class Callbacks(Watched):
                 log.warning(told, log_id, error)
                 return
         if before is not RunState.FINISHED:
+            self._repeats.taken()
             self._metrics.count("results_resent_total", len(rows))
         elif self._admin.addresses:  # else nobody waits for them
             failpoint("sent")
@@ -8004,9 +8115,8 @@ class AdminClient:
             raise
 
     def learned(self, path: str) -> None:
-        """Take the admin's dialect from the path that it called: only a 3.5 calls /trigger, only
-        older ones /run. At most once a second: a caller of both must not fill the log and the
-        journal."""
+        """Take the dialect from the path that the admin called: only a 3.5 calls /trigger. At most
+        once a second: a caller of both must not fill the log and the journal."""
         dialect, now = "wrapper" if path == "/trigger" else "array", time.monotonic()
         if dialect != self._dialect and now >= self._learned_at + 1.0:
             self._learned_at = now
@@ -8054,7 +8164,8 @@ class AdminClient:
                 self._miss(address)
             advice = self._advice(status, message)
             message = f"{message.rstrip('.')}; {advice}" if advice else message
-            failure = AdminRefused(f"{address.url}{path}{link.via}: {message}")
+            away = status in (502, 503, 504)
+            failure = AdminRefused(f"{address.url}{path}{link.via}: {message}", away)
             address.last_error = str(failure)
             if code is not None:  # one cluster: the others would say the same
                 break
@@ -8143,6 +8254,7 @@ class AdminClient:
 # seconds between heartbeats, as RegistryConfig.BEAT_TIMEOUT of XXL-JOB; the admin forgets who was
 # silent for 90 s, whatever stands here
 REGISTRY_INTERVAL = 30.0
+MOST_PARKED = 10  # addresses of earlier lives
 OUTAGE_INTERVAL = 600.0  # seconds between two lines of the log while the admin is away
 
 
@@ -8232,15 +8344,17 @@ class Registration:
             self._take_back(self.address, False)
             while not self._closed.wait(wait):
                 wait = self._park()
-            for address in self._parked:
-                self._take_back(address, True)
+            if not self._hooks.waiting():  # else the admin forgets them by itself, after 90 s
+                for address in self._parked:
+                    self._take_back(address, True)
 
     def _register(self) -> None:
         if not self.address:
             self.address = self._config.executor.address or self._own_address()
             with contextlib.suppress(ValueError):  # a damaged page, or the first start
                 earlier = json.loads(self._hooks.recall("addresses"))
-                self._parked = [address for address in earlier if address != self.address]
+                earlier = [address for address in earlier if address != self.address]
+                self._parked = earlier[-MOST_PARKED:]
         self._admin.registry(self.address)
         if self._parked and not self._hooks.owing():
             for address in self._parked:
@@ -8332,7 +8446,10 @@ def notify(state: str) -> None:
             contextlib.suppress(OSError),
             socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock,
         ):
-            sock.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
+            sock.sendto(
+                state.encode("utf-8", "replace"),
+                "\0" + address[1:] if address[0] == "@" else address,
+            )
 
 
 class ServiceManager:
@@ -9083,7 +9200,7 @@ class Daemon(Wiring):
             first, *more = str(error).splitlines()
             first += f" (and {len(more)} more, see check)" if more else ""
             log.error("reload failed, the old jobs stay: %s", first)
-            self._reload_error = f"{local_time(int(time.time()))}: {first}"
+            self._reload_error = printable(f"{local_time(int(time.time()))}: {first}")
         else:
             self._reload_error = ""
             self._take_over(old, new)
@@ -9138,6 +9255,7 @@ class Daemon(Wiring):
         self._end_runs()
         self._core.flush(STORE_LIMIT)
         self._callbacks.close()
+        self._core.flush(STORE_LIMIT)  # that they were delivered
         self._registration.close(self.config.admin.timeout)
         self._pruning.join(FLUSH_LIMIT)
         if self._inherited:
@@ -9862,8 +9980,13 @@ def _failure_lines(state: dict) -> list[str]:
     if not state["failures"]:
         return []
     rows = [
-        (short(run["job"]), local_time(int(run["ended"])), run["logId"], printable(run["message"]))
-        for run in sorted(state["failures"], key=lambda run: run["ended"], reverse=True)
+        (
+            short(run["job"]),
+            local_time(int(run.get("ended") or run["began"])),
+            run["logId"],
+            printable(run["message"]),
+        )
+        for run in sorted(state["failures"], key=lambda run: run.get("ended") or 0.0, reverse=True)
     ]
     return [*table(("FAILED", "AT", "LOGID", "MESSAGE"), rows), ""]
 

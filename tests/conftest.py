@@ -126,7 +126,7 @@ class Executor:
             wait_until(
                 lambda: self.url or self.process.poll() is not None, 20, "the start of the daemon"
             )
-            assert self.process.poll() is None, self.log
+            assert self.process.poll() is None, f"{self.process.returncode}: {self.log}"
         return self
 
     @property
