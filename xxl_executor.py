@@ -3821,12 +3821,12 @@ class Core(Endings, Watched):
         except JournalError:
             return False
 
-    def flush(self, seconds: float) -> None:
-        """Wait until all that was put before is decided and its effects are out, or `seconds`."""
+    def flush(self, seconds: float) -> bool:
+        """Whether all that was put before is decided and let out, within `seconds`."""
         done = threading.Event()
         look = Work(lambda: None, lambda value: self.put(look) if self._dropped else done.set())
         self.put(look)
-        done.wait(seconds)
+        return done.wait(seconds)
 
     def snapshot(self) -> dict:
         """What runs and waits and how runs ended, for `status`."""
@@ -7506,7 +7506,7 @@ class RefusedResults:
     def __init__(self) -> None:
         # by logId: its backoff, and the monotonic time of the next attempt
         self._results: dict[int, tuple[Backoff, float]] = {}
-        self.in_a_row = 0  # refusals since a result was taken
+        self._in_a_row, self._none_taken = 0, False  # refusals of a result, any since one was taken
         self._parts: list[Part] = []  # of batches that were refused, the next one at the end
         self._part_at = 0.0  # monotonic; not before
 
@@ -7527,6 +7527,7 @@ class RefusedResults:
 
     def split(self, part: Part) -> None:
         """It was refused: try its halves, the one with the newer results first."""
+        self._none_taken = True
         middle = len(part.rows) // 2
         halves = part.rows[:middle], part.rows[middle:]
         self._parts += [part._replace(rows=half, suspect=True) for half in halves]
@@ -7537,7 +7538,7 @@ class RefusedResults:
 
     def too_many(self) -> bool:
         """Whether the admin seems to refuse all: then one at a time will do to see that."""
-        return self.in_a_row > 3 and len(self._results) + len(self.in_parts()) >= MOST_REFUSED
+        return self._none_taken and len(self._results) + len(self.in_parts()) >= MOST_REFUSED
 
     def may_ask(self) -> bool:
         """Whether an admin that refuses all, as it seems, may be asked again."""
@@ -7549,10 +7550,15 @@ class RefusedResults:
     def add(self, log_id: int) -> None:
         backoff, _ = self._results.get(log_id, (Backoff(), 0.0))
         self._results[log_id] = (backoff, time.monotonic() + backoff.fail())
-        self.in_a_row += 1
+        self._in_a_row, self._none_taken = self._in_a_row + 1, True
         # None was taken lately: it may be that the admin refuses all, and is asked gently then.
-        if self.in_a_row > 3:
+        if self._in_a_row > 3:
             self._part_at = time.monotonic() + REFUSED_PACE
+
+    def taken(self, rows: typing.Sequence[StoredResult]) -> None:
+        """The admin has taken these."""
+        self._in_a_row, self._none_taken = 0, False
+        self.forget(rows)
 
     def forget(self, rows: typing.Sequence[StoredResult]) -> None:
         """Those that were taken or given up."""
@@ -7563,7 +7569,7 @@ class RefusedResults:
         """Forget every refusal: the admin may have been wrong about all of them."""
         self._results.clear()
         self._parts.clear()
-        self.in_a_row = 0
+        self._in_a_row, self._none_taken = 0, False
 
 
 class Repeats:
@@ -7843,8 +7849,7 @@ class Callbacks(Undelivered, Watched):
             self._metrics.count("results_resent_total", len(rows))
         elif self._admin.addresses:  # else nobody waits for them
             failpoint("sent")
-            self._refused.in_a_row = 0
-            self._refused.forget(rows)
+            self._refused.taken(rows)
             log.info("delivered %s", " ".join(f"logId={row.log_id}" for row in rows))
         self._settle(rows, before, after)
 
@@ -9253,9 +9258,9 @@ class Daemon(Wiring):
         else:
             self._api.draining = True
         self._end_runs()
-        self._core.flush(STORE_LIMIT)
+        storing = self._core.flush(STORE_LIMIT)
         self._callbacks.close()
-        self._core.flush(STORE_LIMIT)  # that they were delivered
+        self._core.flush(STORE_LIMIT if storing else 0.0)  # that they were delivered
         self._registration.close(self.config.admin.timeout)
         self._pruning.join(FLUSH_LIMIT)
         if self._inherited:
