@@ -2509,7 +2509,7 @@ class Connections:
             connection
             for connection in self._connections.values()
             if connection.phase is Phase.IDLE
-            or connection.phase in (Phase.HEAD, Phase.SENDING, Phase.LINGERING)
+            or connection.phase not in (Phase.BODY, Phase.WAITING)
             and not connection.trusted
         ]
         candidates.sort(key=lambda connection: (connection.trusted, connection.since))
@@ -2517,8 +2517,8 @@ class Connections:
         for connection in candidates:
             if made and (connection.trusted or made >= max(4, self._limit // 64)):
                 break  # several strangers at once: a crowd of them must not have each one searched
-            # Of a stranger who does not take his answer something is always unread.
-            if connection.phase is Phase.SENDING or not connection.unread():
+            # Of strangers who ask on and on or take no answer something is always unread.
+            if connection.phase in (Phase.ANSWERING, Phase.SENDING) or not connection.unread():
                 self._drop(connection)
                 made += 1
         return made > 0
