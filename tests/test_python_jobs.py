@@ -784,7 +784,7 @@ def test_a_server_that_falls_silent_is_replaced(executor, admin, tmp_path):
             "waits": {"python": "jobs:waits", **where},
         },
         admin=admin,
-        env=launch(SERVER_LIMIT=0.5),
+        env=launch(SERVER_LIMIT=3.0),
         program=LAUNCH,
     )
     code, silent = ending(daemon, admin, "quick")
