@@ -9,12 +9,14 @@ import re
 import resource
 import shutil
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
 
 import pytest
-from conftest import alive, result_of, run_job, wait_until
+from conftest import PROGRAM, alive, result_of, run_job, wait_until
 
 import xxl_executor
 from xxl_executor import (
@@ -950,6 +952,15 @@ def edit(daemon, statement, *values):
     return outside(str(daemon.data / "journal.db"), statement, *values)
 
 
+def said(daemon, *arguments):
+    """What a command says, which succeeds, or fails for there is no executor that runs."""
+    command = [sys.executable, str(PROGRAM), "-c", str(daemon.file), *arguments]
+    found = subprocess.run(command, text=True, capture_output=True, timeout=30)
+    gone = arguments[0] == "status" and daemon.process.poll() is not None
+    assert (found.returncode, found.stderr) == (int(gone), ""), found
+    return found.stdout
+
+
 def test_a_result_that_was_not_delivered_survives_a_crash(executor, loopback, tmp_path):
     admin = loopback()
     refused = threading.Event()
@@ -1239,3 +1250,56 @@ def test_facts_that_are_no_text_are_left_out(file):
         assert journal.fact("dialect") == "array" and journal.fact("three") == ""
         assert journal.unfinished() == []
         journal.forget_dropped()
+
+
+@pytest.mark.parametrize("column", ["message", "code", "log_date_time", "finished"])
+def test_a_value_of_another_type_holds_up_no_other_result(executor, admin, column):
+    """One flipped bit makes a text or a number a BLOB: the results of the other runs are delivered,
+    and what looks at the journal shows them."""
+    hold = (503, b"")
+    admin.behave = lambda path, body: hold if path.endswith("/callback") else None
+    daemon = executor({"bad": {"shell": "echo why; exit 3"}}, admin=admin)
+    log_ids = [admin.trigger(daemon.url, "bad", jobId=number)[0] for number in (1, 2, 3)]
+    wait_until(lambda: daemon.status()["undelivered"] == 3, what="the results")
+    daemon.kill()
+    first, damaged, last = log_ids
+    edit(
+        daemon,
+        f"UPDATE runs SET {column} = CAST({column} AS BLOB) WHERE log_id = ?",
+        damaged,
+    )
+    for arguments in (["runs"], ["runs", "--json"], ["runs", "--failed"], ["status"]):
+        found = said(daemon, *arguments)
+        assert all(str(log_id) in found for log_id in (first, last)) or arguments == ["status"]
+    admin.behave = lambda path, body: None
+    daemon.start()
+    for log_id in (first, last):
+        item = result_of(admin, log_id)
+        assert (item["handleCode"], item["handleMsg"]) == (500, "exit status 3: why")
+    later, _ = run_job(daemon, admin, "bad")
+    assert str(later) in said(daemon, "runs")
+    assert said(daemon, "status").splitlines()[0].endswith("  registered")
+    wait_until(lambda: daemon.status()["recent"]["bad"][-1:] == [500], what="the last results")
+
+
+@pytest.mark.parametrize("state", ["running", "accepted"])
+def test_runs_of_another_age_are_shown(executor, admin, tmp_path, state):
+    """A time of the clock that a flipped bit made enormous: `runs` shows the run, and the next life
+    gives it its result."""
+    go = tmp_path / "go"
+    job = {"shell": f"until [ -e {go} ]; do sleep 0.02; done"}
+    daemon = executor({"job": job}, admin=admin)
+    running, _ = admin.trigger(daemon.url, "job")
+    wait_until(lambda: daemon.status()["running"], what="the start of the run")
+    waiting, _ = admin.trigger(daemon.url, "job")
+    wait_until(lambda: daemon.status()["queued"] == {"job": 1})
+    daemon.kill()
+    go.touch()  # what was started lives on
+    log_id = running if state == "running" else waiting
+    edit(daemon, "UPDATE runs SET finished = 1e300 WHERE log_id = ?", log_id)
+    for arguments in (["runs"], ["runs", "--json"]):
+        found = said(daemon, *arguments)
+        assert str(running) in found and str(waiting) in found
+    daemon.start()
+    for one in (running, waiting):
+        result_of(admin, one)

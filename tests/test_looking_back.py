@@ -394,6 +394,28 @@ def test_a_file_that_is_no_yaml_still_names_the_data_dir(looked):
         )
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "executor:\n  app_name: a\njobs:\n  h:\n    shell: x\n    env:\n      data_dir: OTHER\n"
+        "  bad: [\n",
+        "jobs:\n  h:\n    shell: x\n    env:\n      data_dir: OTHER\nexecutor:\n  app_name: a\n"
+        "  bad: [\n",
+        "executor:\n  data_dir: |\n    OTHER\njobs: [\n",
+        "executor:\n  data_dir: " + "[" * 5000 + "\n",
+    ],
+    ids=["a variable of a job", "a variable before", "a block", "nested too deep"],
+)
+def test_a_data_dir_that_nobody_can_tell_is_asked_for(executor, tmp_path, text):
+    """In a file that is no YAML only a plain line of the section `executor` says where it is."""
+    daemon = executor({}, start=False)
+    daemon.file.write_text(text.replace("OTHER", str(tmp_path / "other")))
+    found = command(daemon, "runs")
+    assert found.returncode == 2 and found.stdout == "", found
+    assert "This command needs only executor.data_dir: --data-dir DIR" in found.stderr
+    assert "Traceback" not in found.stderr and f"{tmp_path}/other" not in found.stderr
+
+
 def test_status_without_an_app_name_names_the_directory(executor):
     daemon = executor({}, executor={"app_name": "No Name!"}, start=False)
     assert said(daemon, "status", status=1).startswith(f"{daemon.data}  no executor has used ")
@@ -653,3 +675,46 @@ def test_output_for_another_encoding(executor, admin):
         found = command(daemon, *arguments, env={**os.environ, "PYTHONIOENCODING": "ascii"})
         assert (found.returncode, found.stderr) == (0, ""), found
         assert "\\u65e5" in found.stdout
+
+
+def test_status_after_many_scripts_of_the_admin(executor, loopback):
+    """Each script from the admin is a handler of its own: a restart shows the latest thousand of
+    them, as the life before did."""
+    admin = loopback(token="s3cret")
+    daemon = executor({}, admin=admin, glue={"enabled": True})
+    assert daemon.stop() == 0
+    now, count = time.time(), 3000
+    with contextlib.closing(sqlite3.connect(daemon.data / "journal.db")) as db, db:
+        (clock,) = db.execute("SELECT value FROM facts WHERE name = 'clock'").fetchone()
+        rows = []
+        for number in range(1, count + 1):
+            kept = {
+                "handler": f"glue-{number}",
+                "glue_type": "GLUE_SHELL",
+                "shard_index": 0,
+                "shard_total": 1,
+                "began": now - 2,
+                "took": 0.5,
+                "ended": now - 1,
+            }
+            at = float(clock) - 10 + number * 1e-3
+            date = int(now * 1000)
+            rows.append((number, date, "delivered", at, json.dumps(kept), 500, "why", at))
+        db.executemany(
+            "INSERT INTO runs (log_id, log_date_time, state, accepted, trigger, code, message,"
+            " finished) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            rows,
+        )
+    daemon.start()
+    wait_until(lambda: daemon.status(**TOKEN)["recent"])  # it looks back after the start
+    state = daemon.status(**TOKEN)
+    latest = {f"glue-{number}" for number in range(count - 999, count + 1)}
+    assert len(state["recent"]) <= 1000 and len(state["failures"]) <= 1000
+    assert set(state["recent"]) == latest
+    assert {run["job"] for run in state["failures"]} == latest
+    script = {"glueType": "GLUE_SHELL", "glueSource": "exit 0", "glueUpdatetime": 1}
+    run_job(daemon, admin, "", jobId=count + 1, **script)
+    wait_until(lambda: f"glue-{count + 1}" in daemon.status(**TOKEN)["recent"])
+    recent = daemon.status(**TOKEN)["recent"]
+    assert len(recent) <= 1000 and f"glue-{count}" in recent  # the oldest one makes room
+    assert f"glue-{count - 999}" not in recent

@@ -2,6 +2,7 @@
 sockets."""
 
 import contextlib
+import os
 import re
 import signal
 import socket
@@ -97,6 +98,43 @@ def test_a_failed_reload_is_told(executor, manager):
     daemon.file.write_text(good)
     daemon.signal(signal.SIGHUP)
     wait_until(lambda: last() == "STATUS=0 running, 0 queued, 0 undelivered")
+
+
+def test_a_failed_reload_is_told_whatever_the_file_is_called(executor, manager):
+    """A file that another system has named with bytes that are no UTF-8 breaks a reload: that is
+    told, the daemon lives on, and the next reload takes the jobs over."""
+    daemon = executor(
+        {"job": {"shell": "true"}},
+        env={"NOTIFY_SOCKET": manager.path, "WATCHDOG_USEC": "200000"},
+        include=["jobs.d/*.yaml"],
+        start=False,
+    )
+    included = daemon.directory / "jobs.d"
+    included.mkdir()
+    daemon.start()
+
+    def last():
+        lines = [line for line in manager.read() if line.startswith("STATUS=")]
+        return lines[-1] if lines else ""
+
+    wait_until(lambda: last() == "STATUS=0 running, 0 queued, 0 undelivered")
+    name = os.fsencode(included) + b"/" + "\u8ba2\u5355.yaml".encode("gbk")
+    with open(name, "w", encoding="utf-8") as stream:
+        stream.write("jobs: {other: {shel: x}}\n")
+    daemon.signal(signal.SIGHUP)
+    wait_until(
+        lambda: (
+            last().startswith("STATUS=RELOAD FAILED, the old jobs stay")
+            or daemon.process.poll() is not None
+        ),
+        what="the reason",
+    )
+    assert daemon.process.poll() is None, daemon.log
+    assert "jobs.other.shel: unknown key" in last()
+    os.unlink(name)
+    daemon.signal(signal.SIGHUP)
+    wait_until(lambda: last() == "STATUS=0 running, 0 queued, 0 undelivered")
+    assert daemon.stop() == 0
 
 
 @pytest.mark.parametrize("kind", ["none", "down", "hanging"])

@@ -776,6 +776,25 @@ def test_a_refused_repetition_ends(executor, admin, tmp_path):
     deliver_results(admin)
 
 
+def test_a_repetition_that_a_proxy_answers_is_none(executor, admin, tmp_path):
+    """The admin is away and its proxy says so with a 502: a repetition that meets that is made when
+    the admin is back, twice as ever."""
+    ledger, daemon = repeating(executor, admin, tmp_path, "echo fine")
+    log_id = ledger.trigger(daemon)
+    ledger.settle(daemon)
+    admin.behave = lambda path, body: (
+        (502, b"<html>Bad Gateway</html>") if path.endswith("/callback") else None
+    )
+    # Each attempt is made in both dialects.
+    wait_until(lambda: times(admin, log_id) >= 5, 40, "two repetitions that meet the proxy")
+    assert len(admin.results[log_id]) == 1 and resent(daemon) == 0
+    deliver_results(admin)
+    wait_until(lambda: len(admin.results[log_id]) == 3, 60, "both repetitions")
+    wait_until(lambda: states(daemon)[log_id] == "delivered", 10)
+    ledger.settle(daemon)
+    assert ledger.started() == [log_id] and resent(daemon) == 2
+
+
 @pytest.mark.parametrize("how", ["closed", "behind a proxy"])
 def test_an_admin_that_goes_away_gets_the_latest_results_again(executor, loopback, tmp_path, how):
     """An admin that crashes loses what it has acknowledged shortly before: as soon as it is back it

@@ -620,6 +620,7 @@ WELL_FORMED = {
     "target-absolute-of-ipv6": line(b"POST http://[::1]:80/beat HTTP/1.1"),
     "target-with-a-query": line(b"POST /beat?x=http://y/ HTTP/1.1"),
     "target-with-an-encoded-character": line(b"POST /beat?x=%41 HTTP/1.1"),
+    "target-with-brackets-in-the-query": line(b"POST /beat?name[]=x HTTP/1.1"),
     "target-with-every-mark": line(b"POST /beat?-._~!$&'()*+,;=/?:@%7b HTTP/1.1"),
     "upper-case": b"POST /beat HTTP/1.1\r\nHOST: x\r\nCONTENT-LENGTH: 2\r\n\r\n{}",
     "lower-case": b"POST /beat HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}",
@@ -635,6 +636,8 @@ WELL_FORMED = {
     "blanks-around-a-length": START + b"Content-Length:\t 2 \t\r\n\r\n{}",
     "host-with-a-port": b"POST /beat HTTP/1.1\r\nHost: executor.example:9999\r\n\r\n",
     "host-of-ipv6": b"POST /beat HTTP/1.1\r\nHost: [::1]:9999\r\n\r\n",
+    "host-of-ipv6-with-a-zone": b"POST /beat HTTP/1.1\r\nHost: [fe80::1%25eth0]:9999\r\n\r\n",
+    "host-of-ipv6-with-a-plain-zone": b"POST /beat HTTP/1.1\r\nHost: [fe80::1%eth0]:9999\r\n\r\n",
     "host-of-ipv6-with-port-80": b"POST /beat HTTP/1.1\r\nHost: [::1]:80\r\n\r\n",
     "host-with-an-encoded-character": b"POST /beat HTTP/1.1\r\nHost: a%41\r\n\r\n",
     "host-with-blanks-around": b"POST /beat HTTP/1.1\r\nHost:\t x \t\r\n\r\n",
@@ -797,6 +800,62 @@ def test_strangers_who_always_wait_for_an_answer_make_room(executor, tmp_path):
             over.touch()
     [answers] = found
     assert answers > 0, "no stranger had an answer"
+
+
+def test_strangers_who_ask_for_more_than_is_being_answered_are_told_so(executor):
+    """Metrics take a moment to make: a stranger who comes when many others wait for theirs gets a
+    503 at once, and whoever shows the token gets them."""
+    daemon = executor(**GUARDED, executor={"max_connections": 64})
+    statuses = collections.Counter()
+
+    def burst():
+        with contextlib.ExitStack() as stack:
+            strangers = [stack.enter_context(Client(daemon.port)) for _ in range(48)]
+            for client in strangers:
+                client.send(request(b"GET", b"/metrics"))
+            with Client(daemon.port) as admin:
+                admin.send(request(b"GET", b"/metrics", SHOWN))
+                found = admin.answer(PROMPT)
+                assert found.status == 200 and b"xxl_executor_" in found.body
+            statuses.update(client.answer(PROMPT).status for client in strangers)
+        return statuses[503]
+
+    wait_until(burst, 20, "an answer that says that there are too many")
+    assert statuses[200] > 0 and set(statuses) == {200, 503}
+    print(dict(statuses))
+
+
+def test_strangers_who_leave_before_their_answer_keep_nobody_out(executor):
+    """The disk is slow, so metrics take seconds, and a crowd that asks for them does not wait, but
+    comes over new connections: each new connection of the admin is answered, and the one that it
+    has lives on."""
+    daemon = executor(**GUARDED, executor={"max_connections": 64})
+    port = daemon.port
+
+    def come_and_go(stop):
+        mine = collections.deque()
+        with contextlib.ExitStack() as stack:
+            while not stop.wait(0.02):
+                with contextlib.suppress(OSError):
+                    mine.append(stack.enter_context(Client(port, 1)))
+                    mine[-1].send(request(b"GET", b"/metrics"))
+                if len(mine) > 100:
+                    mine.popleft().sock.close()
+
+    tasks = [task.name for task in Path(f"/proc/{daemon.process.pid}/task").iterdir()]
+    slow = "-o", "/dev/null", "-e", "trace=fcntl", "-e", "inject=fcntl:delay_enter=3000000"
+    with Client(port) as idle:
+        idle.alive(SHOWN)
+        # The journal is locked for whoever looks what is undelivered.
+        with traced(daemon, tasks, *slow), in_threads(*[come_and_go] * 2) as stop:
+            for number in range(60):
+                try:
+                    with Client(port, PROMPT) as admin:
+                        admin.alive(SHOWN, seconds=PROMPT)
+                except OSError as error:
+                    pytest.fail(f"nobody hears the admin, connection {number}: {error!r}")
+                stop.wait(0.1)  # for the crowd to grow
+        idle.alive(SHOWN)
 
 
 def test_who_resets_takes_no_other_connection_with_it(executor):

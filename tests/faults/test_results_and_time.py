@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import sysconfig
@@ -16,11 +17,12 @@ import test_host
 import yaml
 from conftest import LAUNCH, alive, launch, result_of, wait_until
 from test_host import DAY, NAMESPACE, Clock, need
-from tools import Ledger
+from tools import Ledger, rss
 
 namespace = test_host.namespace  # the fixture
 QUICK = {"python": "platform:machine", "isolation": "thread"}
 DONE = {"shell": "echo done"}
+UNAVAILABLE = 503, b""
 
 
 def waits(go):
@@ -53,6 +55,30 @@ def undelivered(daemon, count, token=""):
 def code_and_message(admin, log_id):
     item = result_of(admin, log_id)
     return item["handleCode"], item["handleMsg"]
+
+
+def store_results(daemon, log_ids, message):
+    """Have results wait for the admin in the journal of a daemon that does not run."""
+    now = time.time()
+    kept = {"handler": "job", "glue_type": "BEAN", "shard_index": 0, "shard_total": 1}
+    kept.update(began=now, took=1.0, ended=now)
+    with contextlib.closing(sqlite3.connect(daemon.data / "journal.db")) as db, db:
+        (clock,) = db.execute("SELECT value FROM facts WHERE name = 'clock'").fetchone()
+        rows = [
+            (log_id, int(now * 1000), "finished", float(clock), json.dumps(kept), 200, message, at)
+            for log_id, at in ((log_id, float(clock) + log_id * 1e-6) for log_id in log_ids)
+        ]
+        db.executemany(
+            "INSERT INTO runs (log_id, log_date_time, state, accepted, trigger, code, message,"
+            " finished) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            rows,
+        )
+
+
+def edit(daemon, statement, *values):
+    """Run a statement in the file of the daemon's journal, from outside."""
+    with contextlib.closing(sqlite3.connect(daemon.data / "journal.db", 20)) as db, db:
+        db.execute(statement, values)
 
 
 def rewrite(daemon, change):
@@ -161,6 +187,76 @@ def test_an_admin_that_refuses_everything_for_a_while(executor, loopback):
     assert admin.wait(lambda: admin.registry, 10), "a heartbeat succeeds"
     assert admin.wait(lambda: len(admin.results) == 120, 10), f"{len(admin.results)} of 120"
     undelivered(daemon, 0, token)
+
+
+def test_a_result_that_ends_each_connection_holds_back_no_other(executor, loopback, port):
+    """Something before the admin closes the connection on each callback that holds a certain
+    result, while heartbeats succeed: all others arrive, and that one is tried again and again."""
+    daemon = executor(
+        {"job": QUICK},
+        admin_options={"addresses": [f"http://127.0.0.1:{port}"]},
+        **constants(REGISTRY_INTERVAL=1.0),
+    )
+    trigger(daemon, range(1, 11))
+    undelivered(daemon, 10)
+    daemon.kill()
+    bad, alone = 4, []
+    admin = loopback(port=port)
+
+    def behave(path, body):
+        if path.endswith("/callback"):
+            found = json.loads(body)
+            items = found["callbackList"] if isinstance(found, dict) else found
+            log_ids = [item["logId"] for item in items]
+            if bad in log_ids:
+                alone.extend([bad] * (log_ids == [bad]))
+                raise ConnectionResetError
+
+    admin.behave = behave
+    daemon.start()
+    others = set(range(1, 11)) - {bad}
+    admin.wait(lambda: others <= set(admin.results), 60)
+    assert set(admin.results) == others
+    trigger(daemon, [11])
+    assert code_and_message(admin, 11)[0] == 200
+    before = len(alone)
+    wait_until(lambda: len(alone) >= before + 2, 60, "two more attempts")
+    undelivered(daemon, 1)
+    admin.behave = lambda path, body: None
+    assert result_of(admin, bad, 90)["handleCode"] == 200
+
+
+@pytest.mark.parametrize("status", [502, 200], ids=["a proxy's 502", "code 500"])
+def test_an_admin_that_refuses_everything_costs_no_memory(executor, admin, status):
+    """5,000 results of 2,000 characters wait: however long they are refused, they stay on the disk;
+    once the admin takes results again it gets each of them."""
+    count, mib = 5000, 1 << 20
+    daemon = executor({"job": DONE}, admin=admin, **constants(REGISTRY_INTERVAL=1.0))
+    assert admin.wait(lambda: admin.registry, 10)
+    before = rss(daemon.process.pid)
+    assert daemon.stop() == 0
+    store_results(daemon, range(1, count + 1), "m" * 2000)
+    sent = []  # the logIds of each callback
+
+    def behave(path, body):
+        if path.endswith("/callback"):
+            found = json.loads(body)
+            items = found["callbackList"] if isinstance(found, dict) else found
+            sent.append({item["logId"] for item in items})
+        return status, b'{"code":500,"msg":"no"}'
+
+    admin.behave = behave
+    daemon.start()
+    alone = lambda: sum(len(log_ids) == 1 for log_ids in sent)  # noqa: E731
+    wait_until(lambda: alone() >= 30, 60, "results that are tried alone")
+    grown = rss(daemon.process.pid, "VmHWM") - before
+    print(f"{len(sent)} requests, {grown / mib:.1f} MiB more")
+    assert grown < 20 * mib
+    assert not admin.results and daemon.status()["undelivered"] == count
+    admin.behave = lambda path, body: None
+    admin.wait(lambda: len(admin.results) == count, 120)
+    assert len(admin.results) == count
+    undelivered(daemon, 0)
 
 
 # -- the wall clock
@@ -490,6 +586,85 @@ def test_an_address_stays_known_until_the_results_of_its_runs_are_taken(
         assert new in monitor.registered(APP)
     calls = monitor.calls[: monitor.calls.index(("registryRemove", DRAINING, old))]
     assert ("registry", DRAINING, old) in calls and ("callback", (log_id,)) in calls
+
+
+def test_the_state_of_a_run_that_nobody_knows_ends_no_heartbeat(executor, admin):
+    """A damaged page changes the state of a run of an earlier life, whose address is still to be
+    known to the admin: the executor registers all the same, and goes on to."""
+    daemon = executor({"job": DONE}, admin=admin, executor={"app_name": APP}, **HEART)
+    assert admin.wait(lambda: admin.registry, 10)
+    admin.behave = lambda path, body: UNAVAILABLE if path.endswith("/callback") else None
+    trigger(daemon, [1])
+    undelivered(daemon, 1)
+    daemon.kill()
+    earlier = set(admin.registry)
+    admin.behave = lambda path, body: UNAVAILABLE
+    daemon.start()
+    before = len(admin.requests)
+    assert admin.wait(lambda: len(admin.requests) > before, 10), "no heartbeat"
+    edit(daemon, "UPDATE runs SET state = 'finhshed'")
+    admin.behave = lambda path, body: None
+    own = daemon.url + "/"
+
+    def beats():
+        return sum(
+            path.endswith("/registry")
+            and json.loads(body)["registryKey"] == APP
+            and json.loads(body)["registryValue"] == own
+            for path, _, body in list(admin.requests)
+        )
+
+    before = beats()
+    wait_until(lambda: beats() >= before + 3, 20, "heartbeats")
+    assert own not in earlier and own in admin.registry
+    wait_until(lambda: daemon.status()["registered"], 10, "the registration")
+
+
+def with_earlier_addresses(executor, admin, count):
+    """(daemon, addresses): it has run at `count` other addresses before, a result waits that the
+    admin does not take, and it has had two heartbeats."""
+    daemon = executor({"job": DONE}, admin=admin, executor={"app_name": APP}, **HEART)
+    assert admin.wait(lambda: admin.registry, 10)
+    admin.behave = lambda path, body: UNAVAILABLE if path.endswith("/callback") else None
+    trigger(daemon, [1])
+    undelivered(daemon, 1)
+    daemon.kill()
+    earlier = [f"http://127.0.0.1:{number}/" for number in range(1, count + 1)]
+    edit(daemon, "UPDATE facts SET value = ? WHERE name = 'addresses'", json.dumps(earlier))
+    daemon.start()
+
+    def beats():
+        return sum(
+            path.endswith("/registry") and daemon.url in body.decode()
+            for path, _, body in list(admin.requests)
+        )
+
+    wait_until(lambda: beats() >= 2, 20, "two heartbeats")
+    return daemon, earlier
+
+
+def test_few_earlier_addresses_are_kept(executor, admin):
+    """However many lives there were while a result waits: the latest ten, for each costs a request
+    with each heartbeat."""
+    daemon, earlier = with_earlier_addresses(executor, admin, 40)
+    assert len(admin.parked) <= 10 and set(admin.parked) <= set(earlier[-10:])
+    assert earlier[-1] in admin.parked
+    admin.behave = lambda path, body: None
+    result_of(admin, 1)
+    wait_until(lambda: not admin.parked, 20, "the end of the earlier addresses")
+
+
+def test_a_stop_leaves_an_address_whose_results_wait(executor, admin):
+    """Else the admin would take the run for lost before the next life delivers its result."""
+    daemon, [earlier] = with_earlier_addresses(executor, admin, 1)
+    assert admin.parked == [earlier]
+    own = daemon.url + "/"
+    assert daemon.stop() == 0
+    assert earlier in admin.parked and own not in admin.registry
+    admin.behave = lambda path, body: None
+    daemon.start()
+    result_of(admin, 1, 30)
+    wait_until(lambda: earlier not in admin.parked, 20, "the end of the earlier address")
 
 
 # -- a job that was removed
