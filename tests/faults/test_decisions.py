@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import LAUNCH, launch, result_of, wait_until
-from tools import Ledger, run_processes, traced
+from tools import Ledger, items_of, run_processes, traced
 
 ACKNOWLEDGED = (200, b'{"code":200,"msg":null,"data":null}')
 UNAVAILABLE = (503, b"")
@@ -81,9 +81,7 @@ def callbacks(admin):
     found = []
     for path, _, body in list(admin.requests):
         if path.endswith("/callback"):
-            items = json.loads(body)
-            items = items["callbackList"] if isinstance(items, dict) else items
-            found.append([item["logId"] for item in items])
+            found.append([item["logId"] for item in items_of(body)])
     return found
 
 

@@ -4,7 +4,6 @@ one of two dead."""
 import concurrent.futures
 import contextlib
 import itertools
-import json
 import os
 import re
 import select
@@ -17,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import LAUNCH, launch, wait_until
-from tools import Ledger, Proxy, forget_peak, need_root, rounds, rss
+from tools import Ledger, Proxy, forget_peak, items_of, need_root, rounds, rss
 
 import xxl_executor
 
@@ -66,12 +65,6 @@ def prefill(daemon, ledger, count):
         assert journal.counts()["undelivered"] == count
     ledger.accepted |= {trigger.log_id for trigger in triggers}
     return range(1, count + 1)
-
-
-def items_of(body):
-    """The results in the body of a callback, in either dialect."""
-    found = json.loads(body)
-    return found["callbackList"] if isinstance(found, dict) else found
 
 
 def metric(daemon, name):

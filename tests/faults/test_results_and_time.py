@@ -17,7 +17,7 @@ import test_host
 import yaml
 from conftest import LAUNCH, alive, launch, result_of, wait_until
 from test_host import DAY, NAMESPACE, Clock, need
-from tools import Ledger, rss
+from tools import Ledger, items_of, rss
 
 namespace = test_host.namespace  # the fixture
 QUICK = {"python": "platform:machine", "isolation": "thread"}
@@ -91,15 +91,26 @@ def rewrite(daemon, change):
 # -- what the admin refuses
 
 
+def left_behind(executor, port, *groups, **options):
+    """A daemon that was killed while results of these runs, the oldest first, waited for an admin
+    that is not there yet."""
+    addresses, count = [f"http://127.0.0.1:{port}"], 0
+    daemon = executor({"job": QUICK}, admin_options={"addresses": addresses}, **options)
+    for log_ids in groups:
+        trigger(daemon, log_ids)
+        count += len(log_ids)
+        undelivered(daemon, count)
+    daemon.kill()
+    return daemon
+
+
 def refuse(admin, poison):
     """Have `admin` refuse callbacks with one of `poison`; returns the logIds of all callbacks."""
     came = []
 
     def behave(path, body):
         if path.endswith("/callback"):
-            found = json.loads(body)
-            items = found["callbackList"] if isinstance(found, dict) else found
-            came.append({item["logId"] for item in items})
+            came.append({item["logId"] for item in items_of(body)})
             if came[-1] & poison:
                 return 200, b'{"code":500,"msg":"no"}'
         return None
@@ -111,13 +122,8 @@ def refuse(admin, poison):
 @pytest.mark.parametrize("bad", [3, 5, 20])
 def test_refused_results_do_not_hold_back_the_others(executor, loopback, port, bad):
     """Only what the admin refuses waits: bad results must not cost the good ones their time."""
-    daemon = executor({"job": QUICK}, admin_options={"addresses": [f"http://127.0.0.1:{port}"]})
     poison, others = set(range(1, bad + 1)), set(range(bad + 1, 201))
-    trigger(daemon, poison)
-    undelivered(daemon, bad)  # the oldest
-    trigger(daemon, others)
-    undelivered(daemon, 200)
-    daemon.kill()
+    daemon = left_behind(executor, port, poison, others)
     admin = loopback(port=port)
     came = refuse(admin, poison)
     daemon.start()
@@ -138,15 +144,8 @@ def test_refused_results_do_not_hold_back_the_others(executor, loopback, port, b
 def test_many_refused_results_do_not_hold_back_what_ends_meanwhile(executor, loopback, port):
     """With 150 results waiting that the admin never takes, the result of a run that ends meanwhile
     goes between the requests for those, not behind them; and those are tried again all the same."""
-    daemon = executor(
-        {"job": QUICK},
-        admin_options={"addresses": [f"http://127.0.0.1:{port}"]},
-        **constants(REFUSED_PACE=0.05),
-    )
     poison, good = set(range(1, 151)), range(201, 206)
-    trigger(daemon, poison)
-    undelivered(daemon, 150)
-    daemon.kill()
+    daemon = left_behind(executor, port, poison, **constants(REFUSED_PACE=0.05))
     admin = loopback(port=port)
     came = refuse(admin, poison)
     daemon.start()
@@ -192,22 +191,13 @@ def test_an_admin_that_refuses_everything_for_a_while(executor, loopback):
 def test_a_result_that_ends_each_connection_holds_back_no_other(executor, loopback, port):
     """Something before the admin closes the connection on each callback that holds a certain
     result, while heartbeats succeed: all others arrive, and that one is tried again and again."""
-    daemon = executor(
-        {"job": QUICK},
-        admin_options={"addresses": [f"http://127.0.0.1:{port}"]},
-        **constants(REGISTRY_INTERVAL=1.0),
-    )
-    trigger(daemon, range(1, 11))
-    undelivered(daemon, 10)
-    daemon.kill()
+    daemon = left_behind(executor, port, range(1, 11), **constants(REGISTRY_INTERVAL=1.0))
     bad, alone = 4, []
     admin = loopback(port=port)
 
     def behave(path, body):
         if path.endswith("/callback"):
-            found = json.loads(body)
-            items = found["callbackList"] if isinstance(found, dict) else found
-            log_ids = [item["logId"] for item in items]
+            log_ids = [item["logId"] for item in items_of(body)]
             if bad in log_ids:
                 alone.extend([bad] * (log_ids == [bad]))
                 raise ConnectionResetError
@@ -240,9 +230,7 @@ def test_an_admin_that_refuses_everything_costs_no_memory(executor, admin, statu
 
     def behave(path, body):
         if path.endswith("/callback"):
-            found = json.loads(body)
-            items = found["callbackList"] if isinstance(found, dict) else found
-            sent.append({item["logId"] for item in items})
+            sent.append({item["logId"] for item in items_of(body)})
         return status, b'{"code":500,"msg":"no"}'
 
     admin.behave = behave
@@ -424,7 +412,7 @@ class Monitor:
                 fresh = self._admin.requests[len(self.calls) :]
                 results = set(self._admin.results)
             for path, _, body in fresh:
-                self._take(path.rpartition("/")[2], json.loads(body), now)
+                self._take(path.rpartition("/")[2], body, now)
             for row in [row for row, at in self._rows.items() if now > at + self.alive]:
                 del self._rows[row]
             addresses = {row[2] for row in self._rows}
@@ -432,11 +420,11 @@ class Monitor:
                 if log_id not in results and now > began + self.age and address not in addresses:
                     self.lost.add(log_id)
 
-    def _take(self, call, fields, now):
+    def _take(self, call, body, now):
         if call == "callback":
-            items = fields["callbackList"] if isinstance(fields, dict) else fields
-            self.calls.append((call, tuple(item["logId"] for item in items)))
+            self.calls.append((call, tuple(item["logId"] for item in items_of(body))))
             return
+        fields = json.loads(body)
         row = fields["registryGroup"], fields["registryKey"], fields["registryValue"]
         self.calls.append((call, *row[1:]))
         if call == "registry":
@@ -588,15 +576,30 @@ def test_an_address_stays_known_until_the_results_of_its_runs_are_taken(
     assert ("registry", DRAINING, old) in calls and ("callback", (log_id,)) in calls
 
 
-def test_the_state_of_a_run_that_nobody_knows_ends_no_heartbeat(executor, admin):
-    """A damaged page changes the state of a run of an earlier life, whose address is still to be
-    known to the admin: the executor registers all the same, and goes on to."""
+def with_a_result_that_waits(executor, admin):
+    """A daemon that was killed while a result of it waited for the admin, which does not take it."""
     daemon = executor({"job": DONE}, admin=admin, executor={"app_name": APP}, **HEART)
     assert admin.wait(lambda: admin.registry, 10)
     admin.behave = lambda path, body: UNAVAILABLE if path.endswith("/callback") else None
     trigger(daemon, [1])
     undelivered(daemon, 1)
     daemon.kill()
+    return daemon
+
+
+def beats(admin, address):
+    """How many heartbeats of this address have come."""
+    wanted = {"registryGroup": "EXECUTOR", "registryKey": APP, "registryValue": address}
+    return sum(
+        path.endswith("/registry") and json.loads(body) == wanted
+        for path, _, body in list(admin.requests)
+    )
+
+
+def test_the_state_of_a_run_that_nobody_knows_ends_no_heartbeat(executor, admin):
+    """A damaged page changes the state of a run of an earlier life, whose address is still to be
+    known to the admin: the executor registers all the same, and goes on to."""
+    daemon = with_a_result_that_waits(executor, admin)
     earlier = set(admin.registry)
     admin.behave = lambda path, body: UNAVAILABLE
     daemon.start()
@@ -605,17 +608,8 @@ def test_the_state_of_a_run_that_nobody_knows_ends_no_heartbeat(executor, admin)
     edit(daemon, "UPDATE runs SET state = 'finhshed'")
     admin.behave = lambda path, body: None
     own = daemon.url + "/"
-
-    def beats():
-        return sum(
-            path.endswith("/registry")
-            and json.loads(body)["registryKey"] == APP
-            and json.loads(body)["registryValue"] == own
-            for path, _, body in list(admin.requests)
-        )
-
-    before = beats()
-    wait_until(lambda: beats() >= before + 3, 20, "heartbeats")
+    before = beats(admin, own)
+    wait_until(lambda: beats(admin, own) >= before + 3, 20, "heartbeats")
     assert own not in earlier and own in admin.registry
     wait_until(lambda: daemon.status()["registered"], 10, "the registration")
 
@@ -623,23 +617,11 @@ def test_the_state_of_a_run_that_nobody_knows_ends_no_heartbeat(executor, admin)
 def with_earlier_addresses(executor, admin, count):
     """(daemon, addresses): it has run at `count` other addresses before, a result waits that the
     admin does not take, and it has had two heartbeats."""
-    daemon = executor({"job": DONE}, admin=admin, executor={"app_name": APP}, **HEART)
-    assert admin.wait(lambda: admin.registry, 10)
-    admin.behave = lambda path, body: UNAVAILABLE if path.endswith("/callback") else None
-    trigger(daemon, [1])
-    undelivered(daemon, 1)
-    daemon.kill()
+    daemon = with_a_result_that_waits(executor, admin)
     earlier = [f"http://127.0.0.1:{number}/" for number in range(1, count + 1)]
     edit(daemon, "UPDATE facts SET value = ? WHERE name = 'addresses'", json.dumps(earlier))
     daemon.start()
-
-    def beats():
-        return sum(
-            path.endswith("/registry") and daemon.url in body.decode()
-            for path, _, body in list(admin.requests)
-        )
-
-    wait_until(lambda: beats() >= 2, 20, "two heartbeats")
+    wait_until(lambda: beats(admin, daemon.url + "/") >= 2, 20, "two heartbeats")
     return daemon, earlier
 
 

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import itertools
+import json
 import os
 import re
 import shutil
@@ -27,6 +28,12 @@ def rounds(ci, name="XXL_FAULT_ROUNDS"):
     """How often a fault is repeated: `ci` times, or as often as the environment variable `name`
     says."""
     return int(os.environ.get(name, ci))
+
+
+def items_of(body):
+    """The results in the body of a callback, in either dialect."""
+    found = json.loads(body)
+    return found["callbackList"] if isinstance(found, dict) else found
 
 
 def need_root():
