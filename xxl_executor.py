@@ -293,7 +293,6 @@ class PastRun(typing.NamedTuple):
     epoch; it and `code` are None while it has not ended."""
 
     log_id: int
-    log_date_time: int
     state: str
     handler: str
     label: str
@@ -310,7 +309,6 @@ class PastRun(typing.NamedTuple):
         trigger = span.trigger
         return cls(
             trigger.log_id,
-            trigger.log_date_time,
             RunState.FINISHED.value,
             trigger.handler,
             trigger.label,
@@ -458,22 +456,16 @@ class Backoff:
 
 
 class Event(str):
-    """A line for the log that tells of a run, and what programs want to filter by."""
+    """A line for the log that tells of a run; `fields`: what programs want to filter by."""
 
-    _trigger: Trigger
-    _more: dict[str, typing.Any]
+    fields: dict[str, typing.Any]
 
     @classmethod
     def of(cls, trigger: Trigger, text: str, **more: typing.Any) -> Event:
         event = cls(text)
-        event._trigger, event._more = trigger, more
-        return event
-
-    @property
-    def fields(self) -> dict[str, typing.Any]:
-        trigger = self._trigger
         shown = {"job": trigger.handler, "jobId": trigger.job_id, "logId": trigger.log_id}
-        return {**shown, **self._more}
+        event.fields = {**shown, **more}
+        return event
 
 
 class Lines(list):
@@ -683,10 +675,6 @@ class Output:
             with self._lock:
                 del self._waiting[:written]
 
-    def fileno(self) -> int:
-        """What it writes to, a pipe or a terminal without waiting."""
-        return self._fd
-
     def flush(self, seconds: float) -> None:
         """Wait until nothing waits any more, at most `seconds`."""
         self._idle.wait(seconds)
@@ -718,6 +706,45 @@ class WakeUp:
             os.close(end)
 
 
+class Pace:
+    """Has a thread pause for `seconds` after each turn in which there was much to do: what a turn
+    costs whatever it does, such as a commit, is then shared by more (tests/bench.py, shell: 1.1
+    times the runs with 0.8 of the CPU). A lone message never waits."""
+
+    MUCH = 3  # things to do in a turn
+
+    def __init__(self, seconds: float):
+        self._seconds = seconds
+        self._next_at = 0.0  # monotonic
+
+    def turned(self, count: int) -> None:
+        """A turn in which `count` things were done has ended."""
+        self._next_at = time.monotonic() + self._seconds if count >= self.MUCH else 0.0
+
+    def keep(self) -> bool:
+        """Wait until it is time for the next turn; whether it was early."""
+        early = self._next_at - time.monotonic()
+        if early > 0:
+            breathe(early)
+        return early > 0
+
+
+def await_any(fds: typing.Iterable[int], deadline: float | None) -> list[int]:
+    """Those of `fds` that can be read or have ended; waits for the first until `deadline`
+    (monotonic)."""
+    poller = select.poll()
+    for fd in fds:
+        poller.register(fd, select.POLLIN)
+    left = None if deadline is None else min(max(0.0, deadline - time.monotonic()), 3600.0)
+    # 1 ms more, for an early end would spin; an hour, for poll(2) takes an int
+    return [fd for fd, _ in poller.poll(None if left is None else left * 1000 + 1)]
+
+
+def breathe(seconds: float) -> None:
+    """Let time pass, where no event tells when it is enough."""
+    select.poll().poll(seconds * 1000)
+
+
 _CRASH_AT, _, _PASSAGE = os.environ.get(FAILPOINT, "").partition(":")
 _passages = itertools.count(1)
 
@@ -743,12 +770,17 @@ def share_cpu() -> None:
         os.sched_setaffinity(0, _SHARED)
 
 
-@contextlib.contextmanager
-def all_cpus() -> typing.Iterator[None]:
-    """Inside, the calling thread, which shares a CPU, may run where the main thread may, which
-    shares none: so may the processes and threads that begin there."""
+def use_all_cpus() -> None:
+    """Let the calling thread, and the processes and threads that it starts from now on, run where
+    the main thread may, which shares no CPU."""
     with contextlib.suppress(OSError):
         os.sched_setaffinity(0, os.sched_getaffinity(os.getpid()))
+
+
+@contextlib.contextmanager
+def all_cpus() -> typing.Iterator[None]:
+    """Inside, a thread that shares a CPU may `use_all_cpus`."""
+    use_all_cpus()
     try:
         yield
     finally:
@@ -1146,24 +1178,21 @@ class ScriptsConfig:
 
     def look(self) -> tuple[dict[str, JobConfig], list[str]]:
         """({name: job} of all files, why others are no jobs)."""
-        jobs: dict[str, JobConfig] = {}
+        jobs: dict[str, JobConfig | None] = {}
         problems = []
         for directory in self.directories:
             try:
                 with os.scandir(directory) as entries:  # what is below is nobody's job
-                    places = [entry for entry in entries if not entry.is_dir(follow_symlinks=False)]
+                    names = [e.name for e in entries if not e.is_dir(follow_symlinks=False)]
             except OSError as error:
                 problems.append(f"{directory}: {error.strerror}")
                 continue
-            for name in sorted(entry.name for entry in places):
+            for name in sorted(names):
                 try:
-                    job = None if name in jobs else self.job(name)
+                    jobs[name] = self.job(name)
                 except Refused as error:
                     problems.append(str(error))
-                    continue
-                if job is not None:
-                    jobs[name] = job
-        return jobs, problems
+        return {name: job for name, job in jobs.items() if job is not None}, problems
 
     def _unfit(self, directory: str, file: str) -> str:
         """Why `file` must not run, "" when it may: whoever can write it, or put another one there,
@@ -1288,6 +1317,8 @@ class _YamlReader:
             int, tuple
         ] = {}  # id of a node: (the node, so that no other gets its id, its pairs)
         self._open: list = []  # nodes whose pairs are being looked up
+        # (a text, the file where it stands): its node; remembered, for most are defaults
+        self.compose = functools.lru_cache(None)(self._compose)
         self.problems: list[tuple[str, int, str]] = []
         self.places: dict[str, str] = {}  # of each key: file:line
 
@@ -1306,14 +1337,17 @@ class _YamlReader:
         """A value in the place of `node`."""
         return self.yaml.ScalarNode(tag, value, node.start_mark, node.end_mark, style=style)
 
+    def _compose(self, text: str, name: str) -> Node:
+        loader = self.yaml.SafeLoader(text)
+        loader.name = name
+        return loader.get_single_node()
+
     def document(self, file: str) -> Node:
         """The root mapping of `file`, or None after a problem."""
         try:
             with open(file, encoding="utf-8") as stream:
                 text = stream.read()
-            loader = self.yaml.SafeLoader(text)
-            loader.name = file
-            root: typing.Any = loader.get_single_node()
+            root = self.compose(text, file)
         except OSError as error:
             self.problems.append(
                 (file, 0, f"cannot be read: {error.strerror}: give a readable file with -c FILE")
@@ -1421,7 +1455,6 @@ class _YamlReader:
         """An instance of the dataclass `wanted` from a mapping; a key that is absent or null has
         its default."""
         fields = {field.name: field for field in dataclasses.fields(wanted) if field.metadata}
-        values = dict(fixed)
         given = {}
         if not _absent(node) and node.id != "mapping":
             self.problem(node, f"{path}: {_expected('a mapping', node)}")
@@ -1440,22 +1473,12 @@ class _YamlReader:
                 if value is not None and not field.metadata["raw"]:
                     value = self.expand(value)
                 if _absent(value):
-                    value = self._default(default, node)
-                    value = value and self.expand(value)
-                values[name] = None if value is None else parse(self, value)
+                    place = self.file if node is None else node.start_mark.name
+                    value = self.expand(self.compose(default, place)) if default else None
+                fixed[name] = None if value is None else parse(self, value)
             except _Bad as error:
                 self.problem(error.node, f"{path}.{name}: {error}")
-        return wanted(**values)
-
-    def _default(self, text: str, node: Node) -> Node:
-        mark = node.start_mark if node is not None else self.yaml.Mark(self.file, 0, 0, 0, None, 0)
-        if text == "{}":
-            return self.yaml.MappingNode("tag:yaml.org,2002:map", [], mark, mark)
-        if text[:1] == "[":
-            items = [self._default(item, node) for item in text[1:-1].split(", ") if item]
-            return self.yaml.SequenceNode("tag:yaml.org,2002:seq", items, mark, mark)
-        tag = self.resolver.resolve(self.yaml.ScalarNode, text, (True, False))
-        return self.yaml.ScalarNode(tag, text, mark, mark) if text else None
+        return wanted(**fixed)
 
 
 _NOT_OF_SCRIPTS = (  # keys of a job that `scripts` does not take
@@ -1482,22 +1505,28 @@ class _ConfigReader(_YamlReader):
             )
             return None
         given = {name.value: name for name, value in self.pairs(node) if not _absent(value)}
-        for name in ("interpreter", "pythonpath", "isolation", "preload"):
-            if name in given and not job.python:
-                self.problem(given[name], f"{path}.{name}: only a python job has it: remove it")
-        if "preload" in given and job.user:
-            self.problem(
-                given["preload"],
-                f"{path}.preload: with a user its modules would be imported as the executor's own"
-                " user: remove one of them",
-            )
-        for name in ("interpreter", "user", "cwd", "env", "background", "preload"):
-            if name in given and job.isolation == "thread":
-                self.problem(
-                    given[name],
-                    f"{path}.{name}: has no effect with isolation: thread: remove it, or use"
-                    " process",
-                )
+        thread = job.isolation == "thread"
+        for wrong, names, told in (
+            (
+                not job.python,
+                ("interpreter", "pythonpath", "isolation", "preload"),
+                "only a python job has it: remove it",
+            ),
+            (
+                job.user,
+                ("preload",),
+                "with a user its modules would be imported as the executor's own user: remove one"
+                " of them",
+            ),
+            (
+                thread,
+                ("interpreter", "user", "cwd", "env", "background", "preload"),
+                "has no effect with isolation: thread: remove it, or use process",
+            ),
+        ):
+            for name in names:
+                if wrong and name in given:
+                    self.problem(given[name], f"{path}.{name}: {told}")
         return job
 
     def jobs(self, node: Node, defined: dict, where: dict) -> None:
@@ -1537,7 +1566,7 @@ class _ConfigReader(_YamlReader):
         admin = self.section(AdminConfig, parts["admin"], "admin")
         credentials = os.environ.get("CREDENTIALS_DIRECTORY")
         if credentials and not self.token and "admin.access_token_file" not in self.places:
-            self._credential(os.path.join(credentials, "token"))
+            self._credential(self.scalar(os.path.join(credentials, "token"), root))
         admin = dataclasses.replace(admin, access_token=self.token)
         executor = self.section(ExecutorConfig, parts["executor"], "executor")
         template = self.section(JobConfig, None, "glue", name="")
@@ -1572,17 +1601,14 @@ class _ConfigReader(_YamlReader):
                 self.problem(node, "scripts.directories: expected a list such as [/opt/scripts]")
         return ScriptsConfig(directories, self.section(JobConfig, rest, "scripts", name=""))
 
-    def _credential(self, file: str) -> None:
+    def _credential(self, node: Node) -> None:
         """The token that systemd passes (LoadCredential=token:...), when none is configured."""
-        self.files.append(glob.escape(file))
+        self.files.append(glob.escape(node.value))
         try:
-            with open(file, encoding="utf-8") as stream:
-                node = self.yaml.ScalarNode(_STR, stream.read().strip())
-            self.token = _header(self, node)
-        except FileNotFoundError:
-            pass
-        except (OSError, UnicodeDecodeError, _Bad) as error:
-            self.problems.append((file, 0, f"admin.access_token: cannot be taken: {error}"))
+            if os.path.exists(node.value):
+                _token_file(self, node)
+        except _Bad as error:
+            self.problem(node, f"admin.access_token: {node.value}: {error}")
 
     def _include(self, node: Node, jobs: dict, where: dict) -> None:
         if _absent(node):
@@ -1666,9 +1692,8 @@ def legible_data_dir(file: str) -> str:
         if "data_dir" in text and (not lines or lines[0].strip()[:1] in ("|", ">")):
             return ""
         given = lines[0] if lines else ""
-        loader = reader.yaml.SafeLoader(f"data_dir:{given}")
-        loader.name = file
-        config = reader.section(ExecutorConfig, loader.get_single_node(), "executor")
+        section = reader.compose(f"data_dir:{given}", file)
+        config = reader.section(ExecutorConfig, section, "executor")
     except (OSError, RecursionError, reader.yaml.YAMLError):
         return ""
     return config.data_dir or ""
@@ -1695,65 +1720,6 @@ print("\\n".join(sys.path))
 """
 
 
-class ModuleSearch:
-    """Where interpreters find modules: nothing of a job is imported; any thread."""
-
-    def __init__(self, environment: dict[str, str], modules: list[str]):
-        """`modules`: which will be looked for."""
-        self._environment = environment
-        self._tops = sorted({module.partition(".")[0] for module in modules})
-        self._paths: dict[str, list[str]] = {}  # by interpreter
-        self._others_find: dict[str, list[str]] = {}  # what its finders find beside the path
-
-    def path(self, interpreter: str) -> list[str]:
-        """Where it finds modules. Raises ExecutorError for one that runs no Python job."""
-        if interpreter == sys.executable:
-            return sys.path
-        if interpreter not in self._paths:
-            try:
-                ran = subprocess.run(
-                    [interpreter, "-c", _ASK_INTERPRETER, *self._tops],
-                    stdin=subprocess.DEVNULL,
-                    capture_output=True,
-                    timeout=10,
-                    cwd="/",
-                    env=self._environment,
-                )
-                version, found, *path = os.fsdecode(ran.stdout).splitlines()
-                major, minor = json.loads(version)
-            except (OSError, ValueError, subprocess.TimeoutExpired):
-                raise ExecutorError(f"{interpreter} is no Python that runs") from None
-            if (major, minor) < (3, 9):
-                raise ExecutorError(OLD_PYTHON.format(interpreter))
-            self._paths[interpreter] = path
-            self._others_find[interpreter] = json.loads(found)
-        return self._paths[interpreter]
-
-    def find(self, module: str, path: list[str], interpreter: str) -> typing.Any:
-        """Its spec; None when nobody knows. Raises ExecutorError when it is missing."""
-        places: typing.Any = path
-        name, spec = "", None
-        for part in module.split("."):
-            name = f"{name}.{part}" if name else part
-            if name in (*sys.builtin_module_names, "os.path"):
-                return None
-            try:
-                spec = importlib.machinery.PathFinder.find_spec(name, places)
-                if interpreter == sys.executable:  # what is installed as editable has a finder
-                    others = (finder.find_spec(name, places) for finder in sys.meta_path)
-                    spec = spec or next(filter(None, others), None)
-            except Exception:  # a broken archive in the path
-                return None
-            if spec is None and name.partition(".")[0] in self._others_find.get(interpreter, ()):
-                return None
-            if spec is None:
-                raise ExecutorError(
-                    f"there is no module {name} in pythonpath, cwd or the interpreter's own path"
-                )
-            places = spec.submodule_search_locations or []
-        return spec
-
-
 class HostCheck:
     """Finds what a configuration names and this host lacks, before a run fails for it. Nothing of a
     job is run, and nothing of it is imported, but a job's interpreter tells where it looks for
@@ -1765,7 +1731,9 @@ class HostCheck:
         self._environment = without_secrets()
         jobs = [job for job in config.jobs.values() if job.python]
         wanted = [module for job in jobs for module in (job.python.partition(":")[0], *job.preload)]
-        self._modules = ModuleSearch(self._environment, wanted)
+        self._tops = sorted({module.partition(".")[0] for module in wanted})
+        # by interpreter: its path, what its finders find beside it, why it runs no Python job
+        self._asked: dict[str, tuple[list, list, str]] = {sys.executable: (sys.path, [], "")}
 
     def warnings(self) -> list[str]:
         """One `file:line: key: problem` for each."""
@@ -1779,11 +1747,12 @@ class HostCheck:
             warnings.append(config.told("jobs", "there are none: every trigger will be refused"))
         for job in config.jobs.values():
             for key, text in self._job(job):
-                warnings.append(config.told(f"jobs.{job.name}{key and '.'}{key}", text))
+                if text:
+                    warnings.append(config.told(f"jobs.{job.name}{key and '.'}{key}", text))
         return warnings
 
     def _job(self, job: JobConfig) -> typing.Iterator[tuple[str, str]]:
-        """(key, what is wrong)"""
+        """(key, what is wrong, "" for nothing)"""
         if not job.name.strip():
             yield "", "a job without a name: no trigger can call it"
         if not os.path.isdir(job.cwd):
@@ -1814,9 +1783,7 @@ class HostCheck:
 
     def _arguments(self, job: JobConfig) -> typing.Iterator[tuple[str, str]]:
         if "{" not in job.command[0]:
-            problem = self._no_program(job, job.command[0])
-            if problem:
-                yield "command", problem
+            yield "command", self._no_program(job, job.command[0])
         for name in re.findall(r"\{(\w+)\}", " ".join(job.command[1:])):
             near = difflib.get_close_matches(name, PLACEHOLDERS, 1, 0.7)
             if near and name not in PLACEHOLDERS:
@@ -1839,42 +1806,65 @@ class HostCheck:
             if not os.path.exists(place):
                 yield "pythonpath", f"{place} does not exist"
         interpreter = job.interpreter or sys.executable
-        if job.interpreter:
-            problem = self._no_program(job, job.interpreter)
-            if problem:
-                yield "interpreter", problem
-                return
-        try:
-            path = self._modules.path(interpreter)
-        except ExecutorError as error:
-            yield "interpreter", str(error)
+        problem = self._no_program(job, job.interpreter) if job.interpreter else ""
+        if not problem and interpreter not in self._asked:
+            self._asked[interpreter] = self._ask(interpreter)
+        path, _, problem = self._asked.get(interpreter, ([], [], problem))
+        if problem:
+            yield "interpreter", problem
             return
         path = [*job.pythonpath, job.cwd, *path]
         for module in job.preload:
-            problem = self._no_module(module, path, interpreter)
-            if problem:
-                yield "preload", problem
-        problem = self._no_function(job.python, path, interpreter)
-        if problem:
-            yield "python", problem
+            yield "preload", self._find(module, path, interpreter)[1]
+        yield "python", self._no_function(job.python, path, interpreter)
 
-    def _no_module(self, module: str, path: list[str], interpreter: str) -> str:
+    def _ask(self, interpreter: str) -> tuple[list[str], list[str], str]:
+        """Its path, what its finders find beside it, why it runs no Python job."""
         try:
-            self._modules.find(module, path, interpreter)
-        except ExecutorError as error:
-            return str(error)
-        return ""
+            ran = subprocess.run(
+                [interpreter, "-c", _ASK_INTERPRETER, *self._tops],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=10,
+                cwd="/",
+                env=self._environment,
+            )
+            version, found, *path = os.fsdecode(ran.stdout).splitlines()
+            old = tuple(json.loads(version)) < (3, 9)
+            return path, json.loads(found), OLD_PYTHON.format(interpreter) if old else ""
+        except (OSError, ValueError, subprocess.TimeoutExpired):
+            return [], [], f"{interpreter} is no Python that runs"
+
+    def _find(self, module: str, path: list[str], interpreter: str) -> tuple[typing.Any, str]:
+        """(its spec, None when nobody knows; why it cannot be imported)."""
+        places: typing.Any = path
+        finders: list = [importlib.machinery.PathFinder]
+        if interpreter == sys.executable:  # what is installed as editable has a finder
+            finders += sys.meta_path
+        spec = None
+        for name in itertools.accumulate(module.split("."), "{}.{}".format):
+            if name in (*sys.builtin_module_names, "os.path"):
+                return None, ""
+            try:
+                found = (finder.find_spec(name, places) for finder in finders)
+                spec = next(filter(None, found), None)
+            except Exception:  # a broken archive in the path
+                return None, ""
+            if spec is None and name.partition(".")[0] in self._asked[interpreter][1]:
+                return None, ""
+            if spec is None:
+                where = "in pythonpath, cwd or the interpreter's own path"
+                return None, f"there is no module {name} {where}"
+            places = spec.submodule_search_locations or []
+        return spec, ""
 
     def _no_function(self, entry_point: str, path: list[str], interpreter: str) -> str:
         """Why `module:function` cannot be called, "" when it can or nobody knows, as with the
         syntax of another interpreter."""
         module, _, function = entry_point.partition(":")
-        try:
-            spec = self._modules.find(module, path, interpreter)
-        except ExecutorError as error:
-            return str(error)
+        spec, problem = self._find(module, path, interpreter)
         if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
-            return ""
+            return problem
         try:
             with open(spec.origin, "rb") as stream:
                 source = stream.read(SOURCE_LIMIT)
@@ -1983,7 +1973,7 @@ class Metrics:
             for name, (type_, _, *labels) in _METRICS.items()
             if type_ != "gauge" and not labels
         }
-        self._gauges: dict[str, typing.Callable[[], float]] = {}
+        self.gauges: dict[str, typing.Callable[[], float]] = {}  # asked at each scrape
 
     def count(self, name: str, amount: float = 1, **labels: typing.Any) -> None:
         key = (name, tuple(labels.items()))
@@ -2004,17 +1994,13 @@ class Metrics:
             sums[bisect.bisect_left(_DURATION_BUCKETS, value)] += 1
             sums[-1] += value
 
-    def gauge(self, name: str, value: typing.Callable[[], float]) -> None:
-        """A gauge that is asked at each scrape."""
-        self._gauges[name] = value
-
     def render(self) -> str:
         with self._lock:
             values = {
                 key: list(value) if isinstance(value, list) else value
                 for key, value in self._values.items()
             }
-        values.update({(name, ()): value() for name, value in self._gauges.items()})
+        values.update({(name, ()): value() for name, value in self.gauges.items()})
         lines = []
         for name, (type_, text, *_) in _METRICS.items():
             lines += [f"# HELP xxl_executor_{name} {text}", f"# TYPE xxl_executor_{name} {type_}"]
@@ -2057,12 +2043,7 @@ def _histogram(name: str, labels: tuple, value: list) -> list[str]:
     ]
 
 
-@functools.lru_cache(1)  # else it would change a little with each look, as if it had restarted
-def _process_began() -> float:
-    """When this process began, in seconds since the epoch. Raises OSError."""
-    ticks = int(_read_proc("/proc/self/stat").rpartition(b") ")[2].split()[19])
-    uptime = float(_read_proc("/proc/uptime").split()[0])
-    return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
+_BEGAN = time.time()  # about when this process began, in seconds since the epoch
 
 
 def _process_metrics() -> list[str]:
@@ -2079,14 +2060,13 @@ def _process_metrics() -> list[str]:
     ]
     with contextlib.suppress(OSError, ValueError, IndexError):  # no descriptor free, no /proc
         fields = _read_proc("/proc/self/stat").rpartition(b") ")[2].split()
-        began = _process_began()
         resident = int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
         metrics += [
             (
                 "start_time_seconds",
                 "gauge",
                 "Start of the process since the epoch.",
-                round(began, 2),
+                round(_BEGAN, 2),
             ),
             ("virtual_memory_bytes", "gauge", "Virtual memory size.", int(fields[20])),
             ("resident_memory_bytes", "gauge", "Resident memory size.", resident),
@@ -2309,9 +2289,9 @@ class Connection:
         self.events = select.EPOLLIN
         self.trusted = self.used = False  # has shown the token; has had an answer
         self.buffer, self.skipped = bytearray(), 0  # blank lines before the request, in bytes
-        self.head: Head | None = None
-        self.request: Request | None = None
-        self.ticket: Ticket | None = None
+        self.head: typing.Any = None  # Head, Request and Ticket of the current exchange, else None
+        self.request: typing.Any = None
+        self.ticket: typing.Any = None
         self.out, self.sent, self.close_after = b"", 0, False
         self.lent: list[tuple[Budget, int]] = []
 
@@ -2323,10 +2303,8 @@ class Connection:
         """Whether something came that was not looked at yet, be it the end."""
         try:
             self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return False
-        except OSError:
-            pass
+        except OSError as error:
+            return not isinstance(error, BlockingIOError)
         return True
 
     def take_head(self) -> bytes | None:
@@ -2637,7 +2615,6 @@ class Exchanges(Connections):
 
     def _expect_body(self, connection: Connection) -> None:
         head = connection.head
-        assert head is not None
         if connection.phase is Phase.WAITING:
             connection.enter(Phase.BODY, REQUEST_TIMEOUT)
         connection.phase = Phase.BODY  # with the deadline that began with its first byte
@@ -2647,7 +2624,6 @@ class Exchanges(Connections):
 
     def _take_body(self, connection: Connection) -> bool:
         head, request = connection.head, connection.request
-        assert head is not None and request is not None
         if len(connection.buffer) < head.length:
             self._watch(connection, select.EPOLLIN)
             return False
@@ -2665,7 +2641,8 @@ class Exchanges(Connections):
             self._advance(connection)
 
     def _dispatch(self, connection: Connection) -> None:
-        assert connection.request is not None
+        """Answer a whole request here, or hand it over; 503 for a stranger while an eighth of
+        max_connections waits for the pool."""
         route = self._api.route(connection.request)
         if route is Route.DIRECT or route is Route.CORE:
             ticket = Ticket(connection, self._deliver)
@@ -3261,8 +3238,8 @@ RECENT = 10  # results of each handler that `status` shows
 SHOWN_HANDLERS = 1000  # handlers of which `status` shows results, at most
 LEAST_INBOX = 1000  # messages that may wait for a slow disk however small executor.max_queued is
 RETRY_STORING = 1.0  # seconds until what could not be stored is tried again
-# So many dropped runs are finished in the decision itself; of more, so many in each later turn:
-# 10,000 at once took 0.2 to 0.5 s, in which nothing else was decided.
+# So many dropped runs are finished in the decision itself; of more, so many in each later turn.
+# All of 10,000 at once took 0.2 to 0.5 s, in which nothing else was decided.
 DROPPED_AT_ONCE = 200
 _ONE_TURN = Work(lambda: None, lambda value: None)  # has the core turn, and store what it holds
 
@@ -3284,25 +3261,27 @@ class Run:
         began = round(time.time() - passed, 3)
         return Span(self.trigger, began, round(passed, 3) if self.started else None)
 
+    def stuck_text(self) -> str:
+        return f"run {self.trigger.log_id} of this job does not return from its thread"
+
 
 class Lane:
     """What runs and waits for one jobId: one run at a time, the rest in order; the core's
     thread."""
 
-    __slots__ = ("job_id", "running", "waiting", "offered")
+    __slots__ = ("job_id", "running", "waiting")
 
     def __init__(self, job_id: int):
         self.job_id = job_id
         self.running: Run | None = None
         self.waiting: collections.deque[Run] = collections.deque()
-        self.offered = False  # it stands in the queue of lanes that may start a run
 
     def check(self, trigger: Trigger, job: JobConfig) -> None:
         """Raises Refused for what depends on what runs and waits here: a stuck thread,
         DISCARD_LATER, queue_limit."""
         if self.running is not None and self.running.stuck:
             raise Refused(
-                f"{self.stuck_text()}: restart the executor, and let the job watch"
+                f"{self.running.stuck_text()}: restart the executor, and let the job watch"
                 " Context.cancelled or use isolation: process",
                 "stuck",
             )
@@ -3317,10 +3296,6 @@ class Lane:
                 f" {job.queue_limit}",
                 "queue_limit",
             )
-
-    def stuck_text(self) -> str:
-        run = self.running.trigger.log_id if self.running is not None else "?"
-        return f"run {run} of this job does not return from its thread"
 
 
 class Dropped(typing.NamedTuple):
@@ -3417,14 +3392,14 @@ class RecentRuns:
 
 
 class Lanes:
-    """What runs and what waits. Only the core's thread changes it; busy, knows, active,
-    running_shown, waiting_by_handler and grace: any thread."""
+    """What runs and what waits. Only the core's thread changes it; queued, busy, knows, active and
+    grace: any thread."""
 
     def __init__(self) -> None:
         self._lanes: dict[int, Lane] = {}  # by jobId
         self._runs: dict[int, Run] = {}  # by logId: everything without a result
         self._stuck: dict[int, Run] = {}  # by logId: those with one, whose thread still runs
-        self._ready: collections.deque[Lane] = collections.deque()
+        self._ready: collections.OrderedDict[Lane, None] = collections.OrderedDict()
         self._queued = self._occupied = 0  # runs that wait; runs that take one of max_running
 
     def busy(self, job_id: int) -> bool:
@@ -3439,41 +3414,16 @@ class Lanes:
         """Whether anything runs or is about to start; stuck threads do not count."""
         return self._occupied > len(self._stuck)
 
-    def running_shown(self) -> list[dict]:
-        """For `status`."""
-        now = time.monotonic()
-        return [
-            {
-                "job": run.trigger.handler,
-                "jobId": run.trigger.job_id,
-                "logId": run.trigger.log_id,
-                "stuck": run.stuck,
-                "seconds": round(now - run.started, 3),
-            }
-            for run in [*list(self._runs.values()), *list(self._stuck.values())]
-            if run.started
-        ]
-
-    def waiting_by_handler(self) -> dict[str, int]:
-        """How many runs of each handler wait."""
-        runs = list(self._runs.values())
-        return dict(collections.Counter(run.trigger.handler for run in runs if not run.started))
-
     def grace(self) -> float:
         """How many seconds it may take until all that runs has ended, once it is cancelled."""
         running = [run for run in list(self._runs.values()) if run.started]
         return max([run.job.kill_grace for run in running], default=0.0) + KILL_LIMIT
 
-    def _offer(self, lane: Lane) -> None:
-        """Have the next run of `lane` started, after the other lanes."""
-        if lane.running is None and not lane.offered:
-            lane.offered = True
-            self._ready.append(lane)
-
     def _release(self, lane: Lane) -> None:
-        """A run has left `lane`: the next one may come, or nobody needs it any more."""
+        """A run has come into `lane` or left it: the next one may start, after those of the other
+        lanes, or nobody needs it any more."""
         if lane.running is None and lane.waiting:
-            self._offer(lane)
+            self._ready[lane] = None  # it keeps its place
         elif lane.running is None and self._lanes.get(lane.job_id) is lane:  # not its successor
             del self._lanes[lane.job_id]
 
@@ -3502,8 +3452,7 @@ class Decisions(Lanes):
         """Start runs that wait since earlier turns, the lanes in turn, while there is room; none
         that this turn accepts, for `_let_out` may still withdraw it."""
         while self._may_start():
-            lane = self._ready.popleft()
-            lane.offered = False
+            lane, _ = self._ready.popitem(last=False)
             self._batch.undo.append(functools.partial(self._release, lane))
             if lane.running is None and lane.waiting:
                 self._start_next(lane)
@@ -3594,7 +3543,7 @@ class Decisions(Lanes):
         self._lanes[lane.job_id] = lane
         lane.waiting.append(run)
         self._queued += 1
-        self._offer(lane)
+        self._release(lane)
 
         def undo() -> None:
             del self._runs[trigger.log_id]
@@ -3642,8 +3591,8 @@ class Decisions(Lanes):
         self._batch.works.append((message, message.work()))
 
     def _cancel(self, run: Run, result: Result) -> None:
-        """The first reason wins. The journal has it, if it can store it, before anything is done,
-        so that a crash does not change it."""
+        """The first reason wins, and a later one shortens nothing. The journal has it, if it can
+        store it, before anything is done, so that a crash does not change it."""
         if run.cancelled is None and not run.stuck:
             run.cancelled = result
             self._batch.cancelled.append(run)
@@ -3688,9 +3637,11 @@ class Endings(Decisions):
         super().__init__(journal, max_running, max_queued)
         self._dropped: collections.deque[Dropped] = collections.deque()
         self._recent = RecentRuns(metrics)
-        metrics.gauge("running", lambda: self._occupied)
-        metrics.gauge("queued", lambda: self._queued)
-        metrics.gauge("stuck_threads", lambda: len(self._stuck))
+        metrics.gauges.update(
+            running=lambda: self._occupied,
+            queued=lambda: self._queued,
+            stuck_threads=lambda: len(self._stuck),
+        )
         self._happened: dict[type, typing.Callable[[typing.Any], None]] = {
             Ended: self._ended,
             Lost: self._lost,
@@ -3698,6 +3649,23 @@ class Endings(Decisions):
             Settled: journal.hold,
             Note: journal.hold,
         }
+
+    def snapshot(self) -> dict:
+        """What runs and waits and how runs ended, for `status`; any thread."""
+        runs, now = list(self._runs.values()), time.monotonic()
+        queued = collections.Counter(run.trigger.handler for run in runs if not run.started)
+        running = [
+            {
+                "job": run.trigger.handler,
+                "jobId": run.trigger.job_id,
+                "logId": run.trigger.log_id,
+                "stuck": run.stuck,
+                "seconds": round(now - run.started, 3),
+            }
+            for run in [*runs, *list(self._stuck.values())]
+            if run.started
+        ]
+        return {"running": running, "queued": dict(queued), **self._recent.snapshot()}
 
     def _ended(self, message: Ended) -> None:
         failpoint("exited")
@@ -3744,10 +3712,11 @@ class Endings(Decisions):
         self._finish(run, Result(why.code, f"{why.message}; its thread did not return"))
         lane = self._lanes[run.trigger.job_id]
         for other in list(lane.waiting):
-            self._withdraw(other, lane.stuck_text())
+            self._withdraw(other, run.stuck_text())
 
     def _withdraw(self, run: Run, why: str) -> None:
-        """A run that waits has failed, whether that can be stored now or not."""
+        """A run that waits has failed, whether that can be stored now or not. A decision takes
+        `_drop_waiting`, which can be undone."""
         lane = self._lanes[run.trigger.job_id]
         lane.waiting.remove(run)
         self._queued -= 1
@@ -3772,12 +3741,12 @@ class Endings(Decisions):
         self._batch.lines.append(Event.of(trigger, told, code=result.code, seconds=took))
 
 
-def guarded(handle: typing.Callable[[typing.Any], None], message: typing.Any) -> None:
-    """No failure over one message may cost another."""
+def guarded(call: typing.Callable[..., typing.Any], *arguments: typing.Any) -> None:
+    """No failure over one thing may cost another, or end the thread that serves all."""
     try:
-        handle(message)
+        call(*arguments)
     except Exception:
-        log.exception("unexpected error over %.200s, please report it", message)
+        log.exception("unexpected error in %s, please report it", threading.current_thread().name)
 
 
 class Core(Endings, Watched):
@@ -3804,6 +3773,7 @@ class Core(Endings, Watched):
         super().__init__(journal, metrics, max_running, max_queued)
         self._processes, self._slots, self._metrics = processes, slots, metrics
         self._inbox: queue.SimpleQueue = queue.SimpleQueue()
+        self._pace = Pace(0.001)
         self._closing = self._failed = False  # the last turn could not be stored
         self._thread = threading.Thread(target=self._loop, name="core", daemon=True)
 
@@ -3830,11 +3800,6 @@ class Core(Endings, Watched):
         self.put(look)
         return done.wait(seconds)
 
-    def snapshot(self) -> dict:
-        """What runs and waits and how runs ended, for `status`."""
-        queued = self.waiting_by_handler()
-        return {"running": self.running_shown(), "queued": queued, **self._recent.snapshot()}
-
     def remember(self, past: list[PastRun]) -> None:
         """What ended in earlier lives, the latest first."""
         # `done` is called in the core's thread, exactly once, unlike `work`
@@ -3860,10 +3825,8 @@ class Core(Endings, Watched):
             closing = self._closing
             messages = self._take(0.0 if closing else self._patience())
             self._busy_since = time.monotonic()
-            try:
-                self._turn(messages)
-            except Exception:
-                log.exception("the core goes on after an unexpected error, please report it")
+            guarded(self._turn, messages)
+            self._pace.turned(len(messages))
             self._busy_since = 0.0
             if closing and self._inbox.empty() and not self._dropped:
                 return
@@ -3881,6 +3844,7 @@ class Core(Endings, Watched):
         messages = []
         with contextlib.suppress(queue.Empty):
             messages.append(self._inbox.get(seconds != 0.0, seconds))
+            self._pace.keep()
             while True:
                 messages.append(self._inbox.get_nowait())
         return messages
@@ -4203,14 +4167,7 @@ def import_first(server: socket.socket, wanted: str) -> None:
         server.sendall(json.dumps(problems).encode() + b"\n")
 
 
-def serve_python(server: socket.socket) -> typing.Callable[[], int] | None:
-    """Fork a child for every request on the socket `server`; returns the work in each child, None
-    when the daemon has closed the socket."""
-    trim_memory()
-    return _Forker(server).serve()
-
-
-class _Forker:
+class Forker:
     """The main loop of a Python server.
 
     A request is one byte with three descriptors: `output`, `report` and `channel`. `report` is held
@@ -4233,6 +4190,8 @@ class _Forker:
         self._left: set[int] = set()  # PIDs that the daemon has given up
 
     def serve(self) -> typing.Callable[[], int] | None:
+        """Fork a child for every request; returns the work in each child, None when the daemon has
+        closed the socket."""
         while True:
             ready = {number for number, _ in self._poller.poll()}
             if self._wake_up.fd in ready:
@@ -4451,6 +4410,12 @@ def exit_status(outcome: os.waitid_result) -> int:
     return outcome.si_status if outcome.si_code == os.CLD_EXITED else -outcome.si_status
 
 
+@functools.lru_cache
+def _kept_open(path: str) -> int:
+    """A descriptor of a small file of the kernel that is read for each run. Raises OSError."""
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
 @functools.lru_cache(1)
 def _memory_events() -> str:
     """The file that counts what the kernel has killed in this control group, "" for none."""
@@ -4464,13 +4429,13 @@ def _memory_events() -> str:
     return ""
 
 
-def memory_kills() -> int:
-    """How many processes of this control group the kernel has killed for want of memory; 0 where
-    that is not told."""
+def memory_kills() -> bytes:
+    """How many processes of this control group the kernel has killed for want of memory, among
+    other words of the kernel; b"" where that is not told."""
     with contextlib.suppress(OSError, ValueError):
-        words = _read_proc(_memory_events()).split()
-        return int(words[words.index(b"oom_kill") + 1])
-    return 0
+        _, _, count = os.pread(_kept_open(_memory_events()), 4096, 0).partition(b"oom_kill ")
+        return count.split(b"\n")[0]
+    return b""
 
 
 def require_kernel() -> None:
@@ -4559,12 +4524,8 @@ class ForkedChild:
     @property
     def session(self) -> int:
         """The number of its session, 0 once it may belong to somebody else."""
-        try:
-            process = process_stat(self.pid) if self.lost else None
-        except OSError:  # no descriptor free: its marker tells
-            return 0
-        known = not self.lost or process is not None and self.seen.get(self.pid) == process.started
-        return self.pid if known else 0
+        known = not self.lost or start_time(self.pid) == self.seen.get(self.pid, 0)
+        return self.pid if known else 0  # its marker tells then
 
     @property
     def message(self) -> str:
@@ -4573,12 +4534,8 @@ class ForkedChild:
             return "the Python server of this job ended unexpectedly"
         data = b""
         with contextlib.suppress(OSError):
-            while len(data) < 4 * MESSAGE_LIMIT:
-                part = self._channel.recv(_CHUNK, socket.MSG_DONTWAIT)
-                if not part:
-                    break
-                data += part
-        return data.decode("utf-8", "replace").replace("\0", "\ufffd")
+            data = self._channel.recv(4 * MESSAGE_LIMIT, socket.MSG_DONTWAIT)
+        return readable(data)
 
     def close(self) -> None:
         """Has the server reap it."""
@@ -4702,11 +4659,6 @@ def _patiently(call: typing.Callable[[], typing.Any]) -> typing.Any:
             breathe(0.1)
 
 
-def breathe(seconds: float) -> None:
-    """Let a shortage pass: the one wait here for which no event tells the end."""
-    select.poll().poll(seconds * 1000)
-
-
 def _read_proc(path: str) -> bytes:
     """A small file of the kernel."""
     with open(path, "rb", buffering=0) as stream:
@@ -4738,6 +4690,14 @@ def process_stat(pid: int) -> ProcessStat | None:
     return ProcessStat(fields[0].decode(), int(fields[1]), int(fields[3]), int(fields[19]))
 
 
+def start_time(pid: int) -> int | None:
+    """Of a process; None when it is gone, or when no descriptor is free to see that."""
+    with contextlib.suppress(OSError):
+        process = process_stat(pid)
+        return process.started if process is not None else None
+    return None
+
+
 def has_ended(pid: int) -> bool:
     """Whether a process that nobody has reaped has ended."""
     try:
@@ -4745,11 +4705,6 @@ def has_ended(pid: int) -> bool:
     except OSError:  # no descriptor free: nobody can tell
         return False
     return process is None or not process.alive
-
-
-def _pids() -> list[int]:
-    """Of all processes."""
-    return [int(name) for name in _patiently(lambda: os.listdir("/proc")) if name.isdigit()]
 
 
 def _marked(pid: int, needle: bytes) -> bool:
@@ -4773,7 +4728,7 @@ def family(
     needle = f"\0{MARKER}={marker}".encode()
     stats, members = {}, []
     children = collections.defaultdict(list)
-    for pid in _pids():
+    for pid in [int(name) for name in _patiently(lambda: os.listdir("/proc")) if name.isdigit()]:
         process = _patiently(functools.partial(process_stat, pid))
         if process is None or pid == os.getpid():
             continue
@@ -4818,15 +4773,9 @@ def send_signal(members: dict[int, int], number: int) -> list[int]:
 
 def await_exit(fds: list[int], seconds: float) -> None:
     """Wait until every process behind these pidfds has ended, at most `seconds`; closes them."""
-    deadline, poller, waiting = time.monotonic() + seconds, select.poll(), set(fds)
-    for fd in fds:
-        poller.register(fd, select.POLLIN)
+    deadline, waiting = time.monotonic() + seconds, set(fds)
     while waiting and time.monotonic() < deadline:
-        for fd, _ in poller.poll(
-            min(max(0.0, deadline - time.monotonic()), 3600.0) * 1000 + 1
-        ):  # an int for poll(2)
-            poller.unregister(fd)
-            waiting.discard(fd)
+        waiting.difference_update(await_any(waiting, deadline))
     for fd in fds:
         os.close(fd)
 
@@ -4877,10 +4826,11 @@ def kill_family(marker: str, session: int = 0, seen: typing.Mapping[int, int] = 
 def _reap() -> tuple[bool, bool]:
     """Reap what jobs left and has ended: (whether something had, whether an orphan is alive that
     nobody wants to keep)."""
+    path = f"/proc/self/task/{os.getpid()}/children"
     try:
-        orphans = (
-            set(map(int, _read_proc(f"/proc/self/task/{os.getpid()}/children").split())) - _OWN
-        )
+        if not os.pread(_kept_open(path), 1, 0):  # as after most runs
+            return False, False
+        orphans = set(map(int, _read_proc(path).split())) - _OWN
     except OSError:  # a kernel without CONFIG_PROC_CHILDREN: have the caller look everywhere
         return False, True
     ended = alive = False
@@ -4889,20 +4839,11 @@ def _reap() -> tuple[bool, bool]:
             if os.waitpid(pid, os.WNOHANG)[0]:
                 _KEPT.pop(pid, None)
                 ended = True
-            elif not alive:
-                alive = not _is_kept(pid)
+            elif not alive:  # unless a job with background: keep left it
+                alive = start_time(pid) != _KEPT.get(pid, 0)
         except ChildProcessError:  # another thread was faster, and the list may lack one
             ended = True
     return ended, alive
-
-
-def _is_kept(pid: int) -> bool:
-    """Whether a job with background: keep left it."""
-    try:
-        process = process_stat(pid)
-    except OSError:  # no descriptor free
-        return False
-    return process is not None and process.started == _KEPT.get(pid)
 
 
 def reap_orphans() -> bool:
@@ -4936,28 +4877,18 @@ class ResultFiles:
         self._lock, self._shared = threading.Lock(), ""
         make_directory(directory)
         self._clear(directory)
-        shared = []
-        with contextlib.suppress(OSError), os.scandir(tempfile.gettempdir()) as entries:
-            # None is needed without jobs.*.user.
-            shared = [entry.path for entry in entries if self._is_own(entry)]
-        for path in shared:
-            self._clear(path)
-            self._remove_directory(path)
-
-    def _is_own(self, entry: os.DirEntry) -> bool:
-        if not entry.name.startswith(self._prefix) or not entry.is_dir(follow_symlinks=False):
-            return False
-        return entry.stat(follow_symlinks=False).st_uid == os.geteuid()
+        with contextlib.suppress(OSError):  # none is needed without jobs.*.user
+            shared = glob.escape(os.path.join(tempfile.gettempdir(), self._prefix))
+            for path in glob.glob(f"{shared}*"):
+                status = os.lstat(path)
+                if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid():
+                    self._clear(path)
+                    self.remove(path)
 
     def _clear(self, directory: str) -> None:
         for name in os.listdir(directory):
             if name.endswith(".result"):
                 self.remove(os.path.join(directory, name))
-
-    @staticmethod
-    def _remove_directory(path: str) -> None:
-        with contextlib.suppress(OSError):  # what a job has put there is left alone
-            os.rmdir(path)
 
     def path(self, log_id: int) -> str:
         """For a job of the executor's own user, who creates the file if he wants to."""
@@ -4965,13 +4896,11 @@ class ResultFiles:
 
     def create(self, user: pwd.struct_passwd) -> str:
         """A file that `user` may write. Raises OSError."""
-        name = f"{secrets.token_hex(16)}.result"
         with self._lock:
             if not os.path.isdir(self._shared):  # the first, or somebody has tidied up
                 self._shared = tempfile.mkdtemp(prefix=self._prefix)
                 os.chmod(self._shared, 0o711)
-            path = os.path.join(self._shared, name)
-            fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+            fd, path = tempfile.mkstemp(".result", secrets.token_hex(16), self._shared)
         try:
             os.fchown(fd, user.pw_uid, user.pw_gid)
         except OSError:
@@ -4981,12 +4910,16 @@ class ResultFiles:
             os.close(fd)
         return path
 
-    def read(self, path: str, owner: int) -> str:
-        """What was written there by `owner`, the end of it; "" when it is no file of his."""
+    def take(self, path: str, owner: int) -> str:
+        """Remove what was written there, and return the end of it; "" when it is no file of
+        `owner`."""
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
             fd = os.open(path, flags)
+        except FileNotFoundError:  # as of most runs
+            return ""
         except OSError:
+            self.remove(path)
             return ""
         try:
             status = os.fstat(fd)
@@ -4996,20 +4929,18 @@ class ResultFiles:
             data = os.pread(fd, 4 * MESSAGE_LIMIT, max(0, status.st_size - 4 * MESSAGE_LIMIT))
         finally:
             os.close(fd)
-        return data.decode("utf-8", "replace").strip().replace("\0", "\ufffd")
+            self.remove(path)
+        return readable(data).strip()
 
     def remove(self, path: str) -> None:
-        """Never fails and never goes into a directory: what lies there belongs to a job."""
-        try:
-            os.unlink(path)
-        except IsADirectoryError:
-            self._remove_directory(path)
-        except OSError:
-            pass
+        """A file, or an empty directory. Never fails and never goes into a directory: what lies
+        there belongs to a job."""
+        for remove in (os.unlink, os.rmdir):
+            with contextlib.suppress(OSError):
+                remove(path)
 
     def close(self) -> None:
-        if self._shared:
-            self._remove_directory(self._shared)
+        self.remove(self._shared)
 
 
 class Timers:
@@ -5221,8 +5152,8 @@ class Supervisor(Watched):
     """One thread over output pipes, ends and deadlines of all runs in processes.
 
     start, cancel, prepare and `timers`: any thread. It waits neither for a sync of the disk nor for
-    the admin, nor for a lock behind which somebody waits; what may take long has a thread of its
-    own, see `aside`.
+    the admin, nor for a lock whose holder may wait for these; what may take long has a thread of
+    the crew, see `aside`.
     Each run ends with Ended(logId, result) to `report`, which also gets Expired(logId, result) of
     what is out of time and answers that with `cancel`.
     """
@@ -5234,7 +5165,7 @@ class Supervisor(Watched):
         scratch: str,
         report: typing.Callable[[typing.Any], None],
     ):
-        self.logs, self._identity, self._report = logs, identity, report
+        self.logs, self.identity, self._report = logs, identity, report
         self.environment = without_secrets()
         require_kernel()
         self.results = ResultFiles(scratch, identity)
@@ -5242,16 +5173,20 @@ class Supervisor(Watched):
             raise ExecutorError(
                 f"cannot become the reaper of orphans: {os.strerror(ctypes.get_errno())}"
             )
+        for look in (memory_kills, reap_orphans):  # opens what it keeps open, while it can
+            look()
         self.servers = PythonServers(self.environment, identity, self.watch, self.unwatch)
         self._runs: dict[int, ProcessRun] = {}  # by logId
         self._inbox: collections.deque[typing.Callable[[], None]] = collections.deque()
-        self._handlers: dict[int, typing.Callable[[], None]] = {}  # by descriptor
+        self._handlers: dict[int, typing.Callable[[], typing.Any]] = {}  # by descriptor
         self.lines = Lines()  # for the log, at the end of a turn
-        self._reports: list = []  # for the core, after that
+        self.reports: list = []  # for the core, after that
         self._epoll = select.epoll()
         self.null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)  # stdin of the jobs
         self._wake_up = WakeUp()
+        self._pace = Pace(0.002)
         self._asleep = self._closing = False
+        self._memory_kills: bytes | None = None
         self.timers = Timers(self._nudge)
         self._crew = Crew("aside", ASIDE_LIMIT, 10.0, self.timers)
         self._thread = threading.Thread(target=self._loop, name="supervisor", daemon=True)
@@ -5259,7 +5194,7 @@ class Supervisor(Watched):
     # -- any thread
 
     def start_thread(self) -> None:
-        self._epoll.register(self._wake_up.fd, select.EPOLLIN)
+        self.watch(self._wake_up.fd, self._wake_up.clear)
         self._crew.begin()
         self._thread.start()
 
@@ -5304,52 +5239,46 @@ class Supervisor(Watched):
             left = min(self.timers.soonest() - time.monotonic(), 3600.0)
             # By handler at once: what this turn closes may give its descriptor to another.
             events = self._epoll.poll(0.0 if self._inbox else max(0.0, left) + 0.001)
-            self._asleep, self._busy_since = False, time.monotonic()
+            self._asleep = False
+            if self._pace.keep():
+                events = self._epoll.poll(0.0)
+            self._busy_since = time.monotonic()
+            count = len(events) + len(self._inbox)
+            self._memory_kills = None
             for fd, handler in [(fd, self._handlers.get(fd)) for fd, _ in events]:
-                if handler is None:
-                    self._wake_up.clear()
-                elif self._handlers.get(fd) == handler:  # else closed in this turn
-                    self._guarded(handler)
+                if handler and self._handlers.get(fd) == handler:  # not closed in it
+                    guarded(handler)
             for _ in range(len(self._inbox)):
-                self._guarded(self._inbox.popleft())
+                guarded(self._inbox.popleft())
             for call in self.timers.due():
-                self._guarded(call)
+                guarded(call)
             self._tell()
+            self._pace.turned(count)
             self._busy_since = 0.0
-
-    def _guarded(self, step: typing.Callable[[], typing.Any]) -> None:
-        """No failure of one run may end the thread that serves them all."""
-        try:
-            step()
-        except Exception:
-            log.exception("the supervisor goes on after an unexpected error, please report it")
 
     def _tell(self) -> None:
         if self.lines:
             log.info(self.lines)
             self.lines = Lines()
-        reports, self._reports = self._reports, []
+        reports, self.reports = self.reports, []
         for message in reports:
             self._report(message)
 
-    def watch(self, fd: int, handler: typing.Callable[[], None]) -> None:
+    def watch(self, fd: int, handler: typing.Callable[[], typing.Any]) -> None:
         """Have `handler` called while there is something to read, or the end."""
         self._epoll.register(fd, select.EPOLLIN)
         self._handlers[fd] = handler
 
     def unwatch(self, fd: int) -> None:
-        """Before it is closed: a child that is being started may hold it a moment longer."""
+        """To be called before `fd` is closed: a child that is being started may hold it open, and
+        epoll would go on telling of it."""
         if self._handlers.pop(fd, None) is not None:
             self._epoll.unregister(fd)
-
-    def report(self, message: typing.Any) -> None:
-        """Have the core told `message` at the end of this turn."""
-        self._reports.append(message)
 
     def aside(
         self, work: typing.Callable[[], typing.Any], done: typing.Callable[[typing.Any], None]
     ) -> None:
-        """Have a thread of its own do `work`, then call `done` with its value or its exception."""
+        """Have a thread of the crew do `work`, then call `done` with its value or its exception."""
 
         def act() -> None:
             try:
@@ -5369,10 +5298,11 @@ class Supervisor(Watched):
         elif any(children):
             self.timers.after(SERVER_LIMIT, lambda: self.end_silent_server(server))
 
-    def marker(self, log_id: int, keep: bool) -> str:
-        """Always of one length (see _take_request); `+` for a job whose background processes may
-        stay when it has finished."""
-        return f"{self._identity}{'+' if keep else '-'}{log_id:020d}"
+    def memory_kills(self) -> bytes:
+        """memory_kills() as of this turn, in which many runs may begin."""
+        if self._memory_kills is None:
+            self._memory_kills = memory_kills()
+        return self._memory_kills
 
     def _begin(self, trigger: Trigger, job: JobConfig) -> None:
         run = self._runs[trigger.log_id] = ProcessRun(self, trigger, job)
@@ -5385,7 +5315,7 @@ class Supervisor(Watched):
 
     def ended(self, run: EndingRun, result: Result) -> None:
         self._runs.pop(run.trigger.log_id, None)
-        self.report(Ended(run.trigger.log_id, result))
+        self.reports.append(Ended(run.trigger.log_id, result))
 
 
 def start_note(trigger: Trigger, timeout: float, where: str) -> str:
@@ -5436,7 +5366,7 @@ class Tree:
             log.error("cannot search for the processes of %s: %s", self._trigger, error)
 
     def end_by_force(self, session: int) -> list[int]:
-        """A run is not ended before its processes are, whatever is short and for how long; returns
+        """A run is not ended before its processes are, whatever resource is short; returns
         who cannot be killed."""
         while True:
             try:
@@ -5471,36 +5401,39 @@ class Launch:
     def __init__(self, supervisor: Supervisor, trigger: Trigger, job: JobConfig, timeout: float):
         self._supervisor, self._trigger, self._job = supervisor, trigger, job
         self._timeout = timeout
-        self.marker = supervisor.marker(trigger.log_id, job.background == "keep")
+        # Always of one length (see _take_request); `+` for a job whose background processes may
+        # stay when it has finished.
+        sign = "+" if job.background == "keep" else "-"
+        self.marker = f"{supervisor.identity}{sign}{trigger.log_id:020d}"
         self._result_file = "" if job.user else supervisor.results.path(trigger.log_id)
         self._owner = os.geteuid()  # of the result file
-        self._user: tuple[pwd.struct_passwd, list[int]] | None = None
+        self._user: pwd.struct_passwd | None = None
+        self._as_user: dict[str, typing.Any] = {}  # of subprocess.Popen
         self.read = self.write = -1  # where its output comes from, and goes to
-        self.memory_kills = 0  # of the control group, when it began
+        self.memory_kills = supervisor.memory_kills()  # of the control group, when it began
 
     def make(self) -> Child | None:
         """The process; None when a Python server is to fork it. Raises OSError, ValueError and
         KeyError, see `why_not`."""
-        self.memory_kills = memory_kills()
-        if self._job.user:
-            user = pwd.getpwnam(self._job.user)
-            self._user = user, os.getgrouplist(user.pw_name, user.pw_gid)
         self.read, self.write = os.pipe()
         os.set_blocking(self.read, False)  # a job may take back what it wrote
-        if self._user is not None:
-            account = self._user[0]
+        if self._job.user:
+            user = self._user = pwd.getpwnam(self._job.user)
+            groups = os.getgrouplist(user.pw_name, user.pw_gid)
+            self._as_user = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": groups}
             if not self._result_file:
-                self._result_file = self._supervisor.results.create(account)
-                self._owner = account.pw_uid
-            os.fchown(self.write, account.pw_uid, account.pw_gid)  # for who opens /dev/stderr anew
+                self._result_file = self._supervisor.results.create(user)
+                self._owner = user.pw_uid
+            os.fchown(self.write, user.pw_uid, user.pw_gid)  # for who opens /dev/stderr anew
         if self._job.python:
             os.stat(self._job.cwd)  # the child would report it with less to go by
             return None
+        # If their file system does not answer, that is found here, and not by a child that has
+        # copies of what other starts wait to see closed.
+        for place in (self._job.cwd, *(self._job.command or ())[:1]):
+            with contextlib.suppress(OSError):
+                os.stat(place)
         return self._execute()
-
-    def fork(self) -> ForkedChild:
-        """Ask the Python server for the process. Raises OSError."""
-        return self._supervisor.servers.of(self._job).fork(self.write)
 
     def _execute(self) -> Child:
         trigger, job = self._trigger, self._job
@@ -5515,22 +5448,18 @@ class Launch:
             ]
         # Without user= and preexec_fn subprocess uses vfork, which costs the same however large the
         # daemon is.
-        as_user: dict[str, typing.Any] = {}
-        if self._user is not None:
-            user, groups = self._user
-            as_user = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": groups}
-        environment = self._environment()
-        with all_cpus():
-            popen = subprocess.Popen(
-                command,
-                cwd=job.cwd,
-                env=environment,
-                stdin=self._supervisor.null,
-                stdout=self.write,
-                stderr=self.write,
-                start_new_session=True,
-                **as_user,
-            )
+        # And leave it so: going back moves the thread (tests/bench.py, shell: 1.1 times the CPU).
+        use_all_cpus()
+        popen = subprocess.Popen(
+            command,
+            cwd=job.cwd,
+            env=self._environment(),
+            stdin=self._supervisor.null,
+            stdout=self.write,
+            stderr=self.write,
+            start_new_session=True,
+            **self._as_user,
+        )
         return Child(popen)
 
     def _environment(self) -> dict[str, str]:
@@ -5550,8 +5479,8 @@ class Launch:
             "XXL_JOB_TIMEOUT": str(self._timeout),
             "XXL_JOB_RESULT_FILE": self._result_file,
         }
-        if self._user is not None:
-            user = self._user[0]
+        user = self._user
+        if user is not None:
             environment.update(HOME=user.pw_dir, USER=user.pw_name, LOGNAME=user.pw_name)
         return environment
 
@@ -5569,7 +5498,8 @@ class Launch:
         }
 
     def why_not(self, error: Exception) -> str:
-        """What to tell of an error of `make` or `fork`."""
+        """What to tell of an error of `make`, or of a Python server that cannot fork: it names the
+        program or the key."""
         job = self._job
         if isinstance(error, KeyError):
             return f"cannot start: there is no user {job.user} on this host (jobs.{job.name}.user)"
@@ -5613,9 +5543,20 @@ class Launch:
             os.close(self.read)
             self.read = -1
 
+    def pump(self, out: RunLog) -> bool:
+        """Have `out` write what is in the pipe, at most _CHUNK bytes; whether something was."""
+        with contextlib.suppress(BlockingIOError):
+            data = os.read(self.read, _CHUNK) if self.read >= 0 else b""
+            if data:
+                out.write(data)
+                return True
+            self.close_output()
+        return False
+
     def message(self) -> str:
-        """What the job wrote into its result file."""
-        return self._supervisor.results.read(self._result_file, self._owner)
+        """What the job wrote into its result file, which is gone then."""
+        path, self._result_file = self._result_file, ""
+        return self._supervisor.results.take(path, self._owner)
 
     def close(self) -> None:
         self.close_output()
@@ -5650,7 +5591,7 @@ def result_of(
 
 class EndingRun:
     """What a ProcessRun has from the beginning (log, tree, timers), and its way from a cancellation
-    or an end to its result. The supervisor's thread.
+    or an end to its result; how it starts stands in ProcessRun. The supervisor's thread.
 
     A thread aside does what may take long, one thing at a time: until it has done so,
     the main process is not reaped, and its PID and session are nobody else's.
@@ -5667,13 +5608,13 @@ class EndingRun:
         self._status: int | None = None
         self._cancelled: Result | None = None
         self._kill_at: float | None = None  # monotonic; set when the run is being ended
-        self._awaited = False  # it had ended when it was looked at, its status will come
+        self._awaited = False  # the main process is dead, its status has not come
         self._tree = Tree(trigger, self._launch.marker)
-        self._aside = False  # a thread aside is at work for it
+        self._aside = False  # a thread aside, its helper, is at work
         self._timer: list | None = None
         self._blank: list | None = None  # the timer of the start note
-        self._overdue: typing.Callable[[], None] | None = None  # what its thread puts off
-        self._broken = ""  # what went wrong unexpectedly while its thread was at work
+        self._overdue: typing.Callable[[], None] | None = None  # what its helper puts off
+        self._broken = ""  # what went wrong while its helper was at work
 
     # -- what moves it on
 
@@ -5685,8 +5626,8 @@ class EndingRun:
             log.exception("unexpected error, please report it: %s", self.trigger)
             self._fail(f"the executor failed: {type(error).__name__}: {error}")
 
-    def _wait(self, seconds: float, call: typing.Callable[[], None]) -> None:
-        """Have `call` called later, instead of what was to be called before."""
+    def _call_later(self, seconds: float, call: typing.Callable[[], None]) -> None:
+        """Set the one timer of the run: it replaces the last."""
         timers = self._supervisor.timers
         timers.cancel(self._timer)
 
@@ -5740,19 +5681,20 @@ class EndingRun:
         return True
 
     def _has_ended(self, again: typing.Callable[[], None]) -> bool:
-        """Whether the main process has ended, be it that its status is on its way: then `again` is
-        called if it does not come."""
+        """Whether the main process has ended; when it is dead and its status has not come, `again`
+        is called after SERVER_LIMIT."""
         assert self._child is not None
         if self._poll_end():
             return True
         if not self._awaited and has_ended(self._child.pid):
             self._awaited = True
-            self._wait(SERVER_LIMIT, again)
+            self._call_later(SERVER_LIMIT, again)
             return True
         return False
 
     def cancel(self, result: Result) -> None:
-        """The first reason counts, and none once the main process has ended."""
+        """The first reason counts, a later one shortens nothing, and none counts once the main
+        process has ended."""
         if self._cancelled is None and self._status is None:
             self._cancelled = result
             if self.phase is RunPhase.RUNNING:
@@ -5765,7 +5707,7 @@ class EndingRun:
             return
         self.phase = RunPhase.TERMINATING
         self._kill_at = time.monotonic() + self._job.kill_grace
-        self._wait(self._job.kill_grace, self._kill)
+        self._call_later(self._job.kill_grace, self._kill)
         assert self._child is not None
         child = self._child
         self._apart(lambda: self._tree.send_sigterm(child.session))
@@ -5773,15 +5715,16 @@ class EndingRun:
     def _kill(self) -> None:
         assert self._child is not None
         child, self.phase = self._child, RunPhase.KILLING
-        self._wait(KILL_LIMIT, self._end_leftovers)  # a process that even SIGKILL does not end
+        self._call_later(
+            KILL_LIMIT, self._end_leftovers
+        )  # a process that even SIGKILL does not end
         self._apart(lambda: self._tree.end_by_force(child.session))
 
     def _fail(self, message: str) -> None:
         """Something unexpected happened: end the tree by force, then the run."""
-        if self._launch.read >= 0:
-            self._supervisor.unwatch(self._launch.read)  # it may be what fails
+        self._supervisor.unwatch(self._launch.read)  # it may be what fails
         if self._aside or self.phase is RunPhase.ENDED:
-            self._broken = message  # after what its thread does
+            self._broken = message  # after what its helper does
             return
         session = self._child.session if self._child is not None else 0
         result = Result(FAILURE, message)
@@ -5795,36 +5738,30 @@ class EndingRun:
         assert self._child is not None
         child, self.phase = self._child, RunPhase.LEFTOVERS
         self._supervisor.timers.cancel(self._timer)
-        # The end of a server is seen before its children are ours.
+        # The children of a Python server that has just died may not be ours yet.
         if not reap_orphans() and not child.lost:
             self._drain()
         elif self._job.background == "kill" or self._kill_at is not None or child.lost:
             kill_at = self._kill_at or time.monotonic() + self._job.kill_grace
-            self._apart(lambda: self._tree.end(child.session, kill_at), self._drained)
+            self._apart(lambda: self._tree.end(child.session, kill_at), self._drain)
         else:
-            self._apart(lambda: self._tree.keep(child.session), self._drained)
+            self._apart(lambda: self._tree.keep(child.session), self._drain)
 
-    def _drained(self, value: typing.Any) -> None:
-        self._drain()
-
-    def _drain(self) -> None:
+    def _drain(self, value: typing.Any = None) -> None:
         """Take what is in the pipe now; a process that was kept may go on writing into it, so never
         until its end."""
-        with contextlib.suppress(BlockingIOError):
-            for _ in range(64):
-                data = os.read(self._launch.read, _CHUNK)
-                if not data:
-                    break
-                self.out.write(data)
+        for _ in range(64):
+            if not self._launch.pump(self.out):
+                break
         self._finish(self._result())
 
     def _result(self) -> Result:
         assert self._child is not None
         message = self._child.message or self._launch.message()
-        # A cancellation that came after its end changes nothing.
+        # `_kill_at` is set only by a cancellation that came before its end.
         cancelled = self._cancelled if self._kill_at is not None else None
         killed = self._status == -signal.SIGKILL
-        starved = killed and memory_kills() > self._launch.memory_kills
+        starved = killed and memory_kills() != self._launch.memory_kills
         return result_of(self._status, cancelled, message, self.out.last_line(), starved)
 
     # -- ENDED
@@ -5879,7 +5816,8 @@ class ProcessRun(EndingRun):
         if not failure and self._child is None:
             try:
                 self._forks_tried += 1
-                self._child = self._launch.fork()
+                server = self._supervisor.servers.of(self._job)
+                self._child = server.fork(self._launch.write)
             except OSError as error:
                 failure = self._launch.why_not(error)
         self._launch.close_write()
@@ -5887,13 +5825,14 @@ class ProcessRun(EndingRun):
             self._cannot_start(failure)
             return
         assert self._child is not None
-        for fd, step in ((self._launch.read, self._on_output), (self._child.fd, self._on_child)):
+        pump = functools.partial(self._launch.pump, self.out)
+        for fd, step in ((self._launch.read, pump), (self._child.fd, self._on_child)):
             self._supervisor.watch(fd, functools.partial(self.guarded, step))
         if self._child.pid:
             self._run()
         else:
             ready = not isinstance(self._child, ForkedChild) or self._child.server.ready
-            self._wait(SERVER_LIMIT if ready else PRELOAD_LIMIT, self._server_silent)
+            self._call_later(SERVER_LIMIT if ready else PRELOAD_LIMIT, self._server_silent)
 
     def _on_started(self) -> None:
         """The Python server has answered, or is gone."""
@@ -5910,19 +5849,14 @@ class ProcessRun(EndingRun):
             # its end is seen before it can be waited for
             self._supervisor.servers.retire(child.server)
             self._give_back_child()
-            self._try_again(child.server.too_old())
-
-    def _try_again(self, old: bool) -> None:
-        """A server that had died is noticed at the latest when it is used."""
-        lost = ConnectionError(errno.ECONNRESET, "the Python server ended unexpectedly")
-        if old:
-            self._cannot_start(f"cannot start: {OLD_PYTHON.format(self._job.interpreter)}")
-            return
-        if self._forks_tried > 1:
-            self._cannot_start(self._launch.why_not(lost))
-            return
-        self._launch.close_output()
-        self.begin()
+            if child.server.too_old():
+                self._cannot_start(f"cannot start: {OLD_PYTHON.format(self._job.interpreter)}")
+            elif self._forks_tried > 1:
+                lost = ConnectionError(errno.ECONNRESET, "the Python server ended unexpectedly")
+                self._cannot_start(self._launch.why_not(lost))
+            else:  # one that had died is noticed at the latest when it is used
+                self._launch.close_output()
+                self.begin()
 
     def _server_silent(self) -> None:
         """The Python server does not answer: the next run gets a new one."""
@@ -5958,17 +5892,9 @@ class ProcessRun(EndingRun):
         if self._cancelled is not None:
             self._terminate()
         elif self._timeout:
-            self._wait(self._timeout - (time.monotonic() - self._began), self._expire)
+            self._call_later(self._timeout - (time.monotonic() - self._began), self._expire)
         else:
             self._supervisor.timers.cancel(self._timer)
-
-    def _on_output(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            data = os.read(self._launch.read, _CHUNK)
-            if data:
-                self.out.write(data)
-            else:
-                self._supervisor.unwatch(self._launch.read)
 
     def _on_child(self) -> None:
         if self.phase is RunPhase.STARTING:
@@ -5977,11 +5903,13 @@ class ProcessRun(EndingRun):
             self._poll_end()
 
     def _expire(self) -> None:
+        """Its time is over: the core stores that and answers by `cancel`; else it is cancelled
+        after STORE_LIMIT."""
         if self._has_ended(self._expire):
             return
         result = Result(TIMEOUT, f"timed out after {seconds_text(self._timeout)}")
-        self._supervisor.report(Expired(self.trigger.log_id, result))
-        self._wait(STORE_LIMIT, functools.partial(self.cancel, result))
+        self._supervisor.reports.append(Expired(self.trigger.log_id, result))
+        self._call_later(STORE_LIMIT, functools.partial(self.cancel, result))
 
 
 def _shell_status(status: int | None) -> int:
@@ -6256,8 +6184,12 @@ class RunLog:
 
     def last_line(self) -> str:
         """The last line of output that is not empty."""
-        lines = self._tail.decode("utf-8", "replace").replace("\0", "\ufffd").split("\n")
+        lines = readable(self._tail).split("\n")
         return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def readable(data: bytes) -> str:
+    return data.decode("utf-8", "replace").replace("\0", "\ufffd")
 
 
 def page(first: int, last: int, content: str, end: bool) -> dict:
@@ -6294,17 +6226,13 @@ class LogPages:
             if line == first and not ended:  # the line goes on
                 return page(first, first - 1, "", ended)
             shown = data + f" ... [line of {after - start} bytes, cut]\n".encode()
-            return page(first, first, self._decode(shown), ended and after >= size)
+            return page(first, first, readable(shown), ended and after >= size)
         lines = whole_lines.count(b"\n")
         lines += bool(whole_lines) and not whole_lines.endswith(b"\n")
         end = start + len(whole_lines)
         self._remember(key, first + lines, end)
-        text = self._decode(whole_lines)
+        text = readable(whole_lines)
         return page(first, first + lines - 1, text, ended and end >= size)
-
-    @staticmethod
-    def _decode(data: bytes) -> str:
-        return data.decode("utf-8", "replace").replace("\0", "\ufffd")
 
     def _long(self, fd: int, key: tuple, size: int, limit: int, where: str) -> dict:
         """A finished log beyond the limit: the admin asks for it once, so it gets the head, a
@@ -6321,7 +6249,7 @@ class LogPages:
             f"\n----- {left_out} bytes are left out here; the whole log is {where} on"
             f" {socket.gethostname()} -----\n\n"
         )
-        return page(1, lines, self._decode(head) + notice + self._decode(tail), True)
+        return page(1, lines, readable(head) + notice + readable(tail), True)
 
     def _seek(self, fd: int, key: tuple, line: int, size: int) -> tuple[int, int]:
         """(line, offset) where `line` begins, or of the last line that begins before `size`; reads
@@ -6397,7 +6325,7 @@ class JobLogs:
             # O_NONBLOCK: a FIFO in its place must not hold the thread
             flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             fd = os.open(name, flags, 0o640, dir_fd=day)
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        if not flags & os.O_EXCL and not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
             raise OSError(errno.EINVAL, "it is no regular file", name)
         return fd
@@ -6428,12 +6356,14 @@ class JobLogs:
     def open(self, trigger: Trigger) -> RunLog:
         """The log to append to; one that drops everything when the file cannot be opened (full
         disk)."""
+        place = trigger.log_id, trigger.log_date_time or int(time.time() * 1000)
+        flags, size = os.O_CREAT | os.O_RDWR | os.O_APPEND, 0
         try:
-            fd = self._open(
-                trigger.log_id,
-                trigger.log_date_time or int(time.time() * 1000),
-                os.O_CREAT | os.O_RDWR | os.O_APPEND,
-            )
+            try:
+                fd = self._open(*place, flags | os.O_EXCL)
+            except FileExistsError:  # a run that is run again
+                fd = self._open(*place, flags)
+                size = os.fstat(fd).st_size
         except (OSError, Refused) as error:
             log.error("cannot open the log of %s, its output is dropped: %s", trigger, error)
             fd = -1
@@ -6443,7 +6373,6 @@ class JobLogs:
                 self._echo(b"".join(self._dressed(trigger, line) for line in lines))
 
         out = RunLog(fd, self._limit, None if self._echo is None else echo, self._full, self._lost)
-        size = os.fstat(fd).st_size if fd >= 0 else 0
         if size and os.pread(fd, 1, size - 1) != b"\n":  # where a crash cut it
             out.write(b"\n")
         return out
@@ -6512,26 +6441,18 @@ class JobLogs:
                 continue
             if not os.path.isdir(path) or known_for(day) < self._retention or day > last_day:
                 continue
-            removed += self._prune_day(path, oldest, stop)
-            if stop():
-                break
+            with os.scandir(path) as files:
+                for file in files:
+                    if stop():
+                        return removed
+                    with contextlib.suppress(OSError):
+                        old = file.stat(follow_symlinks=False).st_mtime < oldest
+                        if old and re.fullmatch(r"-?\d+\.log", file.name):
+                            os.unlink(file.path)
+                            removed += 1
             with contextlib.suppress(OSError):  # not empty
                 os.rmdir(path)
                 forget(day)
-        return removed
-
-    @staticmethod
-    def _prune_day(path: str, oldest: float, stop: typing.Callable[[], bool]) -> int:
-        removed = 0
-        with os.scandir(path) as files:
-            for file in files:
-                if stop():
-                    break
-                if re.fullmatch(r"-?\d+\.log", file.name):
-                    with contextlib.suppress(OSError):
-                        if file.stat(follow_symlinks=False).st_mtime < oldest:
-                            os.unlink(file.path)
-                            removed += 1
         return removed
 
 
@@ -6603,14 +6524,13 @@ class Reserve:
         self._lose(f"of {RESERVE >> 20} MiB is given up for results")
         return True
 
-    def restore(self) -> bool:
+    def restore(self) -> None:
         """Have the space again, once as much is free besides."""
         with contextlib.suppress(OSError):  # the directory is away
             disk = os.statvfs(os.path.dirname(self._file))
             if self.lost and disk.f_bavail * disk.f_frsize >= 2 * RESERVE and self._allocate():
                 self.lost = False
                 log.info("there is space on the disk again, triggers are accepted")
-        return not self.lost
 
     def _allocate(self) -> bool:
         try:
@@ -7013,6 +6933,9 @@ class JournalReader(Facts):
         counts = "SELECT state, count(*) FROM runs WHERE state <> 'delivered' GROUP BY state"
         numbers = dict(self._files.read(counts))
         self._counts = {state: numbers.get(state, 0) for state in ("finished", "dead")}
+        states = ", ".join(f"'{state.value}'" for state in OWED)
+        owed = f"SELECT log_id FROM runs WHERE state <> 'delivered' AND state IN ({states})"
+        self._owed = [log_id for (log_id,) in self._files.read(owed)]  # of earlier lives
 
     def undelivered(self, limit: int) -> list[StoredResult]:
         """Results that wait for the admin, the oldest first."""
@@ -7038,11 +6961,12 @@ class JournalReader(Facts):
         )
         return list(itertools.starmap(_sound, rows))
 
-    def owed(self) -> list[int]:
-        """The logIds of all whose result the admin has not taken."""
-        states = ", ".join(f"'{state.value}'" for state in OWED)
-        query = f"SELECT log_id FROM runs WHERE state <> 'delivered' AND state IN ({states})"
-        return [log_id for (log_id,) in self._files.read(query)]
+    def owes(self) -> bool:
+        """Whether the admin has yet to take a result of an earlier life; one thread."""
+        with contextlib.suppress(JournalError):  # nobody can tell
+            while self._owed and self.state(self._owed[-1]) not in OWED:
+                self._owed.pop()
+        return bool(self._owed)
 
     def state(self, log_id: int) -> RunState | None:
         """Of a run as it is stored; None for one that is not known, DEAD for a damaged page."""
@@ -7133,9 +7057,8 @@ class JournalReader(Facts):
         if newest and isinstance(newest[0][0], float):  # else a damaged row
             keep = min(keep, max(self.clock.now() - newest[0][0], REPEAT_WINDOW))
         removed = self._remove("state = 'delivered'", keep, stop)
-        for state in (RunState.ACKNOWLEDGED, RunState.RESENT):
-            condition = f"state <> 'delivered' AND state = '{state.value}'"
-            removed += self._remove(condition, keep, stop)
+        acknowledged = "state <> 'delivered' AND state IN ('acknowledged', 'resent')"
+        removed += self._remove(acknowledged, keep, stop)
         dead = self._remove("state <> 'delivered' AND state = 'dead'", 4 * DEAD_AFTER, stop)
         if dead:
             self._ask(self._count_dead)
@@ -7183,9 +7106,8 @@ class Journal(JournalReader):
         super().__init__(file)
         self.post = self.hold
         self.reserve = self._files.reserve
-        self._after: list[typing.Callable[[], typing.Any]] = []  # what follows the last commit
+        self._stored_now = Unstored()  # by the last commit, and not told yet
         self.stored: typing.Callable[[], None] = lambda: None  # called when results were committed
-        self._committing = False
         self._told = False  # that results are held
         self._tainted = False  # a failed COMMIT may come back until something is written over it
         self._moved = False  # the files were made anew in this turn: its triggers are refused
@@ -7205,22 +7127,17 @@ class Journal(JournalReader):
         db, counts = self._files.db, dict(self._counts)
         for state, change in self._unstored.write(db, self.clock.now()).items():
             counts[state] += change
-        self._committing = True
+        self._tainted = True  # if it fails
         db.execute("COMMIT")
-        self._committing = self._tainted = self._moved = False
-        stored, self._unstored = self._unstored, Unstored()
+        self._tainted = self._moved = False
+        self._stored_now, self._unstored = self._unstored, Unstored()
         if self._told:
-            log.info("stored %d held results", len(stored.results))
-        self._after = [functools.partial(settled.stored, settled) for settled in stored.settled]
-        if stored.results:
-            self._after.append(self.stored)
+            log.info("stored %d held results", len(self._stored_now.results))
         self._counts, self._told = counts, False
 
     def take_back(self) -> None:
         """Undo the transaction that failed; what had happened before it is kept for the next."""
         self._unstored.shorten(self._size_before)
-        # What a COMMIT that failed has written may come back after a crash.
-        self._tainted, self._committing = self._tainted or self._committing, False
         with contextlib.suppress(sqlite3.Error):
             self._files.db.execute("ROLLBACK")
 
@@ -7260,9 +7177,11 @@ class Journal(JournalReader):
 
     def publish(self) -> None:
         """Tell who waits for what was committed."""
-        after, self._after = self._after, []
-        for tell in after:
-            tell()
+        stored, self._stored_now = self._stored_now, Unstored()
+        for settled in stored.settled:
+            settled.stored(settled)
+        if stored.results:
+            self.stored()
         if self.reserve.lost and not self._unstored.results:
             self.reserve.restore()
 
@@ -7452,7 +7371,6 @@ def _past_run(
             fields["ended"] = fields["began"] + (took or 0.0)
         return PastRun(
             log_id,
-            date,
             state,
             handler,
             handler if fields.get("glue_type") == "BEAN" else "glue",
@@ -7466,7 +7384,7 @@ def _past_run(
         )
     at = (date or 0) / 1000
     unknown = ("(unknown)", "(unknown)", 0, 1, at, None, at if ended else None)
-    return PastRun(log_id, date, state, *unknown, code if ended else None, message)
+    return PastRun(log_id, state, *unknown, code if ended else None, message)
 
 
 def _began(accepted: list, clock: float, since: float | None) -> float:
@@ -7481,7 +7399,7 @@ def _began(accepted: list, clock: float, since: float | None) -> float:
 # 10 callbacks
 # --------------------------------------------------------------------------------------------------
 BATCH = 100  # results in one request
-MOST_REFUSED = 10 * BATCH  # results from which on an admin that takes none is given no more of them
+MOST_REFUSED = 1000  # refused results, none taken since: from then on one fresh result at a time
 PACE = 0.05  # seconds between two requests: what ends meanwhile goes into the next one
 REFUSED_PACE = 0.25  # seconds between two results that are tried alone while none is taken
 # seconds since its first and its second acknowledgement until a result is sent again
@@ -7491,84 +7409,78 @@ SUSPECT = 90.0  # seconds: what an admin acknowledged this shortly before it was
 
 class Part(typing.NamedTuple):
     """Results for one request, the state in which they are, and the one in which they will be once
-    the admin has taken them; `suspect`: more of them together were not taken."""
+    the admin has taken them; `was_split`: it was cut out of a batch that was not taken."""
 
     rows: list[StoredResult]
     before: RunState
     after: RunState
-    suspect: bool = False
+    was_split: bool = False
 
 
 class RefusedResults:
-    """Results that the admin did not want, each with a backoff of its own; the callback thread."""
+    """Results that the admin has refused, or did not answer while it answered heartbeats, each with
+    a backoff of its own; the callback thread."""
 
     def __init__(self) -> None:
         # by logId: its backoff, and the monotonic time of the next attempt
-        self._results: dict[int, tuple[Backoff, float]] = {}
-        self._in_a_row, self._none_taken = 0, False  # refusals of a result, any since one was taken
-        self._parts: list[Part] = []  # of batches that were refused, the next one at the end
-        self._part_at = 0.0  # monotonic; not before
-
-    def __len__(self) -> int:
-        return len(self._results)
-
-    def __contains__(self, log_id: int) -> bool:
-        return log_id in self._results
-
-    def due(self, log_id: int, now: float) -> bool:
-        return log_id in self._results and self._results[log_id][1] <= now
+        self.results: dict[int, tuple[Backoff, float]] = {}
+        self._refused_in_a_row, self._any_refused = 0, False  # since one was taken
+        self._parts: list[Part] = []  # of batches that were not taken, the next one at the end
+        self._ask_at = 0.0  # monotonic; not before
 
     def soonest(self, withheld: bool) -> float:
-        """When the next request for them is due, monotonic, or for what is `withheld`."""
+        """Monotonic: when one of them may be sent, or a fresh one, if such are `withheld`."""
         if self._parts or withheld:
-            return self._part_at
-        return min([at for _, at in self._results.values()], default=float("inf"))
+            return self._ask_at
+        return min([at for _, at in self.results.values()], default=float("inf"))
 
     def split(self, part: Part) -> None:
-        """It was refused: try its halves, the one with the newer results first."""
-        self._none_taken = True
+        """It was not taken: try its halves, the one with the newer results first, for the admin
+        may have deleted the logs of the oldest."""
+        self._any_refused = True
         middle = len(part.rows) // 2
         halves = part.rows[:middle], part.rows[middle:]
-        self._parts += [part._replace(rows=half, suspect=True) for half in halves]
+        self._parts += [part._replace(rows=half, was_split=True) for half in halves]
 
     def next_part(self) -> Part | None:
-        """What is left of a batch that was refused and may be tried now."""
+        """What is left of a batch that was not taken and may be tried now."""
         return self._parts.pop() if self._parts and self.may_ask() else None
 
     def too_many(self) -> bool:
-        """Whether the admin seems to refuse all: then one at a time will do to see that."""
-        return self._none_taken and len(self._results) + len(self.in_parts()) >= MOST_REFUSED
+        """Whether so many are refused, and none taken, that one at a time is enough to see when it
+        takes them again."""
+        return self._any_refused and len(self.results) + len(self.in_parts()) >= MOST_REFUSED
 
     def may_ask(self) -> bool:
         """Whether an admin that refuses all, as it seems, may be asked again."""
-        return time.monotonic() >= self._part_at
+        return time.monotonic() >= self._ask_at
 
     def in_parts(self) -> set[int]:
         return {row.log_id for part in self._parts for row in part.rows}
 
     def add(self, log_id: int) -> None:
-        backoff, _ = self._results.get(log_id, (Backoff(), 0.0))
-        self._results[log_id] = (backoff, time.monotonic() + backoff.fail())
-        self._in_a_row, self._none_taken = self._in_a_row + 1, True
+        backoff, _ = self.results.get(log_id, (Backoff(), 0.0))
+        self.results[log_id] = (backoff, time.monotonic() + backoff.fail())
+        self._refused_in_a_row, self._any_refused = self._refused_in_a_row + 1, True
         # None was taken lately: it may be that the admin refuses all, and is asked gently then.
-        if self._in_a_row > 3:
-            self._part_at = time.monotonic() + REFUSED_PACE
+        if self._refused_in_a_row > 3:
+            self._ask_at = time.monotonic() + REFUSED_PACE
 
     def taken(self, rows: typing.Sequence[StoredResult]) -> None:
         """The admin has taken these."""
-        self._in_a_row, self._none_taken = 0, False
+        self._refused_in_a_row, self._any_refused = 0, False
         self.forget(rows)
 
     def forget(self, rows: typing.Sequence[StoredResult]) -> None:
-        """Those that were taken or given up."""
+        """Keep no backoff for these: they were taken, or given up."""
         for row in rows:
-            self._results.pop(row.log_id, None)
+            self.results.pop(row.log_id, None)
 
     def pardon(self) -> None:
         """Forget every refusal: the admin may have been wrong about all of them."""
-        self._results.clear()
+        self.results.clear()
         self._parts.clear()
-        self._in_a_row, self._none_taken = 0, False
+        self._refused_in_a_row, self._any_refused = 0, False
 
 
 class Repeats:
@@ -7577,7 +7489,7 @@ class Repeats:
 
     def __init__(self, journal: typing.Any, admin: typing.Any):
         self._journal, self._admin = journal, admin
-        self._backoff, self._not_before = Backoff(), 0.0  # monotonic; after an answer of nobody
+        self._backoff, self._not_before = Backoff(), 0.0  # monotonic; see put_off
         # times of the journal's clock between which an admin acknowledged that then went away
         self._suspects: tuple[float, float] | None = None
         self._missed_at = 0.0  # monotonic; the last such absence that was looked at
@@ -7611,7 +7523,7 @@ class Repeats:
         return None, wait
 
     def put_off(self) -> None:
-        """What stands before the admin has answered in its place."""
+        """A proxy has answered, or nobody: no repeats for a while."""
         self._not_before = time.monotonic() + self._backoff.fail()
 
     def taken(self) -> None:
@@ -7631,13 +7543,15 @@ class Undelivered:
     def _undelivered(self, now: float) -> tuple[list[StoredResult], list[StoredResult]]:
         """What was never refused, and what was and is to be tried again."""
         while True:
-            in_hand = self._in_hand()  # before what is read becomes old
-            most = BATCH + len(self._refused) + len(in_hand)
+            # Before reading: what is settled in between would be read in its old state.
+            in_hand, refused = self._in_hand(), self._refused.results
+            most = BATCH + len(refused) + len(in_hand)
             rows = [row for row in self._journal.undelivered(most) if row.log_id not in in_hand]
             alive = self._bury(rows)
-            if len(alive) == len(rows):  # else others may stand behind those
-                fresh = [row for row in alive if row.log_id not in self._refused]
-                return fresh, [row for row in alive if self._refused.due(row.log_id, now)]
+            if len(alive) == len(rows):  # else read again: the dead took places of the limit
+                fresh = [row for row in alive if row.log_id not in refused]
+                again = [row for row in alive if row.log_id in refused]
+                return fresh, [row for row in again if refused[row.log_id][1] <= now]
 
     def _in_hand(self) -> set[int]:
         """logIds of results in a part or on their way into the journal: to be left alone."""
@@ -7671,11 +7585,12 @@ class Undelivered:
 
 class Callbacks(Undelivered, Watched):
     """One thread delivers finished results from the journal in batches and tries again until each
-    is acknowledged, and sends it twice more later, for an admin stores later than it acknowledges.
+    is acknowledged, and sends it twice more later, because an admin may lose what it has
+    acknowledged and not yet stored.
 
     wake, retry: any thread. A batch that the admin refuses is split until the bad results are
-    alone; each of them is tried again with a backoff of its own. Between any two of these requests
-    goes what was never refused, so that they hold back nobody.
+    alone; each of them is tried again with a backoff of its own. Between any two requests for
+    refused results goes what was never refused, so that they hold back nobody.
     """
 
     def __init__(self, journal: typing.Any, admin: typing.Any, metrics: Metrics):
@@ -7702,7 +7617,7 @@ class Callbacks(Undelivered, Watched):
 
     def retry(self, pardon: bool) -> None:
         """The admin answers: do not wait for the end of a backoff. `pardon`: it did not before, so
-        that what it refused may have been right."""
+        it may have refused good results."""
         self._retry_at = 0.0
         self._heard.set()
         if pardon:
@@ -7762,7 +7677,9 @@ class Callbacks(Undelivered, Watched):
                 self._attempt(Part(fresh[:BATCH], RunState.FINISHED, acknowledged))
                 continue
             due = [Part(fresh, RunState.FINISHED, acknowledged)] if fresh else []
-            repeat, wait = self._due_again()  # while what is in a part is known to be in one
+            acknowledges = self._admin.addresses and not self._closing.is_set()
+            in_hand = self._in_hand()  # before reading, and before next_part() takes one out
+            repeat, wait = self._repeats.due(in_hand) if acknowledges else (None, float("inf"))
             part = self._refused.next_part()
             if part is not None:
                 due.append(part)
@@ -7796,19 +7713,19 @@ class Callbacks(Undelivered, Watched):
                     error,
                 )
             self.last_error = str(error)
-            if (part.suspect or self._backoff.failures > 1) and self._heard.is_set():
+            if (part.was_split or self._backoff.failures > 1) and self._heard.is_set():
                 self._blame(part)
             self._heard.clear()
             return False
         self._backoff.succeed()
         self._heard.set()
-        if not self._refused and not self._refused.in_parts():
+        if not self._refused.results and not self._refused.in_parts():
             self.last_error = ""
         return True
 
     def _blame(self, part: Part) -> None:
-        """Heartbeats are answered, and these results are not: one of them may be what somebody
-        between does not let pass."""
+        """Heartbeats are answered, and these results are not: one of them may be what a proxy
+        blocks."""
         if len(part.rows) > 1:
             self._refused.split(part)
         elif part.before is RunState.FINISHED:
@@ -7816,16 +7733,10 @@ class Callbacks(Undelivered, Watched):
         else:
             self._repeats.put_off()
 
-    def _due_again(self) -> tuple[Part | None, float]:
-        """See Repeats.due; nothing at the end, or when nobody acknowledges."""
-        if not self._admin.addresses or self._closing.is_set():
-            return None, float("inf")
-        return self._repeats.due(self._in_hand())  # before what is read becomes old
-
     def _send(self, part: Part) -> None:
-        """Deliver `part`, and note what becomes of its results. When `before` is not FINISHED the
-        admin has had them: the refusal of a single one, such as of a log that was deleted there, is
-        as good as a yes then."""
+        """Deliver `part`, and note what becomes of its results. A repeat (`before` is not FINISHED)
+        the admin has had: its refusal of a single one, such as of a log that was deleted there,
+        counts as taken."""
         rows, before, after, _ = part
         self._busy_since = time.monotonic()
         try:
@@ -7844,6 +7755,7 @@ class Callbacks(Undelivered, Watched):
                 told = "the admin refuses the result of logId=%d, trying again later: %s"
                 log.warning(told, log_id, error)
                 return
+        # taken, or a repeat that is refused alone
         if before is not RunState.FINISHED:
             self._repeats.taken()
             self._metrics.count("results_resent_total", len(rows))
@@ -7858,6 +7770,31 @@ class Callbacks(Undelivered, Watched):
 # 11 admin client
 # --------------------------------------------------------------------------------------------------
 REPLY_LIMIT = 64 << 10  # bytes of an admin's answer that are read
+# the beginning of what `_verdict` says: what to do about it, and what to add without a token
+_ADVICE = (
+    (
+        "HTTP status 404",
+        "nothing is there: up to 3.4.0 the address ends with /xxl-job-admin unless the admin was"
+        " told otherwise, from 3.4.1 it has no path",
+        "",
+    ),
+    (
+        "HTTP status 3..$",
+        "that is a page: give the admin's root, such as http://HOST:8080/xxl-job-admin",
+        "",
+    ),
+    (
+        ".*accesstoken or appname",
+        "a 3.5 wants the AccessToken of this AppName on its executor's page instead of"
+        " xxl.job.accessToken, and takes 30 s to notice a new one",
+        "; admin.access_token is empty here",
+    ),
+    (
+        ".*access ?token",
+        "give both the same: xxl.job.accessToken there, admin.access_token here",
+        ", which is empty",
+    ),
+)
 
 
 class Address:
@@ -8065,9 +8002,8 @@ class AdminClient:
         self._config, self._learn = config, learn
         self._dialect = dialect or "array"  # or "wrapper", from 3.5
         self._learned_at = float("-inf")  # monotonic; when a call last told
-        self._local = threading.local()
         self._turn, self._closing = threading.Lock(), threading.Event()  # it guards `tried_at`
-        self._links: list[_Link] = []
+        self._links: dict[tuple[int, str], _Link] = {}  # by thread and address
         self.missed_at = 0.0  # monotonic; when one that had answered did not any more
         self.use_token(config.admin.access_token)
 
@@ -8110,11 +8046,8 @@ class AdminClient:
             self._call("/api/callback", bodies[dialect])
         except AdminRefused:
             other = "wrapper" if dialect == "array" else "array"
-            try:
+            with contextlib.suppress(AdminRefused, AdminUnreachable):
                 self._call("/api/callback", bodies[other])
-            except (AdminRefused, AdminUnreachable):
-                pass
-            else:
                 self._set_dialect(other)
                 return
             raise
@@ -8167,8 +8100,10 @@ class AdminClient:
                 return
             if code is None and eager:  # a heartbeat; a callback may be refused for what it holds
                 self._miss(address)
-            advice = self._advice(status, message)
-            message = f"{message.rstrip('.')}; {advice}" if advice else message
+            for pattern, advice, empty in _ADVICE:
+                if re.match(pattern, message, re.IGNORECASE | re.DOTALL):
+                    message = f"{message.rstrip('.')}; {advice}{'' if self._token else empty}"
+                    break
             away = status in (502, 503, 504)
             failure = AdminRefused(f"{address.url}{path}{link.via}: {message}", away)
             address.last_error = str(failure)
@@ -8201,27 +8136,6 @@ class AdminClient:
             ):
                 raise AdminUnreachable("the executor stops")
 
-    def _advice(self, status: int, message: str) -> str:
-        """What to do about such an answer, "" when nobody knows."""
-        said = message.lower()
-        if status == 404:
-            return (
-                "nothing is there: up to 3.4.0 the address ends with /xxl-job-admin unless the"
-                " admin was told otherwise, from 3.4.1 it has no path"
-            )
-        if status in range(300, 400):
-            return "that is a page: give the admin's root, such as http://HOST:8080/xxl-job-admin"
-        if "accesstoken or appname" in said:
-            return (
-                "a 3.5 wants the AccessToken of this AppName on its executor's page instead of"
-                " xxl.job.accessToken, and takes 30 s to notice a new one"
-                + ("; admin.access_token is empty here" if not self._token else "")
-            )
-        if "access token" in said or "accesstoken" in said:
-            own = "admin.access_token here" + (", which is empty" if not self._token else "")
-            return f"give both the same: xxl.job.accessToken there, {own}"
-        return ""
-
     @staticmethod
     def _verdict(status: int, reply: bytes) -> tuple[int | None, str]:
         """(code, reason) of an answer; code None when it is no envelope at all, as from a proxy or
@@ -8230,26 +8144,22 @@ class AdminClient:
             return None, f"HTTP status {status}"
         if len(reply) > REPLY_LIMIT:
             return None, f"an answer of more than {REPLY_LIMIT} bytes"
-        try:
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
             answer = json.loads(reply)
-            code = answer["code"]
-        except (ValueError, TypeError, KeyError, RecursionError):
-            return None, f"no XXL-JOB answer: {reply[:60]!r}"
-        if type(code) is not int:
-            return None, f"no XXL-JOB answer: {reply[:60]!r}"
-        return code, f"code {code}: {str(answer.get('msg'))[:500]}"
+            if type(answer["code"]) is int:
+                return answer["code"], f"code {answer['code']}: {str(answer.get('msg'))[:500]}"
+        return None, f"no XXL-JOB answer: {reply[:60]!r}"
 
     def _link(self, url: str) -> _Link:
-        links = self._local.__dict__.setdefault("links", {})
-        if url not in links:
-            links[url] = _Link(url, self._config.admin.connect_timeout, self._config.admin.timeout)
-            self._links.append(links[url])
-        return links[url]
+        key, admin = (threading.get_ident(), url), self._config.admin
+        if key not in self._links:
+            self._links[key] = _Link(url, admin.connect_timeout, admin.timeout)
+        return self._links[key]
 
     def close(self) -> None:
         """After the threads that call have ended, or were left behind."""
         self._closing.set()
-        for link in self._links:
+        for link in list(self._links.values()):
             link.close()
 
 
@@ -8274,17 +8184,6 @@ def facing_address(url: str, seconds: float) -> str:
         return probe.getsockname()[0]
 
 
-class RegistrationHooks(typing.NamedTuple):
-    """What the heartbeat thread asks and tells."""
-
-    busy: typing.Callable[[], bool]  # whether something runs
-    owing: typing.Callable[[], bool]  # whether a result of an earlier life is still to come
-    answered: typing.Callable[[bool], None]  # the admin answers; whether it did not before
-    recall: typing.Callable[[str], str]
-    learn: typing.Callable[[str, str], None]
-    waiting: typing.Callable[[], int] = lambda: 0  # results that wait for the admin
-
-
 class Registration:
     """The heartbeat thread: registers at start and every REGISTRY_INTERVAL, takes it back at the
     end; no failure ends it.
@@ -8300,10 +8199,13 @@ class Registration:
         admin: typing.Any,
         metrics: Metrics,
         port: int,
-        hooks: RegistrationHooks,
+        core: typing.Any,
+        journal: typing.Any,
+        answered: typing.Callable[[bool], None],
     ):
-        self._config, self._admin, self._metrics = config, admin, metrics
-        self._port, self._hooks = port, hooks
+        """`answered(b)`: the admin answers; whether it did not before."""
+        self._config, self._admin, self._metrics, self._port = config, admin, metrics, port
+        self._core, self._journal, self._answered = core, journal, answered
         self._draining, self._closed = threading.Event(), threading.Event()
         self._backoff = Backoff()
         self._since, self._told_at = 0.0, 0.0  # monotonic: of the first failure, of the last line
@@ -8312,10 +8214,8 @@ class Registration:
         self._parked: list[str] = []  # other addresses, of earlier lives; when draining, this one
         self.registered = threading.Event()  # at the first success, and never cleared
         self._thread = threading.Thread(target=self._loop, name="registration", daemon=True)
-        metrics.gauge(
-            "last_heartbeat_timestamp_seconds",
-            lambda: max([a.last_success for a in admin.addresses], default=0.0),
-        )
+        self._acknowledged_at = 0.0  # seconds since the epoch; the last heartbeat
+        metrics.gauges["last_heartbeat_timestamp_seconds"] = lambda: self._acknowledged_at
 
     def start(self) -> None:
         if self._admin.addresses:
@@ -8336,20 +8236,15 @@ class Registration:
     def _loop(self) -> None:
         wait = 0.0
         while not self._draining.wait(wait):
-            began = time.monotonic()
-            try:
-                self._register()
-                wait = max(1.0, REGISTRY_INTERVAL - (time.monotonic() - began))
-            except Exception as error:
-                wait = min(self._failed(error), REGISTRY_INTERVAL)
+            wait = self._try(self._register)
         if self.registered.is_set():
-            if self._hooks.busy():
+            if self._core.active():
                 self._parked.insert(0, self.address)
-            wait = self._park()  # first: it must not be unknown for a moment
+            wait = self._try(self._park)  # first: it must not be unknown for a moment
             self._take_back(self.address, False)
             while not self._closed.wait(wait):
-                wait = self._park()
-            if not self._hooks.waiting():  # else the admin forgets them by itself, after 90 s
+                wait = self._try(self._park)
+            if not self._waiting():  # else the admin forgets them by itself, after 90 s
                 for address in self._parked:
                     self._take_back(address, True)
 
@@ -8357,34 +8252,38 @@ class Registration:
         if not self.address:
             self.address = self._config.executor.address or self._own_address()
             with contextlib.suppress(ValueError):  # a damaged page, or the first start
-                earlier = json.loads(self._hooks.recall("addresses"))
+                earlier = json.loads(self._journal.fact("addresses"))
                 earlier = [address for address in earlier if address != self.address]
                 self._parked = earlier[-MOST_PARKED:]
         self._admin.registry(self.address)
-        if self._parked and not self._hooks.owing():
+        self._acknowledged_at = time.time()
+        if self._parked and not self._journal.owes():
             for address in self._parked:
                 self._admin.registry(address, remove=True, parked=True)
             self._parked = []
-        for address in self._parked:
-            self._admin.registry(address, parked=True)
+        self._park()
         known = json.dumps([*self._parked, self.address])
-        if known != self._hooks.recall("addresses"):
-            self._hooks.learn("addresses", known)
+        if known != self._journal.fact("addresses"):
+            self._journal.learn("addresses", known)
         if self._backoff.failures or not self.registered.is_set():
             log.info("registered %s as %s", self.address, self._config.executor.app_name)
-        self._hooks.answered(self._backoff.failures > 0)
-        self._backoff.succeed()
+        self._answered(self._backoff.failures > 0)
         self.registered.set()
 
-    def _park(self) -> float:
-        """Keep parked addresses known; returns the seconds until the next time."""
+    def _park(self) -> None:
+        """Keep parked addresses known."""
+        for address in self._parked:
+            self._admin.registry(address, parked=True)
+
+    def _try(self, work: typing.Callable[[], None]) -> float:
+        """Do `work`; returns the seconds until the next time."""
+        began = time.monotonic()
         try:
-            for address in self._parked:
-                self._admin.registry(address, parked=True)
+            work()
         except Exception as error:
             return min(self._failed(error), REGISTRY_INTERVAL)
         self._backoff.succeed()
-        return REGISTRY_INTERVAL
+        return max(1.0, REGISTRY_INTERVAL - (time.monotonic() - began))
 
     def _take_back(self, address: str, parked: bool) -> None:
         try:
@@ -8397,6 +8296,9 @@ class Registration:
                 address,
                 error,
             )
+
+    def _waiting(self) -> int:
+        return self._journal.counts()["undelivered"]
 
     def _own_address(self) -> str:
         host = self._config.executor.bind[0]
@@ -8430,7 +8332,7 @@ class Registration:
                 "the admin has not taken a registration for %s, since %s; %s: %s",
                 seconds_text(now - self._since),
                 local_time(int(time.time() - (now - self._since))),
-                f"{counted(self._hooks.waiting(), 'result')} waiting",
+                f"{counted(self._waiting(), 'result')} waiting",
                 error,
             )
         return wait
@@ -8603,22 +8505,21 @@ class DataDir:
         os.close(self._fd)
 
     @staticmethod
-    def owner(path: str) -> Owner | None:
-        """None when no executor has used `path`. Raises ExecutorError for who may not read it."""
+    def owner(path: str) -> Owner:
+        """Of pid 0 when no executor has used `path`. Raises ExecutorError for who may not read
+        it."""
         file = os.path.join(path, "lock")
         try:
             with open(file, encoding="ascii") as stream:
                 _, pid, url, key, started = stream.readline().split()
                 since = os.fstat(stream.fileno()).st_mtime
             return Owner(int(pid), url if url != "-" else "", key, int(started), since)
-        except FileNotFoundError:
-            return None
+        except (FileNotFoundError, ValueError):  # or by an earlier version, or being written
+            return Owner(0, "", "", 0, 0.0)
         except OSError as error:
             raise ExecutorError(
                 f"{file}: cannot be read: {error.strerror}: this needs the executor's user or root"
             ) from None
-        except ValueError:  # an earlier version, or it is being written
-            return None
 
 
 def end_leftovers(journal: Journal, identity: str) -> None:
@@ -8656,7 +8557,8 @@ def recover(
                 job = scripts.job(trigger)
             elif trigger.glue_type == "BEAN":
                 job = find_job(trigger.handler)
-        again = run.state is RunState.RUNNING and may_run_again(run, job)
+        rerun = job is not None and job.on_crash == "rerun" and run.starts < MAX_STARTS
+        again = rerun and run.state is RunState.RUNNING and run.cancelled is None
         result = run.cancelled or Result(FAILURE, "" if again else why_lost(run, job))
         if run.state is RunState.RUNNING:
             told = f"failed: {result.message}" if result.message else RUN_AGAIN
@@ -8669,30 +8571,6 @@ def recover(
             log.info("resumed %s", trigger)
             core.put(Resume(trigger, job, again))
     journal.forget_dropped()
-
-
-class Owed:
-    """The runs of earlier lives whose results the admin has yet to take."""
-
-    def __init__(self, journal: Journal):
-        """To be made before this life accepts a run."""
-        self._journal = journal
-        self._log_ids = journal.owed()
-
-    def any_left(self) -> bool:
-        """Whether the admin has yet to take one of them; one thread."""
-        with contextlib.suppress(JournalError):  # nobody can tell
-            while self._log_ids:
-                if self._journal.state(self._log_ids[-1]) in OWED:
-                    return True
-                self._log_ids.pop()
-        return bool(self._log_ids)
-
-
-def may_run_again(run: Unfinished, job: JobConfig | None) -> bool:
-    """Whether a run that a crash interrupted is started once more."""
-    wanted = job is not None and job.on_crash == "rerun" and run.starts < MAX_STARTS
-    return wanted and run.cancelled is None
 
 
 def why_lost(run: Unfinished, job: JobConfig | None) -> str:
@@ -8763,16 +8641,17 @@ class Signals:
         """The handler: CPython runs it before `wait` goes on from reading the signal's byte."""
         self._came.add(number)
 
+    def mute(self, number: int) -> None:
+        """Let a signal that does nothing by default wake nobody, until `unmute`."""
+        # signal.signal() would complain of one that has come and that no handler has seen yet
+        LIBC.signal(number, 0)
+
+    def unmute(self, number: int) -> None:
+        signal.signal(number, self._note)
+
     def wait(self, deadline: float | None = None) -> set[int]:
         """What came, 0 for a wake-up; the empty set at `deadline` (monotonic)."""
-        poller = select.poll()
-        poller.register(self._wake_up.fd, select.POLLIN)
-        left = (
-            None
-            if deadline is None
-            else min(max(0.0, deadline - time.monotonic()), 3600.0) * 1000 + 1
-        )
-        data = self._wake_up.clear() if poller.poll(left) else b""
+        data = self._wake_up.clear() if await_any([self._wake_up.fd], deadline) else b""
         came, self._came = self._came, set()
         return came | {0} if 0 in data else came
 
@@ -8817,6 +8696,8 @@ class Pruning:
             self._thread.join(seconds)
 
     def _remove_old(self, config: Config) -> None:
+        """Logs, runs in the journal and scripts from the admin, by executor.log_retention; in a
+        thread of its own."""
         journal, stop = self._journal, self._stopping.is_set
         keep = config.executor.log_retention
         try:
@@ -8943,20 +8824,19 @@ class Wiring:
             self.config.executor.max_queued,
         )
         self._journal.post = self._core.put
-        self._owed = Owed(self._journal)
         self._pruning = Pruning(self._journal, self._logs, self._scripts, self._core, self._started)
 
     def _build_network(self, listener: socket.socket, room: int) -> None:
         """What others reach, and what tells the admin of it."""
-        hooks = RegistrationHooks(
-            busy=self._core.active,
-            owing=self._owed.any_left,
-            answered=self._callbacks.retry,
-            recall=self._journal.fact,
-            learn=self._journal.learn,
-            waiting=lambda: self._journal.counts()["undelivered"],
+        self._registration = Registration(
+            self.config,
+            self._admin,
+            self.metrics,
+            self.port,
+            self._core,
+            self._journal,
+            self._callbacks.retry,
         )
-        self._registration = Registration(self.config, self._admin, self.metrics, self.port, hooks)
         self._api = Api(
             self.config,
             self._core,
@@ -8975,17 +8855,20 @@ class Wiring:
         self._slots.prepare(config.jobs.values())
 
     def _add_gauges(self) -> None:
-        gauge, journal = self.metrics.gauge, self._journal
-        gauge("connections", lambda: self._http.connections)
-        gauge("undelivered_results", lambda: journal.counts()["undelivered"])
-        gauge("oldest_undelivered_seconds", journal.oldest)
-        gauge("dead_results", lambda: journal.counts()["dead"])
-        gauge("max_running", lambda: self.config.executor.max_running)
-        gauge("config_last_reload_successful", lambda: int(not self._reload_error))
-        gauge("output_dropped_bytes_total", lambda: sum(output.lost for output in Output.all))
+        journal = self._journal
+        self.metrics.gauges.update(
+            connections=lambda: self._http.connections,
+            undelivered_results=lambda: journal.counts()["undelivered"],
+            oldest_undelivered_seconds=journal.oldest,
+            dead_results=lambda: journal.counts()["dead"],
+            max_running=lambda: self.config.executor.max_running,
+            config_last_reload_successful=lambda: int(not self._reload_error),
+            output_dropped_bytes_total=lambda: sum(output.lost for output in Output.all),
+        )
 
     def _well(self) -> bool:
-        """Whether every thread that serves all runs makes progress; for the watchdog."""
+        """Whether every thread that serves all runs makes progress; for the watchdog, see
+        `ServiceManager.tell`, which names them too."""
         admin = self.config.admin
         patience = 30 + 4 * len(admin.addresses) * (admin.timeout + admin.connect_timeout)
         return (
@@ -9099,7 +8982,7 @@ class Daemon(Wiring):
     def __init__(self, config: Config, signals: Signals | None = None):
         """`signals`: what has come since the process began; else the daemon takes them later."""
         super().__init__(config)
-        self._signals = signals
+        self.signals: typing.Any = signals
         self._reap_at: float | None = None
         self._housekeeping_at = time.monotonic()
         self._watch_at = self._housekeeping_at if config.executor.watch_config else None
@@ -9138,48 +9021,34 @@ class Daemon(Wiring):
 
     # -- the main thread's loop
 
-    @property
-    def signals(self) -> Signals:
-        """From the first use on signals wait for `wait`."""
-        if self._signals is None:
-            self._signals = Signals(*self.SIGNALS)
-        return self._signals
-
     def wait(self) -> None:
         """Handle signals until one asks for the end."""
         while not self._next(None):
             pass
 
     def close(self) -> None:
+        self.signals = self.signals or Signals(*self.SIGNALS)
         self.stop()
         self.signals.close()
 
     def _next(self, deadline: float | None) -> bool:
         """Wait for a signal or a wake-up until `deadline` (monotonic) and act on it; SIGHUP
         reloads, SIGUSR1 logs the stacks, SIGCHLD reaps; True for SIGTERM and SIGINT."""
-        limits = [
-            limit
-            for limit in (
-                deadline,
-                self._reap_at,
-                self._watch_at,
-                self._housekeeping_at,
-                self._manager.due,
-            )
-            if limit is not None
-        ]
         signals = self.signals
-        got = signals.wait(min(limits))
+        due = (deadline, self._reap_at, self._watch_at, self._housekeeping_at, self._manager.due)
+        got = signals.wait(min(limit for limit in due if limit is not None))
         now = time.monotonic()
         if self._manager.due is not None and now >= self._manager.due:
             self._manager.tell()
         if self._reap_at is not None and now >= self._reap_at:
             self._reap_at = None
+            signals.unmute(signal.SIGCHLD)
             reap_orphans()
         elif signal.SIGCHLD in got and self._reap_at is None:
             # Each job that ends raises one, and the supervisor reaps those itself: once a second
             # is enough for orphans.
             self._reap_at = now + 1.0
+            signals.mute(signal.SIGCHLD)
         if now >= self._housekeeping_at:
             self._housekeeping_at = now + HOUSEKEEPING
             self._pruning.start(self.config)
@@ -9614,8 +9483,7 @@ class _Progress:
             and len(names) + 8 < shutil.get_terminal_size().lines
         )
         self.color = self.live and not os.environ.get("NO_COLOR")
-        self.drawn = 0
-        self.states: dict[str, str] = {}
+        self.states: dict[str, str] = {}  # as shown
 
     def row(self, name: str, state: str, seconds: float, message: str) -> str:
         padding = " " * (self.width - columns(name))
@@ -9627,16 +9495,12 @@ class _Progress:
         return f"{head}{padding}  \x1b[{tint}m{state}\x1b[0m{tail}" if self.color else shown
 
     def show(self, rows: list[tuple[str, str, float, str]]) -> None:
-        if self.live:
-            up = f"\x1b[{self.drawn}A" if self.drawn else ""
-            sys.stdout.write(up + "".join(f"\x1b[2K{self.row(*row)}\n" for row in rows))
-            self.drawn = len(rows)
-        else:
-            for row in rows:
-                if self.states.get(row[0]) != row[1]:
-                    self.states[row[0]] = row[1]
-                    print(self.row(*row))
-        sys.stdout.flush()
+        up = f"\x1b[{len(self.states)}A" if self.live and self.states else ""
+        if not self.live:
+            rows = [row for row in rows if self.states.get(row[0]) != row[1]]
+        self.states.update((name, state) for name, state, *_ in rows)
+        erase = "\x1b[2K" if self.live else ""
+        print(up + "".join(f"{erase}{self.row(*row)}\n" for row in rows), end="", flush=True)
 
 
 def cmd_demo(arguments: argparse.Namespace) -> int:
@@ -9676,7 +9540,7 @@ def cmd_demo(arguments: argparse.Namespace) -> int:
             " succeeded, every result arrived at the admin."
         )
         if not arguments.once:
-            assert daemon.signals  # from now on Ctrl-C waits for `wait`
+            daemon.signals = Signals(*Daemon.SIGNALS)  # from now on Ctrl-C waits for `wait`
             _show_how_to_go_on(names[0], daemon.url, data_dir)
             daemon.wait()
     return 0
@@ -9760,12 +9624,10 @@ def cmd_exec(arguments: argparse.Namespace) -> int:
         known = ", ".join([*config.jobs, *config.scripts.look()[0]]) or "none"
         raise ConfigError(f'{config.file}: there is no job "{arguments.job}": known are {known}')
     logging.getLogger().setLevel(logging.WARNING)
-    if arguments.timeout is not None:
-        job = dataclasses.replace(job, timeout=shortest(job.timeout, arguments.timeout))
-    now, (shard, total) = int(time.time() * 1000), arguments.shard
-    param = arguments.param
+    job = dataclasses.replace(job, timeout=shortest(job.timeout, arguments.timeout))
+    now = int(time.time() * 1000)
     result = run_here(
-        Trigger(0, 0, job.name, param, "", 0, now, shard_index=shard, shard_total=total), job
+        Trigger(0, 0, job.name, arguments.param, "", 0, now, "BEAN", 0, *arguments.shard), job
     )
     if result.exit_status is not None:
         return result.exit_status
@@ -9825,32 +9687,26 @@ def find_data(arguments: argparse.Namespace) -> tuple[str, Config | None]:
     return path, config
 
 
-class Look(typing.NamedTuple):
-    """What `status` has found; `trouble`: why it does not come from a running executor."""
-
-    state: dict
-    trouble: str
-
-
-def look(path: str, config: Config | None) -> Look:
-    """What the running executor tells, or what the last one has left. Raises ExecutorError."""
+def look(path: str, config: Config | None) -> dict:
+    """What the running executor tells, or what the last one has left; then `trouble` is why.
+    Raises ExecutorError."""
     owner = DataDir.owner(path)
     trouble = f"no executor has used data_dir {path}: name another one with --data-dir"
-    if owner is not None and owner.url:
+    if owner.url:
         try:
-            return Look(ask_status(owner), "")
+            return ask_status(owner)
         except ExecutorError as error:
             trouble = str(error)
-    if owner is not None and owner.alive():
+    if owner.alive():
         trouble = trouble if owner.url else f"pid {owner.pid} is starting or stopping"
-    elif owner is not None and owner.url:
+    elif owner.url:
         files = [os.path.join(path, name) for name in ("journal.db", "journal.db-wal")]
         last = max([os.stat(file).st_mtime for file in files if os.path.exists(file)], default=0.0)
         trouble = (
             f"it ended unexpectedly at about {local_time(int(max(last, owner.since)))},"
             f" pid {owner.pid} is gone"
         )
-    elif owner is not None:
+    elif owner.pid:
         trouble = f"not running, it stopped at {local_time(int(owner.since))}"
     state: dict = {
         "app": config and config.executor.app_name or path,
@@ -9863,23 +9719,19 @@ def look(path: str, config: Config | None) -> Look:
         "undelivered": 0,
         "dead": 0,
     }
-    if owner is not None:
+    if owner.pid:
         _look_back(path, state)
-    return Look(state, trouble)
+    return state
 
 
 def _look_back(path: str, state: dict) -> None:
     """Complete `state` from the journal that an executor has left."""
     with contextlib.closing(read_journal(os.path.join(path, "journal.db"))) as db:
-        for run in itertools.islice(past_runs(db), LOOK_BACK):
-            state["undelivered"] += run.state == RunState.FINISHED.value
-            state["dead"] += run.state == RunState.DEAD.value
-            if run.code is not None:
-                codes = state["recent"].setdefault(run.handler, [])
-                if not codes and run.code != SUCCESS:
-                    state["failures"].append(run.shown())
-                if len(codes) < RECENT:
-                    codes.insert(0, run.code)
+        runs = list(itertools.islice(past_runs(db), LOOK_BACK))
+    states, recent = collections.Counter(run.state for run in runs), RecentRuns(Metrics())
+    recent.remember([run for run in runs if run.code is not None])
+    counts = {"undelivered": states[RunState.FINISHED.value], "dead": states[RunState.DEAD.value]}
+    state.update(recent.snapshot(), **counts)
 
 
 def ask_status(owner: Owner) -> dict:
@@ -9909,26 +9761,24 @@ def cmd_status(arguments: argparse.Namespace) -> int:
     path, config = find_data(arguments)
     with contextlib.suppress(KeyboardInterrupt):
         while True:
-            seen = look(path, config)
+            state = look(path, config)
             if arguments.json:
                 indent = None if arguments.watch else 2
-                print(json.dumps(seen.state, ensure_ascii=False, indent=indent), flush=True)
-            elif live:
-                lines = map(printable, status_lines(seen, shutil.get_terminal_size().lines - 1))
-                # line by line, so that nothing flickers; then whatever an earlier one left below
-                drawn = "".join(f"{fit(line)}\x1b[K\n" for line in lines)
-                print(f"\x1b[H{drawn}\x1b[J", end="", flush=True)
+                lines = [json.dumps(state, ensure_ascii=False, indent=indent)]
             else:
-                print("\n".join(map(fit, map(printable, status_lines(seen)))), flush=True)
+                most = shutil.get_terminal_size().lines - 1 if live else sys.maxsize
+                lines = [fit(printable(line)) for line in status_lines(state, most)]
+            # line by line, so that nothing flickers; then whatever an earlier one left below
+            top, end, below = ("\x1b[H", "\x1b[K\n", "\x1b[J") if live else ("", "\n", "")
+            print(top + "".join(line + end for line in lines) + below, end="", flush=True)
             if not arguments.watch or threading.Event().wait(WATCH_INTERVAL):
-                return 1 if seen.trouble else 0
+                return 1 if "trouble" in state else 0
     return 0
 
 
-def status_lines(seen: Look, most: int = sys.maxsize) -> list[str]:
+def status_lines(state: dict, most: int) -> list[str]:
     """What `status` shows, in at most `most` lines: first what runs and what has failed."""
-    state = seen.state
-    head, tail = _status_head(seen), _status_tail(state)
+    head, tail = _status_head(state), _status_tail(state)
     left = most - len(head) - len(tail) - _JOB_LINES
     running = _cut(_running_lines(state), left)
     failed = _cut(_failure_lines(state), left - len(running))
@@ -9946,10 +9796,9 @@ def _cut(lines: list[str], most: int) -> list[str]:
     return [*lines[:shown], f"... and {len(lines) - 1 - shown} more", ""][: max(0, most)]
 
 
-def _status_head(seen: Look) -> list[str]:
-    state = seen.state
-    if seen.trouble:
-        return [f"{state['app']}  {seen.trouble}", ""]
+def _status_head(state: dict) -> list[str]:
+    if "trouble" in state:
+        return [f"{state['app']}  {state['trouble']}", ""]
     if state["draining"]:
         word = "stopping"
     elif not state["admins"]:
@@ -9963,9 +9812,11 @@ def _status_head(seen: Look) -> list[str]:
     return [*lines, ""]
 
 
+def _block(head: tuple, rows: list) -> list[str]:
+    return [*table(head, rows), ""] if rows else []
+
+
 def _running_lines(state: dict) -> list[str]:
-    if not state["running"]:
-        return []
     stuck = " (cancelled, but its thread does not return)"
     rows = [
         (
@@ -9975,13 +9826,11 @@ def _running_lines(state: dict) -> list[str]:
         )
         for run in state["running"]
     ]
-    return [*table(("RUNNING", "LOGID", "FOR"), rows), ""]
+    return _block(("RUNNING", "LOGID", "FOR"), rows)
 
 
 def _failure_lines(state: dict) -> list[str]:
     """Of each job whose latest run has failed."""
-    if not state["failures"]:
-        return []
     rows = [
         (
             short(run["job"]),
@@ -9991,7 +9840,7 @@ def _failure_lines(state: dict) -> list[str]:
         )
         for run in sorted(state["failures"], key=lambda run: run.get("ended") or 0.0, reverse=True)
     ]
-    return [*table(("FAILED", "AT", "LOGID", "MESSAGE"), rows), ""]
+    return _block(("FAILED", "AT", "LOGID", "MESSAGE"), rows)
 
 
 def _job_lines(state: dict, most: int) -> list[str]:
@@ -10059,8 +9908,7 @@ def unknown_run(wanted: str, known: typing.Iterable[str], path: str) -> Executor
 
 def cmd_runs(arguments: argparse.Namespace) -> int:
     path, config = find_data(arguments)
-    owner = DataDir.owner(path)
-    alive, handlers = owner is not None and owner.alive(), set(config.jobs if config else ())
+    alive, handlers = DataDir.owner(path).alive(), set(config.jobs if config else ())
     runs: list[PastRun] = []
     with contextlib.closing(read_journal(os.path.join(path, "journal.db"))) as db:
         for run in past_runs(db):
@@ -10131,9 +9979,7 @@ def cmd_logs(arguments: argparse.Namespace) -> int:
             """Whether nothing will be added any more."""
             with contextlib.closing(read_journal(file)) as now:  # an executor may have started
                 run = next(past_runs(now, log_id), None)
-            owner = DataDir.owner(path)
-            alive = owner is not None and owner.alive()
-            return run is None or run.code is not None or not alive
+            return run is None or run.code is not None or not DataDir.owner(path).alive()
 
         while True:
             over = not arguments.follow or ended()  # before what is read then
@@ -10206,124 +10052,88 @@ def _seconds(text: str) -> float:
     return value
 
 
-def _add_demo_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--once",
-        action="store_true",
-        help="end when every result has arrived, instead of serving until Ctrl-C",
-    )
+def _option_of(*names: str, **how: typing.Any) -> tuple[tuple[str, ...], dict]:
+    """An option of a command, as argparse takes it; one with nothing but a help is a flag."""
+    return names, how if how.keys() - {"help"} else {"action": "store_true", **how}
 
 
-def _add_data_dir(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--data-dir", metavar="DIR", help="instead of executor.data_dir of the configuration"
-    )
-
-
-def _add_status_options(command: argparse.ArgumentParser) -> None:
-    _add_data_dir(command)
-    command.add_argument("--json", action="store_true", help="for programs")
-    command.add_argument(
-        "--watch",
-        action="store_true",
-        help="again every second, until Ctrl-C; with --json a line each",
-    )
-
-
-def _add_exec_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("job", metavar="JOB")
-    command.add_argument("--param", default="", help="the parameter, as the admin would send it")
-    command.add_argument(
-        "--shard",
-        type=_shard,
-        default=(0, 1),
-        metavar="I/N",
-        help="shard index and total, default 0/1",
-    )
-    command.add_argument(
-        "--timeout",
-        type=_seconds,
-        metavar="T",
-        help="such as 90, 90s or 10m; the job's own applies too",
-    )
-
-
-def _add_runs_options(command: argparse.ArgumentParser) -> None:
-    _add_data_dir(command)
-    command.add_argument("job", metavar="JOB", nargs="?", help="only those of this job")
-    command.add_argument("--failed", action="store_true", help="only those that did not succeed")
-    command.add_argument("-n", type=_lines, default=20, metavar="N", help="how many, default 20")
-    command.add_argument("--json", action="store_true", help="for programs")
-
-
-def _add_logs_options(command: argparse.ArgumentParser) -> None:
-    _add_data_dir(command)
-    command.add_argument("run", metavar="JOB|LOGID", help="the latest run of a job, or this one")
-    command.add_argument(
-        "-f", "--follow", action="store_true", help="go on until the run has ended, or Ctrl-C"
-    )
-    command.add_argument(
-        "-n", type=_lines, metavar="LINES", help="only so many lines, from the end"
-    )
-
-
-class Command(typing.NamedTuple):
-    """What `xxl-executor NAME` does, for its help and its options."""
-
-    name: str
-    text: str
-    example: str
-    function: typing.Callable[[argparse.Namespace], int]
-    add_options: typing.Callable[[argparse.ArgumentParser], None] = lambda command: None
-
-
-COMMANDS = (
-    Command(
+_DATA_DIR = _option_of(
+    "--data-dir", metavar="DIR", help="instead of executor.data_dir of the configuration"
+)
+_FOR_PROGRAMS = _option_of("--json", help="for programs")
+COMMANDS: tuple[tuple, ...] = (  # name, what it does, an example, the function, its options
+    (
         "run",
         "serve until SIGTERM (the default)",
         "-c /etc/xxl-executor/config.yaml run",
         cmd_run,
     ),
-    Command(
+    (
         "check",
         "validate the configuration and list the jobs",
         "-c config.yaml check",
         cmd_check,
     ),
-    Command(
+    (
         "demo",
         "run every job once against an admin on this machine",
         "-c config.example.yaml demo --once",
         cmd_demo,
-        _add_demo_options,
+        _option_of(
+            "--once", help="end when every result has arrived, instead of serving until Ctrl-C"
+        ),
     ),
-    Command(
+    (
         "exec",
         "run one job in the foreground; needs no admin and no daemon",
         "exec report --param day=monday --shard 0/3 --timeout 5m",
         cmd_exec,
-        _add_exec_options,
+        _option_of("job", metavar="JOB"),
+        _option_of("--param", default="", help="the parameter, as the admin would send it"),
+        _option_of(
+            "--shard",
+            type=_shard,
+            default=(0, 1),
+            metavar="I/N",
+            help="shard index and total, default 0/1",
+        ),
+        _option_of(
+            "--timeout",
+            type=_seconds,
+            default=0.0,
+            metavar="T",
+            help="such as 90, 90s or 10m; the job's own applies too",
+        ),
     ),
-    Command(
+    (
         "runs",
         "list the latest runs",
         "runs report --failed",
         cmd_runs,
-        _add_runs_options,
+        _DATA_DIR,
+        _option_of("job", metavar="JOB", nargs="?", help="only those of this job"),
+        _option_of("--failed", help="only those that did not succeed"),
+        _option_of("-n", type=_lines, default=20, metavar="N", help="how many, default 20"),
+        _FOR_PROGRAMS,
     ),
-    Command(
+    (
         "logs",
         "show the output of a run",
         "logs report -f",
         cmd_logs,
-        _add_logs_options,
+        _DATA_DIR,
+        _option_of("run", metavar="JOB|LOGID", help="the latest run of a job, or this one"),
+        _option_of("-f", "--follow", help="go on until the run has ended, or Ctrl-C"),
+        _option_of("-n", type=_lines, metavar="LINES", help="only so many lines, from the end"),
     ),
-    Command(
+    (
         "status",
         "show what the executor does, or did last",
         "status --json",
         cmd_status,
-        _add_status_options,
+        _DATA_DIR,
+        _FOR_PROGRAMS,
+        _option_of("--watch", help="again every second, until Ctrl-C; with --json a line each"),
     ),
 )
 
@@ -10356,17 +10166,18 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"xxl-executor {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
-    for command in COMMANDS:
-        added = commands.add_parser(
-            command.name,
-            help=command.text,
-            description=command.text[0].upper() + command.text[1:] + ".",
+    for name, text, example, function, *options in COMMANDS:
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
             parents=[common],
             formatter_class=argparse.RawDescriptionHelpFormatter,
-            epilog=f"example:\n  xxl-executor {command.example}",
+            epilog=f"example:\n  xxl-executor {example}",
         )
-        added.set_defaults(function=command.function)
-        command.add_options(added)
+        command.set_defaults(function=function)
+        for names, how in options:
+            command.add_argument(*names, **how)
     return top
 
 
@@ -10464,7 +10275,8 @@ def main(argv: typing.Sequence[str] | None = None) -> int:
         server = socket.socket(fileno=int(argv[1]))
         if argv[2:]:
             import_first(server, argv[2])
-        work = serve_python(server)
+        trim_memory()
+        work = Forker(server).serve()
         return work() if work is not None else 0
     output = Output(2)
     if isinstance(sys.stdout, io.TextIOWrapper):  # of a locale that has not all characters
@@ -10483,18 +10295,12 @@ def main(argv: typing.Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print("\n".join(map(printable, str(error).split("\n"))), file=sys.stderr)
         return 2
-    except BrokenPipeError:  # `status | head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
-    except OSError as error:  # /dev/full, a disk that is
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        print(f"xxl-executor: {error}", file=sys.stderr)
-        return 1
-    except ExecutorError as error:
-        print(f"xxl-executor: {error}", file=sys.stderr)
-        return 1
-    except ModuleNotFoundError as error:
-        print(f"xxl-executor: {error}: {INSTALL}", file=sys.stderr)
+    except (OSError, ExecutorError, ModuleNotFoundError) as error:
+        if isinstance(error, OSError):  # /dev/full, a disk that is; nothing more is to be written
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if not isinstance(error, BrokenPipeError):  # else `status | head` has seen enough
+            hint = f": {INSTALL}" if isinstance(error, ModuleNotFoundError) else ""
+            print(f"xxl-executor: {error}{hint}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -674,6 +674,17 @@ def test_failover_is_in_process_too(loopback, port, tmp_path):
         client.close()
 
 
+def test_a_result_that_is_taken_is_no_heartbeat(executor, admin):
+    """The alert on missing heartbeats stayed silent while the admin refused to register us."""
+    refused = (200, b'{"code":500,"msg":"no"}')
+    admin.behave = lambda path, body: refused if path == "/api/registry" else None
+    daemon = executor({"hello": {"shell": "echo hello"}}, admin=admin)
+    run_job(daemon, admin, "hello")
+    name = "xxl_executor_last_heartbeat_timestamp_seconds"
+    shown = daemon.session.get(daemon.url + "/metrics", timeout=20).text
+    assert float(re.search(rf"^{name} (.+)$", shown, re.MULTILINE)[1]) == 0
+
+
 def test_threads_wait_for_their_turn_at_an_address_that_refuses(port, tmp_path):
     """Each has tried before it says that it failed, though they came within the second in which
     there is one attempt."""
