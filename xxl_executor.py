@@ -259,9 +259,9 @@ class Trigger:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """How a run ended, or why it is being ended, which `result_of` and `_thread_stuck` copy field
-    by field: `code` is SUCCESS, FAILURE or TIMEOUT; `exit_status` as a shell would show it, None in
-    a thread."""
+    """How a run ended, or why it is being ended: then `result_of` and `_thread_stuck` make the
+    final one of it, and a new field that should last is copied there. `code` is SUCCESS, FAILURE or
+    TIMEOUT; `exit_status` as a shell would show it, None in a thread."""
 
     code: int
     message: str
@@ -1700,7 +1700,7 @@ def legible_data_dir(file: str) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# 2c what this host lacks
+# 2c warnings: what this host lacks, what does not fit together
 # --------------------------------------------------------------------------------------------------
 SOURCE_LIMIT = 1 << 20  # bytes; a longer module is not looked into
 # Asks also the finders of what is installed as editable, which import nothing to tell where it is.
@@ -2435,9 +2435,9 @@ class Listener:
 # 4b connections
 # --------------------------------------------------------------------------------------------------
 class Connections:
-    """Who is connected; the selector thread, which alone owns every connection. At
-    `max_connections` those who have not shown the token make room first, then the one that is idle
-    the longest."""
+    """Who is connected; the selector thread, which alone owns every connection (`connections`: any
+    thread). At `max_connections` those who have not shown the token make room first, then the one
+    that is idle the longest."""
 
     def __init__(self, listener: socket.socket, max_connections: int):
         self._limit = max_connections
@@ -2449,6 +2449,7 @@ class Connections:
 
     @property
     def connections(self) -> int:
+        """How many; any thread."""
         return len(self._connections)
 
     def _leaving(self) -> bool:
@@ -2480,10 +2481,10 @@ class Connections:
         for sock, peer in self._listener.accept(max(1, room)):
             connection = Connection(sock, peer)
             self._connections[connection.fd] = connection
-            self._guarded(self._begin, connection)
+            self._guarded(self._register, connection)
         return len(self._connections) > before
 
-    def _begin(self, connection: Connection) -> None:
+    def _register(self, connection: Connection) -> None:
         self._epoll.register(connection.fd, connection.events)
 
     def _make_room(self) -> bool:
@@ -3072,8 +3073,8 @@ class Api:
         }
 
     def trusts(self, request: Request) -> bool:
-        """Whether it has shown the token, or none is needed; a web page in somebody's browser,
-        which says so by Origin, is never trusted."""
+        """Whether it has shown the token, for /status its key, or none is needed; a web page in
+        somebody's browser, which says so by Origin, is never trusted."""
         token = self.config.admin.access_token
         given = request.fields.get(b"xxl-job-access-token", [])
         if b"origin" in request.fields:
@@ -4170,11 +4171,12 @@ def import_first(server: socket.socket, wanted: str) -> None:
 class Forker:
     """The main loop of a Python server.
 
-    A request is one byte with three descriptors: `output`, `report` and `channel`. `report` is held
-    by this process and the daemon alone and gets a line of JSON with the PID, and one with the exit
-    status. The child is reaped when the daemon has closed its end: until then its PID is nobody
-    else's. What to run comes over `channel`, from the daemon to the child itself, once its PID is
-    known: this process, whose memory all children inherit, never sees a run's environment.
+    A fork is asked for by one byte with three descriptors: `output`, `report` and `channel`.
+    `report`: a pipe of this process and the daemon alone; a line of JSON tells the PID or an error,
+    a second one the exit status. A child that has ended is reaped when the daemon has closed
+    `report`: until then its PID is nobody else's. What to run goes over `channel` to the child
+    itself, once the daemon knows its PID: this process never has a run's environment, which later
+    children would inherit.
     """
 
     def __init__(self, server: socket.socket):
@@ -4187,11 +4189,11 @@ class Forker:
             self._poller.register(fd, select.POLLIN)
         self._running: dict[int, int] = {}  # descriptor of the report: PID
         self._ended: dict[int, int] = {}  # the same, not reaped yet
-        self._left: set[int] = set()  # PIDs that the daemon has given up
+        self._given_up: set[int] = set()  # PIDs
 
     def serve(self) -> typing.Callable[[], int] | None:
-        """Fork a child for every request; returns the work in each child, None when the daemon has
-        closed the socket."""
+        """Fork a child each time it is asked; returns the work in each child, None when the daemon
+        has closed the socket."""
         while True:
             ready = {number for number, _ in self._poller.poll()}
             if self._wake_up.fd in ready:
@@ -4210,25 +4212,25 @@ class Forker:
                 return work
 
     def _look_at_children(self) -> None:
-        """Some have ended."""
+        """After SIGCHLD: report those that have ended, reap those given up."""
         for report, pid in list(self._running.items()):
             outcome = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             if outcome is not None:
                 self._ended[report] = self._running.pop(report)
                 _report(report, status=exit_status(outcome))
-        self._left = {pid for pid in self._left if os.waitpid(pid, os.WNOHANG)[0] == 0}
+        self._given_up = {pid for pid in self._given_up if os.waitpid(pid, os.WNOHANG)[0] == 0}
 
     def _release(self, report: int) -> None:
-        """The daemon has closed its end."""
+        """The daemon has closed `report`: reap the child, now or at its end."""
         self._poller.unregister(report)
         os.close(report)
         if report in self._ended:
             os.waitpid(self._ended.pop(report), 0)
         else:
-            self._left.add(self._running.pop(report))
+            self._given_up.add(self._running.pop(report))
 
     def _fork(self, output: int, report: int, channel: int) -> typing.Callable[[], int] | None:
-        """The work in the child, None in this process."""
+        """In the child: its work; here: None."""
         try:
             pid = os.fork()
         except OSError as error:
@@ -4485,18 +4487,20 @@ class Child:
 
 
 class ForkedChild:
-    """A job process that a Python server forked: `fd` is readable when the server reports of it, or
-    is gone. Only the server holds its other end; the job holds that of `channel`."""
+    """A job process that a Python server forked. `fd`, the reading end of `report`, is readable
+    when the server tells something, or is gone: nobody else has the other end. The job holds that
+    of `channel`."""
 
     def __init__(self, server: PythonServer, report: int, channel: socket.socket):
         self.server, self.fd, self._channel = server, report, channel
         os.set_blocking(report, False)
-        self.pid, self.lost, self.error = 0, False, ""
+        self.pid, self.error = 0, ""
+        self.lost = False  # the server has gone, the status is unknown
         self.seen: dict[int, int] = {}  # {pid: start time} of its process
         self._status: int | None = None
         self._data = b""
 
-    def go_on(self, request: dict) -> None:
+    def send_request(self, request: dict) -> None:
         """Its PID is known: have it run `request`."""
         process = process_stat(self.pid)
         if process is not None:
@@ -4508,10 +4512,11 @@ class ForkedChild:
                 socket.send_fds(self._channel, [b"x"], [stream.fileno()])
 
     def poll(self) -> int | None:
-        """The exit status, negative for a signal, or None while it runs."""
+        """Take what the server has told (`pid`, `error`); returns the exit status, negative for a
+        signal, or None while it runs."""
         with contextlib.suppress(BlockingIOError):
             data = os.read(self.fd, _CHUNK)
-            if not data and self._status is None:  # its child may live
+            if not data and self._status is None:  # the server is gone, the process may live
                 self._status, self.lost = 1, True
             self._data += data
         *lines, self._data = self._data.split(b"\n")
@@ -4525,7 +4530,7 @@ class ForkedChild:
     def session(self) -> int:
         """The number of its session, 0 once it may belong to somebody else."""
         known = not self.lost or start_time(self.pid) == self.seen.get(self.pid, 0)
-        return self.pid if known else 0  # its marker tells then
+        return self.pid if known else 0  # then its tree is found by the marker alone
 
     @property
     def message(self) -> str:
@@ -4538,17 +4543,17 @@ class ForkedChild:
         return readable(data)
 
     def close(self) -> None:
-        """Has the server reap it."""
+        """Have the server reap it."""
         os.close(self.fd)
         self._channel.close()
         self.server.release()
 
 
 class PythonServer:
-    """A warm interpreter that forks the processes of `python` jobs; the supervisor's thread.
+    """The daemon's end of a Python server, whose process runs `Forker`; the supervisor's thread.
 
-    `fd` is readable when it tells of what it has imported beforehand, see `listen`; -1 once nobody
-    listens."""
+    `fd` is readable when it tells of what it has imported beforehand, see `import_problems`; -1
+    once PythonServers does not watch it."""
 
     def __init__(
         self,
@@ -4580,8 +4585,8 @@ class PythonServer:
         _OWN.add(self._popen.pid)
         self._socket.setblocking(False)
 
-    def listen(self) -> list[str] | None:
-        """What it could not import; None at its end."""
+    def import_problems(self) -> list[str] | None:
+        """What it could not import, [] for nothing yet; None at its end."""
         try:
             data = self._socket.recv(_CHUNK)
         except BlockingIOError:
@@ -4607,7 +4612,9 @@ class PythonServer:
             except OSError:
                 ours.close()
                 raise
-            with contextlib.suppress(OSError):  # it is gone or silent, which `report` tells
+            with contextlib.suppress(
+                OSError
+            ):  # it is gone or silent, which the child's `poll` tells
                 socket.send_fds(self._socket, [b"x"], [output, write, theirs.fileno()])
             os.close(write)
         self._children += 1
@@ -5080,8 +5087,8 @@ class Crew:
 
 
 class PythonServers:
-    """A Python server for each interpreter and what is preloaded; the supervisor's thread, but for
-    `close`: when that has ended."""
+    """One Python server for each interpreter and list to preload. The supervisor's thread; `close`:
+    once that has ended."""
 
     def __init__(
         self,
@@ -5096,7 +5103,7 @@ class PythonServers:
         self._servers: dict[tuple, PythonServer] = {}
 
     def of(self, job: JobConfig) -> PythonServer:
-        """The Python server of the interpreter that `job` wants. Raises OSError."""
+        """The living server for `job`, started if need be. Raises OSError."""
         # What is imported beforehand is shared by those that would find the same.
         path = job.pythonpath + (job.cwd,) if job.preload else ()
         key = (job.interpreter or sys.executable, job.preload, path)
@@ -5104,6 +5111,7 @@ class PythonServers:
         if server is None or not server.alive():
             if server is not None:
                 self.retire(server)
+            # as long as the marker of a run, see _take_request
             marked = {**self._environment, MARKER: f"{self._identity}-{'server':0>20}"}
             server = self._servers[key] = PythonServer(key[0], marked, job.preload, path)
             self._watch(server.fd, functools.partial(self._told_by, server, job.name))
@@ -5130,14 +5138,14 @@ class PythonServers:
         server.retire()
 
     def _leave(self, server: PythonServer) -> None:
-        """Once: its descriptor may soon be that of something else."""
+        """Stop watching it; again does nothing, for the number may be something else's by then."""
         if server.fd >= 0:
             self._unwatch(server.fd)
             server.fd = -1
 
     def _told_by(self, server: PythonServer, name: str) -> None:
-        """What a Python server says of what it imports; the end of it is seen when it is used."""
-        problems = server.listen()
+        """Log which imports failed; that it has ended is noticed at its next use."""
+        problems = server.import_problems()
         if problems is None:
             self._leave(server)
         for problem in problems or ():
@@ -5290,8 +5298,8 @@ class Supervisor(Watched):
         self._crew.do(act)
 
     def end_silent_server(self, server: PythonServer) -> None:
-        """After it was retired because it did not answer: leave it while what it forked runs, and
-        kill it when one of those has ended and it has not told so."""
+        """One retired for its silence lives on while its children run, and is killed when one has
+        ended unreported."""
         children = [run.child_of(server) for run in self._runs.values()]
         if any(child is not None and has_ended(child.pid) for child in children):
             server.kill()
@@ -5840,7 +5848,7 @@ class ProcessRun(EndingRun):
         assert isinstance(child, ForkedChild)
         child.poll()
         if child.pid:
-            child.go_on(self._launch.request())
+            child.send_request(self._launch.request())
             self._run()
         elif child.error:
             self._give_back_child()
@@ -10241,7 +10249,8 @@ class _Json(logging.Formatter):
 
 
 def set_up_logging(output: Output) -> None:
-    """One line an event to `output`; under systemd with a priority and without the time."""
+    """One line an event to `output`; under systemd with a priority and without the time. Names of
+    threads are switched off here."""
     handler = _Handler(output)
     handler.setFormatter(_OneLine(with_time=not os.environ.get("JOURNAL_STREAM")))
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = (

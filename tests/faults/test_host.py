@@ -716,6 +716,18 @@ def hung(tmp_path):
         yield str(place / "sub"), end
 
 
+def programs_of_children(pid):
+    """Names of what its children run; one that has not begun to is called as their parent."""
+    processes = {
+        name: xxl_executor.process_stat(int(name)) for name in os.listdir("/proc") if name.isdigit()
+    }
+    return {
+        os.path.basename(os.readlink(f"/proc/{name}/exe"))
+        for name, process in processes.items()
+        if process is not None and process.parent == pid and process.alive
+    }
+
+
 def test_a_job_whose_directory_does_not_answer_holds_up_nobody(executor, admin, hung):
     """Its start hangs; others start, end, time out and are killed meanwhile."""
     directory, end = hung
@@ -734,6 +746,8 @@ def test_a_job_whose_directory_does_not_answer_holds_up_nobody(executor, admin, 
             ids[name], reply = admin.trigger(daemon.url, name, jobId=number)
             assert reply["code"] == 200
         assert result_of(admin, ids["ok"])["handleMsg"] == "hi"
+        # What hangs is a thread, and not a child with copies of what other starts wait to see closed.
+        wait_until(lambda: programs_of_children(daemon.process.pid) == {"sleep"}, 5, "both starts")
         assert result_of(admin, ids["slow"])["handleMsg"] == "timed out after 1 s"
         assert admin.call(daemon.url, "/kill", {"jobId": 3})["code"] == 200
         assert result_of(admin, ids["killed"])["handleMsg"] == "killed by the admin"
