@@ -709,7 +709,7 @@ class WakeUp:
 class Pace:
     """Has a thread pause for `seconds` after each turn in which there was much to do: what a turn
     costs whatever it does, such as a commit, is then shared by more (tests/bench.py, shell: 1.1
-    times the runs with 0.8 of the CPU). A lone message never waits."""
+    times the runs with 0.9 of the CPU). A lone message never waits."""
 
     MUCH = 3  # things to do in a turn
 
@@ -770,17 +770,12 @@ def share_cpu() -> None:
         os.sched_setaffinity(0, _SHARED)
 
 
-def use_all_cpus() -> None:
-    """Let the calling thread, and the processes and threads that it starts from now on, run where
-    the main thread may, which shares no CPU."""
-    with contextlib.suppress(OSError):
-        os.sched_setaffinity(0, os.sched_getaffinity(os.getpid()))
-
-
 @contextlib.contextmanager
 def all_cpus() -> typing.Iterator[None]:
-    """Inside, a thread that shares a CPU may `use_all_cpus`."""
-    use_all_cpus()
+    """Inside, the calling thread, which shares a CPU, may run where the main thread may, which
+    shares none: so may the processes and threads that begin there."""
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(0, os.sched_getaffinity(os.getpid()))
     try:
         yield
     finally:
@@ -1605,10 +1600,10 @@ class _ConfigReader(_YamlReader):
         """The token that systemd passes (LoadCredential=token:...), when none is configured."""
         self.files.append(glob.escape(node.value))
         try:
-            if os.path.exists(node.value):
-                _token_file(self, node)
+            _token_file(self, node)
         except _Bad as error:
-            self.problem(node, f"admin.access_token: {node.value}: {error}")
+            if not isinstance(error.__context__, FileNotFoundError):
+                self.problem(node, f"admin.access_token: {node.value}: {error}")
 
     def _include(self, node: Node, jobs: dict, where: dict) -> None:
         if _absent(node):
@@ -1809,9 +1804,9 @@ class HostCheck:
         problem = self._no_program(job, job.interpreter) if job.interpreter else ""
         if not problem and interpreter not in self._asked:
             self._asked[interpreter] = self._ask(interpreter)
-        path, _, problem = self._asked.get(interpreter, ([], [], problem))
-        if problem:
-            yield "interpreter", problem
+        path, _, other = self._asked.get(interpreter, ([], [], ""))
+        if problem or other:
+            yield "interpreter", problem or other
             return
         path = [*job.pythonpath, job.cwd, *path]
         for module in job.preload:
@@ -5192,8 +5187,8 @@ class Supervisor(Watched):
         self._epoll = select.epoll()
         self.null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)  # stdin of the jobs
         self._wake_up = WakeUp()
-        self._pace = Pace(0.002)
-        self._asleep = self._closing = False
+        self._pace = Pace(0.004)
+        self._asleep = self._closing = self._hurried = False
         self._memory_kills: bytes | None = None
         self.timers = Timers(self._nudge)
         self._crew = Crew("aside", ASIDE_LIMIT, 10.0, self.timers)
@@ -5261,8 +5256,8 @@ class Supervisor(Watched):
             for call in self.timers.due():
                 guarded(call)
             self._tell()
-            self._pace.turned(count)
-            self._busy_since = 0.0
+            self._pace.turned(0 if self._hurried else count)
+            self._hurried, self._busy_since = False, 0.0
 
     def _tell(self) -> None:
         if self.lines:
@@ -5305,6 +5300,10 @@ class Supervisor(Watched):
             server.kill()
         elif any(children):
             self.timers.after(SERVER_LIMIT, lambda: self.end_silent_server(server))
+
+    def hurry(self) -> None:
+        """Go on at once after this turn: a pipe was full, and holds its job up."""
+        self._hurried = True
 
     def memory_kills(self) -> bytes:
         """memory_kills() as of this turn, in which many runs may begin."""
@@ -5456,18 +5455,17 @@ class Launch:
             ]
         # Without user= and preexec_fn subprocess uses vfork, which costs the same however large the
         # daemon is.
-        # And leave it so: going back moves the thread (tests/bench.py, shell: 1.1 times the CPU).
-        use_all_cpus()
-        popen = subprocess.Popen(
-            command,
-            cwd=job.cwd,
-            env=self._environment(),
-            stdin=self._supervisor.null,
-            stdout=self.write,
-            stderr=self.write,
-            start_new_session=True,
-            **self._as_user,
-        )
+        with all_cpus():
+            popen = subprocess.Popen(
+                command,
+                cwd=job.cwd,
+                env=self._environment(),
+                stdin=self._supervisor.null,
+                stdout=self.write,
+                stderr=self.write,
+                start_new_session=True,
+                **self._as_user,
+            )
         return Child(popen)
 
     def _environment(self) -> dict[str, str]:
@@ -5557,6 +5555,8 @@ class Launch:
             data = os.read(self.read, _CHUNK) if self.read >= 0 else b""
             if data:
                 out.write(data)
+                if len(data) > _CHUNK // 2:
+                    self._supervisor.hurry()
                 return True
             self.close_output()
         return False
@@ -5769,7 +5769,8 @@ class EndingRun:
         # `_kill_at` is set only by a cancellation that came before its end.
         cancelled = self._cancelled if self._kill_at is not None else None
         killed = self._status == -signal.SIGKILL
-        starved = killed and memory_kills() != self._launch.memory_kills
+        before = self._launch.memory_kills
+        starved = killed and before != b"" and memory_kills() not in (before, b"")
         return result_of(self._status, cancelled, message, self.out.last_line(), starved)
 
     # -- ENDED
@@ -8282,6 +8283,7 @@ class Registration:
         """Keep parked addresses known."""
         for address in self._parked:
             self._admin.registry(address, parked=True)
+            self._acknowledged_at = time.time()
 
     def _try(self, work: typing.Callable[[], None]) -> float:
         """Do `work`; returns the seconds until the next time."""

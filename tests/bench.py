@@ -25,6 +25,7 @@ import json
 import os
 import platform
 import re
+import selectors
 import shutil
 import signal
 import socket
@@ -427,6 +428,42 @@ class Bench:
         (self.directory / "bench_heavy.py").write_text(text)
         self.start_of("preload", {"preload": ["bench_slow"]}, "bench_heavy")
 
+    def loud(self):
+        """Four jobs that print as fast as somebody reads, against reading them alone."""
+        command, megabytes = "head -c 100000000 /dev/zero", 400
+        with (
+            self.admin("3.5") as admin,
+            self.executor(admin, {"loud": {"shell": command}}, log_limit="1MiB") as (_, url, _),
+        ):
+
+            def executed():
+                began = time.monotonic()
+                sent = [admin.trigger(url, "loud", jobId=number)[0] for number in range(4)]
+                if not admin.wait(lambda: all(map(admin.results.get, sent)), LIMIT):
+                    raise BenchError("no results of the loud jobs")
+                return megabytes / (time.monotonic() - began)
+
+            def read():
+                began = time.monotonic()
+                started = [
+                    subprocess.Popen(["/bin/sh", "-c", command], stdout=subprocess.PIPE)
+                    for _ in range(4)
+                ]
+                with selectors.DefaultSelector() as selector:
+                    for process in started:
+                        selector.register(process.stdout, selectors.EVENT_READ)
+                    while selector.get_map():
+                        for key, _ in selector.select():
+                            if not os.read(key.fd, 1 << 16):
+                                selector.unregister(key.fileobj)
+                for process in started:
+                    process.stdout.close()
+                    process.wait()
+                return megabytes / (time.monotonic() - began)
+
+            ours, alone = in_turns(5, executed, read)
+        self.ratio("loud", 0.3, ours, alone, "MB/s", "a loop that only reads")
+
     def drop(self):
         """The answer to /kill of a job with 10,000 runs that wait."""
         count = 10_000
@@ -777,7 +814,7 @@ def show(head, rows):
 
 
 def main():
-    names = ("shell", "python-start", "preload", "thread", "beat", "drop", "memory", "logs")
+    names = ("shell", "python-start", "preload", "thread", "beat", "loud", "drop", "memory", "logs")
     parser = argparse.ArgumentParser(description=textwrap.fill(__doc__.splitlines()[0]))
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(names))
     parser.add_argument(

@@ -410,6 +410,15 @@ def test_check_of_a_service_that_systemd_gives_its_token(place):
     assert place.run("check", CREDENTIALS_DIRECTORY=str(credentials))[::2] == (0, "")
 
 
+def test_a_token_of_systemd_that_cannot_be_read_is_no_missing_one(place):
+    """A start without a token would let everybody on this host in."""
+    place.write("executor: {bind: '127.0.0.1:0'}\njobs: {hello: {shell: x}}\n")
+    assert place.run("check", CREDENTIALS_DIRECTORY=str(place.directory))[::2] == (0, "")
+    (place.directory / "token").symlink_to("token")
+    status, _, err = place.run("check", CREDENTIALS_DIRECTORY=str(place.directory))
+    assert status == 2 and "Too many levels of symbolic links" in err
+
+
 def test_default_token_is_warned_of(executor, loopback, place):
     text = (
         "ACCESS TOKEN IS default_token, which every attacker tries first: set another"

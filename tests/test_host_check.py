@@ -127,6 +127,16 @@ def test_an_old_python(host):
     assert check(host, "check").stderr == f"warning: ./config.yaml:2: jobs.a.interpreter: {told}\n"
 
 
+def test_an_interpreter_that_only_one_of_two_jobs_finds(host):
+    job = f'python: "good:main", interpreter: {os.path.basename(sys.executable)}'
+    path = os.path.dirname(sys.executable)
+    (host / "config.yaml").write_text(
+        f'executor: {{bind: "127.0.0.1:0"}}\njobs:\n  a: {{{job}, env: {{PATH: "{path}"}}}}\n'
+        f"  b: {{{job}, env: {{PATH: /nowhere}}}}\n"
+    )
+    assert "warning: ./config.yaml:4: jobs.b.interpreter: " in check(host, "check").stderr
+
+
 @pytest.fixture
 def another_python(host):
     """An interpreter that is not the one of the program, for this only begins it."""
