@@ -336,9 +336,8 @@ def test_the_start_time_stays(executor):
 
 
 @pytest.mark.parametrize("answer", ["[1]", '{"version": 1}', '{"pid": 1, "reloadError": ""}'])
-def test_status_believes_no_stranger_on_the_port(executor, answer):
-    daemon = executor(HELLO)
-    port = daemon.port
+def test_status_believes_no_stranger_on_the_port(executor, port, answer):
+    daemon = executor(HELLO, executor={"bind": f"127.0.0.1:{port}"})
     daemon.kill()
 
     class Stranger(http.server.BaseHTTPRequestHandler):
