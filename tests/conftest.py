@@ -48,6 +48,20 @@ def wait_until(predicate, seconds=10.0, what="the condition"):
         pause.wait(0.01)
 
 
+def children_of(pid, states):
+    """The children of `pid` that are in one of `states`."""
+    found = {
+        int(name): xxl_executor.process_stat(int(name))
+        for name in os.listdir("/proc")
+        if name.isdigit()
+    }
+    return [
+        child
+        for child, fields in found.items()
+        if fields is not None and fields.parent == pid and fields.state in states
+    ]
+
+
 def alive(pid):
     """Whether process `pid` runs; a zombie does not."""
     found = xxl_executor.process_stat(pid)

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import alive, result_of, run_job, wait_until
+from conftest import alive, children_of, result_of, run_job, wait_until
 
 import xxl_executor
 
@@ -26,20 +26,6 @@ def ending(daemon, admin, handler, **fields):
     """Run a job; returns (code, message)."""
     _, result = run_job(daemon, admin, handler, **fields)
     return result["code"], result["handleMsg"]
-
-
-def children_of(pid, states):
-    """The children of `pid` that are in one of `states`."""
-    found = {
-        int(name): xxl_executor.process_stat(int(name))
-        for name in os.listdir("/proc")
-        if name.isdigit()
-    }
-    return [
-        child
-        for child, fields in found.items()
-        if fields is not None and fields[1] == pid and fields[0] in states
-    ]
 
 
 # -- what a job is given

@@ -3,6 +3,7 @@ it has no init."""
 
 import contextlib
 import ctypes
+import functools
 import glob
 import json
 import os
@@ -18,7 +19,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import LAUNCH, PROGRAM, alive, launch, result_of, run_job, wait_until
+from conftest import LAUNCH, PROGRAM, alive, children_of, launch, result_of, run_job, wait_until
 from tools import Ledger, Proxy, need_root, rounds
 
 import xxl_executor
@@ -716,18 +717,6 @@ def hung(tmp_path):
         yield str(place / "sub"), end
 
 
-def programs_of_children(pid):
-    """Names of what its children run; one that has not begun to is called as their parent."""
-    processes = {
-        name: xxl_executor.process_stat(int(name)) for name in os.listdir("/proc") if name.isdigit()
-    }
-    return {
-        os.path.basename(os.readlink(f"/proc/{name}/exe"))
-        for name, process in processes.items()
-        if process is not None and process.parent == pid and process.alive
-    }
-
-
 def test_a_job_whose_directory_does_not_answer_holds_up_nobody(executor, admin, hung):
     """Its start hangs; others start, end, time out and are killed meanwhile."""
     directory, end = hung
@@ -747,7 +736,15 @@ def test_a_job_whose_directory_does_not_answer_holds_up_nobody(executor, admin, 
             assert reply["code"] == 200
         assert result_of(admin, ids["ok"])["handleMsg"] == "hi"
         # What hangs is a thread, and not a child with copies of what other starts wait to see closed.
-        wait_until(lambda: programs_of_children(daemon.process.pid) == {"sleep"}, 5, "both starts")
+        children = functools.partial(children_of, daemon.process.pid, "RSD")
+        wait_until(
+            lambda: (
+                {os.readlink(f"/proc/{pid}/exe").rpartition("/")[2] for pid in children()}
+                == {"sleep"}
+            ),
+            5,
+            "both starts",
+        )
         assert result_of(admin, ids["slow"])["handleMsg"] == "timed out after 1 s"
         assert admin.call(daemon.url, "/kill", {"jobId": 3})["code"] == 200
         assert result_of(admin, ids["killed"])["handleMsg"] == "killed by the admin"
