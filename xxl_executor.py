@@ -1173,21 +1173,24 @@ class ScriptsConfig:
 
     def look(self) -> tuple[dict[str, JobConfig], list[str]]:
         """({name: job} of all files, why others are no jobs)."""
-        jobs: dict[str, JobConfig | None] = {}
+        jobs: dict[str, JobConfig] = {}
         problems = []
         for directory in self.directories:
             try:
                 with os.scandir(directory) as entries:  # what is below is nobody's job
-                    names = [e.name for e in entries if not e.is_dir(follow_symlinks=False)]
+                    places = [entry for entry in entries if not entry.is_dir(follow_symlinks=False)]
             except OSError as error:
                 problems.append(f"{directory}: {error.strerror}")
                 continue
-            for name in sorted(names):
+            for name in sorted(entry.name for entry in places):
                 try:
-                    jobs[name] = self.job(name)
+                    job = None if name in jobs else self.job(name)
                 except Refused as error:
                     problems.append(str(error))
-        return {name: job for name, job in jobs.items() if job is not None}, problems
+                    continue
+                if job is not None:
+                    jobs[name] = job
+        return jobs, problems
 
     def _unfit(self, directory: str, file: str) -> str:
         """Why `file` must not run, "" when it may: whoever can write it, or put another one there,
@@ -1312,8 +1315,8 @@ class _YamlReader:
             int, tuple
         ] = {}  # id of a node: (the node, so that no other gets its id, its pairs)
         self._open: list = []  # nodes whose pairs are being looked up
-        # (a text, the file where it stands): its node; remembered, for most are defaults
-        self.compose = functools.lru_cache(None)(self._compose)
+        # of a default: it is asked for again by each job
+        self._default = functools.lru_cache(None)(self.compose)
         self.problems: list[tuple[str, int, str]] = []
         self.places: dict[str, str] = {}  # of each key: file:line
 
@@ -1332,7 +1335,8 @@ class _YamlReader:
         """A value in the place of `node`."""
         return self.yaml.ScalarNode(tag, value, node.start_mark, node.end_mark, style=style)
 
-    def _compose(self, text: str, name: str) -> Node:
+    def compose(self, text: str, name: str) -> Node:
+        """The root of a YAML text from the file `name`."""
         loader = self.yaml.SafeLoader(text)
         loader.name = name
         return loader.get_single_node()
@@ -1469,7 +1473,7 @@ class _YamlReader:
                     value = self.expand(value)
                 if _absent(value):
                     place = self.file if node is None else node.start_mark.name
-                    value = self.expand(self.compose(default, place)) if default else None
+                    value = self.expand(self._default(default, place)) if default else None
                 fixed[name] = None if value is None else parse(self, value)
             except _Bad as error:
                 self.problem(error.node, f"{path}.{name}: {error}")
@@ -1500,7 +1504,6 @@ class _ConfigReader(_YamlReader):
             )
             return None
         given = {name.value: name for name, value in self.pairs(node) if not _absent(value)}
-        thread = job.isolation == "thread"
         for wrong, names, told in (
             (
                 not job.python,
@@ -1514,7 +1517,7 @@ class _ConfigReader(_YamlReader):
                 " of them",
             ),
             (
-                thread,
+                job.isolation == "thread",
                 ("interpreter", "user", "cwd", "env", "background", "preload"),
                 "has no effect with isolation: thread: remove it, or use process",
             ),
@@ -2038,7 +2041,12 @@ def _histogram(name: str, labels: tuple, value: list) -> list[str]:
     ]
 
 
-_BEGAN = time.time()  # about when this process began, in seconds since the epoch
+@functools.lru_cache(1)  # else it would change a little with each look, as if it had restarted
+def _process_began() -> float:
+    """When this process began, in seconds since the epoch. Raises OSError."""
+    ticks = int(_read_proc("/proc/self/stat").rpartition(b") ")[2].split()[19])
+    uptime = float(_read_proc("/proc/uptime").split()[0])
+    return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _process_metrics() -> list[str]:
@@ -2061,7 +2069,7 @@ def _process_metrics() -> list[str]:
                 "start_time_seconds",
                 "gauge",
                 "Start of the process since the epoch.",
-                round(_BEGAN, 2),
+                round(_process_began(), 2),
             ),
             ("virtual_memory_bytes", "gauge", "Virtual memory size.", int(fields[20])),
             ("resident_memory_bytes", "gauge", "Resident memory size.", resident),
@@ -2284,9 +2292,9 @@ class Connection:
         self.events = select.EPOLLIN
         self.trusted = self.used = False  # has shown the token; has had an answer
         self.buffer, self.skipped = bytearray(), 0  # blank lines before the request, in bytes
-        self.head: typing.Any = None  # Head, Request and Ticket of the current exchange, else None
-        self.request: typing.Any = None
-        self.ticket: typing.Any = None
+        self.head: Head | None = None
+        self.request: Request | None = None
+        self.ticket: Ticket | None = None
         self.out, self.sent, self.close_after = b"", 0, False
         self.lent: list[tuple[Budget, int]] = []
 
@@ -2298,8 +2306,10 @@ class Connection:
         """Whether something came that was not looked at yet, be it the end."""
         try:
             self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except OSError as error:
-            return not isinstance(error, BlockingIOError)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
         return True
 
     def take_head(self) -> bytes | None:
@@ -2611,6 +2621,7 @@ class Exchanges(Connections):
 
     def _expect_body(self, connection: Connection) -> None:
         head = connection.head
+        assert head is not None
         if connection.phase is Phase.WAITING:
             connection.enter(Phase.BODY, REQUEST_TIMEOUT)
         connection.phase = Phase.BODY  # with the deadline that began with its first byte
@@ -2620,6 +2631,7 @@ class Exchanges(Connections):
 
     def _take_body(self, connection: Connection) -> bool:
         head, request = connection.head, connection.request
+        assert head is not None and request is not None
         if len(connection.buffer) < head.length:
             self._watch(connection, select.EPOLLIN)
             return False
@@ -2639,6 +2651,7 @@ class Exchanges(Connections):
     def _dispatch(self, connection: Connection) -> None:
         """Answer a whole request here, or hand it over; 503 for a stranger while an eighth of
         max_connections waits for the pool."""
+        assert connection.request is not None
         route = self._api.route(connection.request)
         if route is Route.DIRECT or route is Route.CORE:
             ticket = Ticket(connection, self._deliver)
@@ -4427,8 +4440,8 @@ def _memory_events() -> str:
 
 
 def memory_kills() -> bytes:
-    """How many processes of this control group the kernel has killed for want of memory, among
-    other words of the kernel; b"" where that is not told."""
+    """How many processes of this control group the kernel has killed for want of memory, in its
+    digits; b"" where that is not told."""
     with contextlib.suppress(OSError, ValueError):
         _, _, count = os.pread(_kept_open(_memory_events()), 4096, 0).partition(b"oom_kill ")
         return count.split(b"\n")[0]
@@ -4607,9 +4620,8 @@ class PythonServer:
             except OSError:
                 ours.close()
                 raise
-            with contextlib.suppress(
-                OSError
-            ):  # it is gone or silent, which the child's `poll` tells
+            # it may be gone or silent, which the child's `poll` tells
+            with contextlib.suppress(OSError):
                 socket.send_fds(self._socket, [b"x"], [output, write, theirs.fileno()])
             os.close(write)
         self._children += 1
@@ -5176,8 +5188,8 @@ class Supervisor(Watched):
             raise ExecutorError(
                 f"cannot become the reaper of orphans: {os.strerror(ctypes.get_errno())}"
             )
-        for look in (memory_kills, reap_orphans):  # opens what it keeps open, while it can
-            look()
+        memory_kills()  # these two keep something open: as long as there are descriptors
+        reap_orphans()
         self.servers = PythonServers(self.environment, identity, self.watch, self.unwatch)
         self._runs: dict[int, ProcessRun] = {}  # by logId
         self._inbox: collections.deque[typing.Callable[[], None]] = collections.deque()
@@ -7066,8 +7078,9 @@ class JournalReader(Facts):
         if newest and isinstance(newest[0][0], float):  # else a damaged row
             keep = min(keep, max(self.clock.now() - newest[0][0], REPEAT_WINDOW))
         removed = self._remove("state = 'delivered'", keep, stop)
-        acknowledged = "state <> 'delivered' AND state IN ('acknowledged', 'resent')"
-        removed += self._remove(acknowledged, keep, stop)
+        for state in (RunState.ACKNOWLEDGED, RunState.RESENT):
+            condition = f"state <> 'delivered' AND state = '{state.value}'"
+            removed += self._remove(condition, keep, stop)
         dead = self._remove("state <> 'delivered' AND state = 'dead'", 4 * DEAD_AFTER, stop)
         if dead:
             self._ask(self._count_dead)
@@ -7912,7 +7925,7 @@ class _Link:
 
     def post(self, path: str, headers: dict[str, str], body: bytes) -> tuple[int, bytes]:
         """(HTTP status, at most REPLY_LIMIT + 1 bytes). Raises AdminUnreachable."""
-        self._expired = False
+        self._expired, ends_at = False, time.monotonic() + self._timeout
         timer = threading.Timer(self._timeout, self._expire)
         timer.daemon = True
         try:
@@ -7938,7 +7951,7 @@ class _Link:
             self._disconnect()
             reason = (
                 f"no complete answer within {seconds_text(self._timeout)}"
-                if self._expired
+                if self._expired or time.monotonic() >= ends_at  # the socket's own limit was first
                 else root_cause(error)
             )
             raise AdminUnreachable(f"{self._url}{path}{self.via}: {reason}") from None
