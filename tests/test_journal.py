@@ -1204,7 +1204,7 @@ def test_no_query_of_the_daily_work_reads_delivered_runs(connections, file):
         for db in of_file(connections, file):
             db.set_trace_callback(None)
         asked = [query for query in asked if "FROM runs" in query]
-        assert len(asked) == 8
+        assert len(asked) == 9
         for query in asked:
             plan = " ".join(row[3] for row in outside(file, "EXPLAIN QUERY PLAN " + query))
             assert "SCAN runs" not in plan or re.search("USING (COVERING )?INDEX", plan), (

@@ -144,7 +144,7 @@ def test_a_flood_of_triggers_while_good_and_broken_files_are_reloaded(executor, 
     assert not found["errors"]
     assert len(found["accepted"]) + sum(found["refused"].values()) == count
     assert set(found["refused"]) == set(REFUSALS.values()), found["refused"]
-    assert refused[2] <= 1000, refused  # an admin waits for 3 s
+    assert refused[1] <= 100 and refused[2] <= 1000, refused
     assert grown <= 64 * MIB, f"{grown / MIB:.1f} MiB"
     times = collections.Counter(ledger.started())
     assert set(times.values()) == {1} and set(times) <= ledger.accepted
