@@ -5261,7 +5261,7 @@ class Supervisor(Watched):
             count = len(events) + len(self._inbox)
             self._memory_kills = None
             for fd, handler in [(fd, self._handlers.get(fd)) for fd, _ in events]:
-                if handler and self._handlers.get(fd) == handler:  # not closed in it
+                if handler and self._handlers.get(fd) == handler:  # else closed in this turn
                     guarded(handler)
             for _ in range(len(self._inbox)):
                 guarded(self._inbox.popleft())
@@ -9005,7 +9005,7 @@ class Daemon(Wiring):
     def __init__(self, config: Config, signals: Signals | None = None):
         """`signals`: what has come since the process began; else the daemon takes them later."""
         super().__init__(config)
-        self.signals: typing.Any = signals
+        self._signals = signals
         self._reap_at: float | None = None
         self._housekeeping_at = time.monotonic()
         self._watch_at = self._housekeeping_at if config.executor.watch_config else None
@@ -9044,13 +9044,19 @@ class Daemon(Wiring):
 
     # -- the main thread's loop
 
+    @property
+    def signals(self) -> Signals:
+        """From the first use on signals wait for `wait`."""
+        if self._signals is None:
+            self._signals = Signals(*self.SIGNALS)
+        return self._signals
+
     def wait(self) -> None:
         """Handle signals until one asks for the end."""
         while not self._next(None):
             pass
 
     def close(self) -> None:
-        self.signals = self.signals or Signals(*self.SIGNALS)
         self.stop()
         self.signals.close()
 
@@ -9563,7 +9569,7 @@ def cmd_demo(arguments: argparse.Namespace) -> int:
             " succeeded, every result arrived at the admin."
         )
         if not arguments.once:
-            daemon.signals = Signals(*Daemon.SIGNALS)  # from now on Ctrl-C waits for `wait`
+            assert daemon.signals  # from now on Ctrl-C waits for `wait`
             _show_how_to_go_on(names[0], daemon.url, data_dir)
             daemon.wait()
     return 0
@@ -9648,9 +9654,10 @@ def cmd_exec(arguments: argparse.Namespace) -> int:
         raise ConfigError(f'{config.file}: there is no job "{arguments.job}": known are {known}')
     logging.getLogger().setLevel(logging.WARNING)
     job = dataclasses.replace(job, timeout=shortest(job.timeout, arguments.timeout))
-    now = int(time.time() * 1000)
+    now, (shard, total) = int(time.time() * 1000), arguments.shard
+    param = arguments.param
     result = run_here(
-        Trigger(0, 0, job.name, arguments.param, "", 0, now, "BEAN", 0, *arguments.shard), job
+        Trigger(0, 0, job.name, param, "", 0, now, shard_index=shard, shard_total=total), job
     )
     if result.exit_status is not None:
         return result.exit_status
@@ -9750,11 +9757,15 @@ def look(path: str, config: Config | None) -> dict:
 def _look_back(path: str, state: dict) -> None:
     """Complete `state` from the journal that an executor has left."""
     with contextlib.closing(read_journal(os.path.join(path, "journal.db"))) as db:
-        runs = list(itertools.islice(past_runs(db), LOOK_BACK))
-    states, recent = collections.Counter(run.state for run in runs), RecentRuns(Metrics())
-    recent.remember([run for run in runs if run.code is not None])
-    counts = {"undelivered": states[RunState.FINISHED.value], "dead": states[RunState.DEAD.value]}
-    state.update(recent.snapshot(), **counts)
+        for run in itertools.islice(past_runs(db), LOOK_BACK):
+            state["undelivered"] += run.state == RunState.FINISHED.value
+            state["dead"] += run.state == RunState.DEAD.value
+            if run.code is not None:
+                codes = state["recent"].setdefault(run.handler, [])
+                if not codes and run.code != SUCCESS:
+                    state["failures"].append(run.shown())
+                if len(codes) < RECENT:
+                    codes.insert(0, run.code)
 
 
 def ask_status(owner: Owner) -> dict:
@@ -10319,12 +10330,18 @@ def main(argv: typing.Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print("\n".join(map(printable, str(error).split("\n"))), file=sys.stderr)
         return 2
-    except (OSError, ExecutorError, ModuleNotFoundError) as error:
-        if isinstance(error, OSError):  # /dev/full, a disk that is; nothing more is to be written
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        if not isinstance(error, BrokenPipeError):  # else `status | head` has seen enough
-            hint = f": {INSTALL}" if isinstance(error, ModuleNotFoundError) else ""
-            print(f"xxl-executor: {error}{hint}", file=sys.stderr)
+    except BrokenPipeError:  # `status | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except OSError as error:  # /dev/full, a disk that is
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        print(f"xxl-executor: {error}", file=sys.stderr)
+        return 1
+    except ExecutorError as error:
+        print(f"xxl-executor: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        print(f"xxl-executor: {error}: {INSTALL}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
