@@ -1971,7 +1971,9 @@ class Metrics:
             for name, (type_, _, *labels) in _METRICS.items()
             if type_ != "gauge" and not labels
         }
-        self.gauges: dict[str, typing.Callable[[], float]] = {}  # asked at each scrape
+        self.gauges: dict[
+            str, typing.Callable[[], float]
+        ] = {}  # without labels; asked at each scrape
 
     def count(self, name: str, amount: float = 1, **labels: typing.Any) -> None:
         key = (name, tuple(labels.items()))
@@ -2290,7 +2292,7 @@ class Connection:
         self.phase, self.since = Phase.IDLE, time.monotonic()
         self.deadline = self.since + STRANGER_TIMEOUT
         self.events = select.EPOLLIN
-        self.trusted = self.used = False  # has shown the token; has had an answer
+        self.trusted = self.used = False  # see Api.trusts; has had an answer
         self.buffer, self.skipped = bytearray(), 0  # blank lines before the request, in bytes
         self.head: Head | None = None
         self.request: Request | None = None
@@ -2454,7 +2456,7 @@ class Connections:
 
     @property
     def connections(self) -> int:
-        """How many; any thread."""
+        """How many are open; any thread."""
         return len(self._connections)
 
     def _leaving(self) -> bool:
@@ -2594,7 +2596,8 @@ class Exchanges(Connections):
             self._unfinished.append(connection)
 
     def _take_head(self, connection: Connection) -> bool:
-        """Whether a head was whole; then the body, its part of the budget or the answer is next."""
+        """Whether a head was whole; notes whether it shows the token. The body, its part of the
+        budget or the answer is next."""
         data = connection.take_head()
         if data is None:
             self._watch(connection, select.EPOLLIN)
@@ -3247,10 +3250,11 @@ RECENT = 10  # results of each handler that `status` shows
 SHOWN_HANDLERS = 1000  # handlers of which `status` shows results, at most
 LEAST_INBOX = 1000  # messages that may wait for a slow disk however small executor.max_queued is
 RETRY_STORING = 1.0  # seconds until what could not be stored is tried again
-# So many dropped runs are finished in the decision itself; of more, so many in each later turn.
+# Up to so many dropped runs are finished in the decision itself; if there are more, so many in
+# each later turn.
 # All of 10,000 at once took 0.2 to 0.5 s, in which nothing else was decided.
 DROPPED_AT_ONCE = 200
-_ONE_TURN = Work(lambda: None, lambda value: None)  # has the core turn, and store what it holds
+_ONE_TURN = Work(lambda: None, lambda value: None)  # wakes the core, which then stores what is held
 
 
 class Run:
@@ -3322,7 +3326,7 @@ class Batch:
 
     def __init__(self) -> None:
         self.undo: list[typing.Callable[[], typing.Any]] = []
-        # who is to be told what: None for yes, a text, or Refused; and the run that was accepted
+        # (ticket; None for yes, a text, or Refused; the run that was accepted, if any)
         self.answers: list[tuple[typing.Any, typing.Any, Run | None]] = []
         self.started: list[Run] = []
         self.cancelled: list[Run] = []
@@ -3391,6 +3395,7 @@ class RecentRuns:
                 self._failures[run.handler] = run
             if len(codes) < RECENT:
                 codes.appendleft(run.code or 0)
+        # the latest handler last, as `show` keeps them
         self._codes = {**dict(reversed(list(earlier.items()))), **live}
 
     def snapshot(self) -> dict:
@@ -3428,9 +3433,9 @@ class Lanes:
         running = [run for run in list(self._runs.values()) if run.started]
         return max([run.job.kill_grace for run in running], default=0.0) + KILL_LIMIT
 
-    def _release(self, lane: Lane) -> None:
-        """A run has come into `lane` or left it: the next one may start, after those of the other
-        lanes, or nobody needs it any more."""
+    def _lane_changed(self, lane: Lane) -> None:
+        """A run came into `lane` or left it: put the lane at the end of those that may start, or
+        forget it when it is empty."""
         if lane.running is None and lane.waiting:
             self._ready[lane] = None  # it keeps its place
         elif lane.running is None and self._lanes.get(lane.job_id) is lane:  # not its successor
@@ -3458,11 +3463,11 @@ class Decisions(Lanes):
         }
 
     def _start_ready(self) -> None:
-        """Start runs that wait since earlier turns, the lanes in turn, while there is room; none
-        that this turn accepts, for `_let_out` may still withdraw it."""
+        """While there is room, start what earlier turns accepted, lane after lane. What this turn
+        accepts `_let_out` may still withdraw."""
         while self._may_start():
             lane, _ = self._ready.popitem(last=False)
-            self._batch.undo.append(functools.partial(self._release, lane))
+            self._batch.undo.append(functools.partial(self._lane_changed, lane))
             if lane.running is None and lane.waiting:
                 self._start_next(lane)
 
@@ -3481,7 +3486,7 @@ class Decisions(Lanes):
             self._drop_waiting(lane, 1, why)
             return
         failpoint("starting")
-        self._batch.started.append(run)  # before the write: `_refuse` fails those whose start did
+        self._batch.started.append(run)  # before the write, which may fail: `_refuse` looks here
         if not self._journal.start(run.trigger.log_id):
             self._batch.started.pop()
             told = f"not started: run {run.trigger.log_id} is not waiting in the journal"
@@ -3515,8 +3520,8 @@ class Decisions(Lanes):
         self._batch.answers.append((message.ticket, outcome, run))
 
     def _accept(self, trigger: Trigger, job: typing.Any) -> Run | None:
-        """Refuses by the keys of the job and the limits of the executor, then by its lane; None for
-        a logId that is known already. Raises Refused."""
+        """None for a logId that is known already. Raises Refused: by the job's keys, a stop, the
+        lane, then max_queued."""
         if trigger.log_id in self._runs:
             return None
         if isinstance(job, Refused):
@@ -3552,13 +3557,13 @@ class Decisions(Lanes):
         self._lanes[lane.job_id] = lane
         lane.waiting.append(run)
         self._queued += 1
-        self._release(lane)
+        self._lane_changed(lane)
 
         def undo() -> None:
             del self._runs[trigger.log_id]
             lane.waiting.pop()
             self._queued -= 1
-            self._release(lane)
+            self._lane_changed(lane)
 
         self._batch.undo.append(undo)
         return run
@@ -3581,6 +3586,8 @@ class Decisions(Lanes):
             if running is not None:
                 self._cancel(running, Result(FAILURE, "killed by the admin"))
             told = f"killed {int(running is not None)} running, dropped {waiting} waiting"
+            if running is not None and running.stuck:  # it has its result, and nothing waits
+                told = f"nothing to kill: {running.stuck_text()}"
         self._batch.answers.append((message.ticket, told, None))
 
     def _expire(self, message: Expired) -> None:
@@ -3600,8 +3607,8 @@ class Decisions(Lanes):
         self._batch.works.append((message, message.work()))
 
     def _cancel(self, run: Run, result: Result) -> None:
-        """The first reason wins, and a later one shortens nothing. The journal has it, if it can
-        store it, before anything is done, so that a crash does not change it."""
+        """Only the first reason counts. It is stored, if that can be, before anything is ended: a
+        crash does not change it."""
         if run.cancelled is None and not run.stuck:
             run.cancelled = result
             self._batch.cancelled.append(run)
@@ -3622,14 +3629,14 @@ class Decisions(Lanes):
             lane.waiting.popleft()
             del self._runs[run.trigger.log_id]
         self._queued -= count
-        self._release(lane)
+        self._lane_changed(lane)
 
         def undo() -> None:
             self._lanes[lane.job_id] = lane
             lane.waiting.extendleft(reversed(dropped))
             self._queued += count
             self._runs.update((run.trigger.log_id, run) for run in dropped)
-            self._release(lane)
+            self._lane_changed(lane)
 
         self._batch.undo.append(undo)
 
@@ -3685,10 +3692,10 @@ class Endings(Decisions):
         lane = self._lanes[run.trigger.job_id]
         lane.running = None
         self._occupied -= 1
-        self._release(lane)
+        self._lane_changed(lane)
 
     def _finish_dropped(self, dropped: Dropped) -> None:
-        """Of very many that were dropped, some in each turn; all at the end, when nobody waits for
+        """Finish DROPPED_AT_ONCE of them a turn; all of them while draining, when nobody waits for
         a decision."""
         failpoint("dropped")
         name, runs, result = dropped
@@ -3724,16 +3731,16 @@ class Endings(Decisions):
             self._withdraw(other, run.stuck_text())
 
     def _withdraw(self, run: Run, why: str) -> None:
-        """A run that waits has failed, whether that can be stored now or not. A decision takes
+        """Fail a run that waits, for good, even if that is stored only later. Decisions take
         `_drop_waiting`, which can be undone."""
         lane = self._lanes[run.trigger.job_id]
         lane.waiting.remove(run)
         self._queued -= 1
         self._finish(run, Result(FAILURE, why))
-        self._release(lane)
+        self._lane_changed(lane)
 
     def _finish(self, run: Run, result: Result) -> None:
-        """It has this result."""
+        """Note its result in the journal, and tell of it."""
         del self._runs[run.trigger.log_id]
         span = run.span()
         self._journal.finish([span], result)
@@ -3783,7 +3790,8 @@ class Core(Endings, Watched):
         self._processes, self._slots, self._metrics = processes, slots, metrics
         self._inbox: queue.SimpleQueue = queue.SimpleQueue()
         self._pace = Pace(0.001)
-        self._closing = self._failed = False  # the last turn could not be stored
+        self._closing = False
+        self._failed = False  # the last turn could not be stored
         self._thread = threading.Thread(target=self._loop, name="core", daemon=True)
 
     # -- any thread
@@ -3805,6 +3813,7 @@ class Core(Endings, Watched):
     def flush(self, seconds: float) -> bool:
         """Whether all that was put before is decided and let out, within `seconds`."""
         done = threading.Event()
+        # it asks again as long as dropped runs are without a result
         look = Work(lambda: None, lambda value: self.put(look) if self._dropped else done.set())
         self.put(look)
         return done.wait(seconds)
@@ -3852,7 +3861,7 @@ class Core(Endings, Watched):
         """All that waits; waits for the first, at most `seconds`."""
         messages = []
         with contextlib.suppress(queue.Empty):
-            messages.append(self._inbox.get(seconds != 0.0, seconds))
+            messages.append(self._inbox.get(block=seconds != 0.0, timeout=seconds))
             self._pace.keep()
             while True:
                 messages.append(self._inbox.get_nowait())
@@ -3863,14 +3872,15 @@ class Core(Endings, Watched):
         together; when that fails they are undone, tried once more if the journal can be mended,
         and else refused."""
         decisions = []
-        self._batch = facts = Batch()
+        self._batch = facts = Batch()  # of facts only its lines count
         for message in messages:
             happened = self._happened.get(type(message))
             if happened is None:
                 decisions.append(message)
             else:
                 guarded(happened, message)
-        for dropped in list(self._dropped)[: 1 if self._idle_hook is None else None]:
+        draining = self._idle_hook is not None
+        for dropped in list(self._dropped)[: len(self._dropped) if draining else 1]:
             guarded(self._finish_dropped, dropped)
         error = self._try(decisions)
         if error is not None and self._journal.mend(error):
@@ -3900,8 +3910,8 @@ class Core(Endings, Watched):
         return None
 
     def _refuse(self, decisions: list, reason: str) -> None:
-        """Nothing of this turn could be stored: say so, and carry out what must be nevertheless;
-        that writes nothing at once, what it notes is held for the next commit."""
+        """Nothing of this turn could be stored: refuse what may be refused, carry out the rest;
+        what that notes is held for the next commit."""
         starting = self._batch.started
         self._batch = batch = Batch()
         for message in decisions:
@@ -4032,7 +4042,7 @@ def _takes_argument(function: typing.Callable) -> bool:
 
 def call_entry_point(entry_point: str, context: Context) -> str:
     """Import `module:function` and call it, with `context` if it takes an argument; returns its
-    result as text."""
+    result as text. In a job's process, or in a slot's thread."""
     module, _, name = entry_point.partition(":")
     function = getattr(importlib.import_module(module), name)
     try:
@@ -5723,6 +5733,7 @@ class EndingRun:
     # -- TERMINATING, KILLING
 
     def _terminate(self) -> None:
+        """SIGTERM by Tree.send_sigterm, time for kill_grace, then `_kill`."""
         if self._has_ended(self._terminate):
             return
         self.phase = RunPhase.TERMINATING
@@ -6130,12 +6141,12 @@ class RunLog:
         self._left, self._lost = limit, lost
         self._pending = b""  # a note that goes out with the first output
         self._echo, self._line = echo, b""
-        self._tail = b""
+        self._tail = b""  # the last output, for `last_line`
         self.dropped = self._gap = 0  # bytes, in all and since the last that could be written
 
     def write(self, data: bytes) -> None:
-        """Append output; what is beyond the limit or cannot be written is counted and dropped, the
-        run goes on."""
+        """Append output, which may begin and end within a line; what is beyond the limit or cannot
+        be written is counted and dropped, the run goes on."""
         with self._lock:
             self._tail = data[-4096:] if len(data) >= 4096 else (self._tail + data)[-4096:]
             self._echo_lines(data)
@@ -6161,6 +6172,7 @@ class RunLog:
             self._echo(lines)
 
     def _append(self, data: bytes) -> None:
+        """Into the file: output, and the notes between it."""
         data, self._pending = self._pending + data, b""
         notice = (
             f"\n----- {self._gap} bytes could not be written here -----\n".encode()
@@ -7421,10 +7433,10 @@ def _began(accepted: list, clock: float, since: float | None) -> float:
 # 10 callbacks
 # --------------------------------------------------------------------------------------------------
 BATCH = 100  # results in one request
-MOST_REFUSED = 1000  # refused results, none taken since: from then on one fresh result at a time
+MOST_REFUSED = 1000  # so many refused and none taken since: fresh results then go one at a time
 PACE = 0.05  # seconds between two requests: what ends meanwhile goes into the next one
 REFUSED_PACE = 0.25  # seconds between two results that are tried alone while none is taken
-# seconds since its first and its second acknowledgement until a result is sent again
+# a result is sent again so many seconds after its first and after its second acknowledgement
 RESEND_AFTER = (120.0, 1200.0)
 SUSPECT = 90.0  # seconds: what an admin acknowledged this shortly before it was missed may be lost
 
@@ -7451,7 +7463,7 @@ class RefusedResults:
         self._ask_at = 0.0  # monotonic; not before
 
     def soonest(self, withheld: bool) -> float:
-        """Monotonic: when one of them may be sent, or a fresh one, if such are `withheld`."""
+        """Monotonic time of the next attempt; `withheld`: fresh results wait for it too."""
         if self._parts or withheld:
             return self._ask_at
         return min([at for _, at in self.results.values()], default=float("inf"))
@@ -7469,12 +7481,12 @@ class RefusedResults:
         return self._parts.pop() if self._parts and self.may_ask() else None
 
     def too_many(self) -> bool:
-        """Whether so many are refused, and none taken, that one at a time is enough to see when it
-        takes them again."""
+        """Whether MOST_REFUSED are refused, and none was taken since: then fresh results go one at
+        a time."""
         return self._any_refused and len(self.results) + len(self.in_parts()) >= MOST_REFUSED
 
     def may_ask(self) -> bool:
-        """Whether an admin that refuses all, as it seems, may be asked again."""
+        """Whether REFUSED_PACE is over, while the admin seems to refuse all."""
         return time.monotonic() >= self._ask_at
 
     def in_parts(self) -> set[int]:
@@ -7484,7 +7496,7 @@ class RefusedResults:
         backoff, _ = self.results.get(log_id, (Backoff(), 0.0))
         self.results[log_id] = (backoff, time.monotonic() + backoff.fail())
         self._refused_in_a_row, self._any_refused = self._refused_in_a_row + 1, True
-        # None was taken lately: it may be that the admin refuses all, and is asked gently then.
+        # More than three in a row: perhaps it refuses all, so ask it slowly.
         if self._refused_in_a_row > 3:
             self._ask_at = time.monotonic() + REFUSED_PACE
 
@@ -7512,13 +7524,12 @@ class Repeats:
     def __init__(self, journal: typing.Any, admin: typing.Any):
         self._journal, self._admin = journal, admin
         self._backoff, self._not_before = Backoff(), 0.0  # monotonic; see put_off
-        # times of the journal's clock between which an admin acknowledged that then went away
+        # (from, to) by the journal's clock: acknowledged just before an admin went away
         self._suspects: tuple[float, float] | None = None
         self._missed_at = 0.0  # monotonic; the last such absence that was looked at
 
     def due(self, in_hand: set[int]) -> tuple[Part | None, float]:
-        """Results to send once more, without those `in_hand`; or None, and the seconds until there
-        are some."""
+        """(what to send once more or None, seconds until more is due), without those `in_hand`."""
         if time.monotonic() < self._not_before:
             return None, self._not_before - time.monotonic()
         now, wait = self._journal.clock.now(), float("inf")
@@ -7533,7 +7544,7 @@ class Repeats:
         ):
             rows = self._journal.acknowledged(before, *(self._suspects or (0.0, 0.0)), most)
             oldest = [] if rows else self._journal.acknowledged(before, 0.0, now, 1)
-            # and what soon would be, for a full batch
+            # with them what would be due soon, to fill the batch
             if oldest and oldest[0].since <= now - age:
                 rows = self._journal.acknowledged(before, 0.0, now - age / 2, most)
             elif oldest:
@@ -7611,8 +7622,8 @@ class Callbacks(Undelivered, Watched):
     acknowledged and not yet stored.
 
     wake, retry: any thread. A batch that the admin refuses is split until the bad results are
-    alone; each of them is tried again with a backoff of its own. Between any two requests for
-    refused results goes what was never refused, so that they hold back nobody.
+    alone; each of them is tried again with a backoff of its own. After each request for refused
+    results go the fresh ones, so that they hold back nobody.
     """
 
     def __init__(self, journal: typing.Any, admin: typing.Any, metrics: Metrics):
@@ -7680,9 +7691,9 @@ class Callbacks(Undelivered, Watched):
                 return
 
     def _deliver(self) -> float | None:
-        """Send what is due; returns the seconds until something else is, None when nothing
-        waits."""
-        acknowledged = RunState.ACKNOWLEDGED if self._admin.addresses else RunState.DELIVERED
+        """Send what is due; returns the seconds until something else is, 0 when there may be more
+        already, None when nothing waits."""
+        taken_state = RunState.ACKNOWLEDGED if self._admin.addresses else RunState.DELIVERED
         while True:
             now = time.monotonic()
             if self._pardoned.is_set():
@@ -7696,17 +7707,17 @@ class Callbacks(Undelivered, Watched):
                 withheld = not self._refused.may_ask()
                 fresh = [] if withheld else fresh[:1]
             if len(fresh) >= BATCH:
-                self._attempt(Part(fresh[:BATCH], RunState.FINISHED, acknowledged))
+                self._attempt(Part(fresh[:BATCH], RunState.FINISHED, taken_state))
                 continue
-            due = [Part(fresh, RunState.FINISHED, acknowledged)] if fresh else []
-            acknowledges = self._admin.addresses and not self._closing.is_set()
+            due = [Part(fresh, RunState.FINISHED, taken_state)] if fresh else []
+            may_repeat = self._admin.addresses and not self._closing.is_set()
             in_hand = self._in_hand()  # before reading, and before next_part() takes one out
-            repeat, wait = self._repeats.due(in_hand) if acknowledges else (None, float("inf"))
+            repeat, wait = self._repeats.due(in_hand) if may_repeat else (None, float("inf"))
             part = self._refused.next_part()
             if part is not None:
                 due.append(part)
             elif again and not self._refused.in_parts() and self._refused.may_ask():
-                due.append(Part(again[:BATCH], RunState.FINISHED, acknowledged))
+                due.append(Part(again[:BATCH], RunState.FINISHED, taken_state))
             if repeat is not None:
                 due.append(repeat)
             if not all(map(self._attempt, due)):
@@ -7757,7 +7768,7 @@ class Callbacks(Undelivered, Watched):
 
     def _send(self, part: Part) -> None:
         """Deliver `part`, and note what becomes of its results. A repeat (`before` is not FINISHED)
-        the admin has had: its refusal of a single one, such as of a log that was deleted there,
+        was taken before: if one alone is refused now, as when the admin has deleted its log, it
         counts as taken."""
         rows, before, after, _ = part
         self._busy_since = time.monotonic()
@@ -8901,7 +8912,7 @@ class Wiring:
             and self._callbacks.alive(patience)
         )
 
-    def _summary(self) -> str:
+    def _systemd_status(self) -> str:
         runs, counts = self._core.snapshot(), self._journal.counts()
         failed = ""
         if self._reload_error:
@@ -9027,7 +9038,7 @@ class Daemon(Wiring):
         trim_memory()
         check_host(self.config)
         notify(f"READY=1\nSTATUS=listening on {self.url}, {counted(len(self.config.jobs), 'job')}")
-        self._manager = ServiceManager(self._summary, self._well)
+        self._manager = ServiceManager(self._systemd_status, self._well)
 
     def _start_threads(self) -> None:
         """In the order in which they need each other."""
