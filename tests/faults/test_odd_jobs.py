@@ -361,6 +361,7 @@ def test_closed_output(executor, admin, ledger, tmp_path):
                 re.search(r"syscr: (\d+)", Path(f"/proc/{daemon.process.pid}/io").read_text())[1]
             )
 
+        wait_until(lambda: admin.registry)  # until then it reads the modules for that
         for status, expected in ((0, (200, "before")), (3, (500, "exit status 3: before"))):
             log_id = ledger.trigger(daemon, executorParams=str(status))
             fd = gate.connect()  # from here on its output is closed
