@@ -10,13 +10,12 @@ import resource
 import shutil
 import sqlite3
 import subprocess
-import sys
 import threading
 import time
 from types import SimpleNamespace
 
 import pytest
-from conftest import PROGRAM, alive, result_of, run_job, wait_until
+from conftest import alive, command_line, result_of, run_job, wait_until
 
 import xxl_executor
 from xxl_executor import (
@@ -954,7 +953,7 @@ def edit(daemon, statement, *values):
 
 def said(daemon, *arguments):
     """What a command says, which succeeds, or fails for there is no executor that runs."""
-    command = [sys.executable, str(PROGRAM), "-c", str(daemon.file), *arguments]
+    command = command_line("-c", str(daemon.file), *arguments)
     found = subprocess.run(command, text=True, capture_output=True, timeout=30)
     gone = arguments[0] == "status" and daemon.process.poll() is not None
     assert (found.returncode, found.stderr) == (int(gone), ""), found

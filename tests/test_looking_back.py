@@ -19,16 +19,15 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import LAUNCH, PROGRAM, alive, launch, result_of, run_job, wait_until
+from conftest import LAUNCH, PROGRAM, alive, command_line, launch, result_of, run_job, wait_until
 
-program = PROGRAM
 AT = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
 TOKEN = {"XXL-JOB-ACCESS-TOKEN": "s3cret"}
 
 
 def command(daemon, *arguments, **options):
     return subprocess.run(
-        [sys.executable, str(PROGRAM), "-c", str(daemon.file), *arguments],
+        command_line("-c", str(daemon.file), *arguments),
         text=True,
         capture_output=True,
         timeout=30,

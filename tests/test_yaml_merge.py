@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import PROGRAM
+from conftest import command_line
 
 INSTALLED = "the installed one"
 HEAD = 'executor: {bind: "127.0.0.1:9999"}\n'
@@ -58,7 +58,7 @@ def call(library, tmp_path):
         file = tmp_path / "config.yaml"
         file.write_text(text, encoding="utf-8")
         ran = subprocess.run(
-            [sys.executable, str(PROGRAM), "-c", "config.yaml", *arguments],
+            command_line("-c", "config.yaml", *arguments),
             cwd=tmp_path,
             env=library,
             capture_output=True,
