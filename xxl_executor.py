@@ -404,12 +404,12 @@ class Stuck(typing.NamedTuple):
 
 
 class Settled(typing.NamedTuple):
-    """Fact: results are in another state now; `stored(this)` is called after the commit."""
+    """Fact: results are in another state now; `on_stored(this)` is called after the commit."""
 
     log_ids: list[int]
     before: RunState
     state: RunState
-    stored: typing.Callable[[typing.Any], None]
+    on_stored: typing.Callable[[typing.Any], None]
 
 
 class Note(typing.NamedTuple):
@@ -3291,7 +3291,7 @@ class Lane:
 
     def check(self, trigger: Trigger, job: JobConfig) -> None:
         """Raises Refused for what depends on what runs and waits here: a stuck thread,
-        DISCARD_LATER, queue_limit."""
+        DISCARD_LATER, queue_limit (not for COVER_EARLY, which drops what waits)."""
         if self.running is not None and self.running.stuck:
             raise Refused(
                 f"{self.running.stuck_text()}: restart the executor, and let the job watch"
@@ -5015,10 +5015,10 @@ class Timers:
 
 class Crew:
     """At most `limit` threads that call what they are given, in order. One is started when none is
-    idle; all but the last end after `idle` idle seconds, none without `idle`. With `timers` a third
-    and more are started only when no call has ended for CREW_PATIENCE while one waited, or one
-    waits for four times as long. `do`: any thread. They are daemons: one that never returns cannot
-    hold the exit back."""
+    idle; all but the last end after `idle` idle seconds, none without `idle`. With `timers` those
+    beyond two are started only when a call has waited for CREW_PATIENCE and none has ended in that
+    time, or when one has waited four times as long. `do`: any thread. They are daemons: one that
+    never returns cannot hold the exit back."""
 
     def __init__(
         self, name: str, limit: int, idle: float | None = None, timers: Timers | None = None
@@ -5104,8 +5104,8 @@ class Crew:
 
 
 class PythonServers:
-    """One Python server for each interpreter and list to preload. The supervisor's thread; `close`:
-    once that has ended."""
+    """One Python server for each interpreter and list to preload, until it fails or is retired:
+    then `of` starts another. The supervisor's thread; `close`: once that has ended."""
 
     def __init__(
         self,
@@ -5198,7 +5198,7 @@ class Supervisor(Watched):
             raise ExecutorError(
                 f"cannot become the reaper of orphans: {os.strerror(ctypes.get_errno())}"
             )
-        memory_kills()  # these two keep something open: as long as there are descriptors
+        memory_kills()  # each opens a file for good: now, while there are descriptors
         reap_orphans()
         self.servers = PythonServers(self.environment, identity, self.watch, self.unwatch)
         self._runs: dict[int, ProcessRun] = {}  # by logId
@@ -5237,7 +5237,7 @@ class Supervisor(Watched):
 
     def close(self, seconds: float) -> None:
         """After `seconds` at the latest; what still runs is left to the caller."""
-        self._post(functools.partial(setattr, self, "_closing", True))
+        self._post(functools.partial(setattr, self, "_closing", True))  # after what was posted
         if self._thread.is_alive():
             self._thread.join(seconds)
         if not self._thread.is_alive():
@@ -5262,7 +5262,6 @@ class Supervisor(Watched):
         while not self._closing:
             self._asleep = True
             left = min(self.timers.soonest() - time.monotonic(), 3600.0)
-            # By handler at once: what this turn closes may give its descriptor to another.
             events = self._epoll.poll(0.0 if self._inbox else max(0.0, left) + 0.001)
             self._asleep = False
             if self._pace.keep():
@@ -5270,6 +5269,7 @@ class Supervisor(Watched):
             self._busy_since = time.monotonic()
             count = len(events) + len(self._inbox)
             self._memory_kills = None
+            # Looked up before any is called: a descriptor that one closes may soon be another's.
             for fd, handler in [(fd, self._handlers.get(fd)) for fd, _ in events]:
                 if handler and self._handlers.get(fd) == handler:  # else closed in this turn
                     guarded(handler)
@@ -5315,8 +5315,8 @@ class Supervisor(Watched):
         self._crew.do(act)
 
     def end_silent_server(self, server: PythonServer) -> None:
-        """One retired for its silence lives on while its children run, and is killed when one has
-        ended unreported."""
+        """A server retired for its silence is left alone while its children run; once one has ended
+        without a report, it is killed."""
         children = [run.child_of(server) for run in self._runs.values()]
         if any(child is not None and has_ended(child.pid) for child in children):
             server.kill()
@@ -5395,8 +5395,8 @@ class Tree:
             log.error("cannot search for the processes of %s: %s", self._trigger, error)
 
     def end_by_force(self, session: int) -> list[int]:
-        """A run is not ended before its processes are, whatever resource is short; returns
-        who cannot be killed."""
+        """Kill all of it, again until that works: no run ends before its processes. Returns the
+        PIDs that cannot be killed."""
         while True:
             try:
                 return kill_family(self._marker, session, self.seen)
@@ -5419,7 +5419,10 @@ class Tree:
 
     def keep(self, session: int) -> None:
         """Let what is left of it be."""
-        _KEPT.update(family(self._marker, session))
+        try:
+            _KEPT.update(family(self._marker, session))
+        except OSError as error:  # each end of a run will search for them again
+            log.error("cannot search for the processes of %s: %s", self._trigger, error)
 
 
 class Launch:
@@ -5445,7 +5448,7 @@ class Launch:
         """The process; None when a Python server is to fork it. Raises OSError, ValueError and
         KeyError, see `why_not`."""
         self.read, self.write = os.pipe()
-        os.set_blocking(self.read, False)  # a job may take back what it wrote
+        os.set_blocking(self.read, False)  # a job may read its own pipe empty
         if self._job.user:
             user = self._user = pwd.getpwnam(self._job.user)
             groups = os.getgrouplist(user.pw_name, user.pw_gid)
@@ -5457,8 +5460,8 @@ class Launch:
         if self._job.python:
             os.stat(self._job.cwd)  # the child would report it with less to go by
             return None
-        # If their file system does not answer, that is found here, and not by a child that has
-        # copies of what other starts wait to see closed.
+        # A disk that hangs must hang this thread: a child that hangs before its exec keeps copies
+        # of the pipes of other starts open, and those would hang too.
         for place in (self._job.cwd, *(self._job.command or ())[:1]):
             with contextlib.suppress(OSError):
                 os.stat(place)
@@ -5571,7 +5574,7 @@ class Launch:
             os.close(self.read)
             self.read = -1
 
-    def pump(self, out: RunLog) -> bool:
+    def pump(self, out: typing.Any) -> bool:
         """Have `out` write what is in the pipe, at most _CHUNK bytes; whether something was."""
         with contextlib.suppress(BlockingIOError):
             data = os.read(self.read, _CHUNK) if self.read >= 0 else b""
@@ -5620,8 +5623,8 @@ def result_of(
 
 
 class EndingRun:
-    """What a ProcessRun has from the beginning (log, tree, timers), and its way from a cancellation
-    or an end to its result; how it starts stands in ProcessRun. The supervisor's thread.
+    """The fields of a ProcessRun, and its second half: from a cancellation or the end of its
+    process to its result. How it starts is in ProcessRun. The supervisor's thread.
 
     A thread aside does what may take long, one thing at a time: until it has done so,
     the main process is not reaped, and its PID and session are nobody else's.
@@ -5640,11 +5643,11 @@ class EndingRun:
         self._kill_at: float | None = None  # monotonic; set when the run is being ended
         self._awaited = False  # the main process is dead, its status has not come
         self._tree = Tree(trigger, self._launch.marker)
-        self._aside = False  # a thread aside, its helper, is at work
+        self._aside = False  # a thread aside works for this run
         self._timer: list | None = None
         self._blank: list | None = None  # the timer of the start note
-        self._overdue: typing.Callable[[], None] | None = None  # what its helper puts off
-        self._broken = ""  # what went wrong while its helper was at work
+        self._postponed: typing.Callable[[], None] | None = None  # the timer that ran out meanwhile
+        self._broken = ""  # what went wrong meanwhile
 
     # -- what moves it on
 
@@ -5663,7 +5666,7 @@ class EndingRun:
 
         def due() -> None:
             if self._aside:
-                self._overdue = call
+                self._postponed = call
             else:
                 self.guarded(call)
 
@@ -5674,13 +5677,14 @@ class EndingRun:
         work: typing.Callable[[], typing.Any],
         then: typing.Callable[[typing.Any], None] | None = None,
     ) -> None:
-        """Have a thread aside do `work`, and go on with `then` or with what came meanwhile; one at
-        a time for a run."""
+        """Have a thread aside do `work`; then comes a failure that happened meanwhile, else `then`
+        with its value or exception, else the end or the timer that came meanwhile. Never two at a
+        time."""
         self._aside = True
 
         def done(value: typing.Any) -> None:
-            self._aside, overdue = False, self._overdue
-            self._overdue = None
+            self._aside, postponed = False, self._postponed
+            self._postponed = None
             if self._broken:
                 self._fail(self._broken)
                 return
@@ -5690,8 +5694,8 @@ class EndingRun:
                 then(value)
             elif self._status is not None:
                 self._end_leftovers()
-            elif overdue is not None:
-                overdue()
+            elif postponed is not None:
+                postponed()
 
         self._supervisor.aside(work, lambda value: self.guarded(lambda: done(value)))
 
@@ -5755,7 +5759,7 @@ class EndingRun:
         """Something unexpected happened: end the tree by force, then the run."""
         self._supervisor.unwatch(self._launch.read)  # it may be what fails
         if self._aside or self.phase is RunPhase.ENDED:
-            self._broken = message  # after what its helper does
+            self._broken = message  # for when the thread aside is back
             return
         session = self._child.session if self._child is not None else 0
         result = Result(FAILURE, message)
@@ -5779,8 +5783,8 @@ class EndingRun:
             self._apart(lambda: self._tree.keep(child.session), self._drain)
 
     def _drain(self, value: typing.Any = None) -> None:
-        """Take what is in the pipe now; a process that was kept may go on writing into it, so never
-        until its end."""
+        """Take what is in the pipe now, not until its end: a process that was kept may write for
+        ever."""
         for _ in range(64):
             if not self._launch.pump(self.out):
                 break
@@ -5863,8 +5867,9 @@ class ProcessRun(EndingRun):
         if self._child.pid:
             self._run()
         else:
-            ready = not isinstance(self._child, ForkedChild) or self._child.server.ready
-            self._call_later(SERVER_LIMIT if ready else PRELOAD_LIMIT, self._server_silent)
+            assert isinstance(self._child, ForkedChild)
+            limit = SERVER_LIMIT if self._child.server.ready else PRELOAD_LIMIT
+            self._call_later(limit, self._server_silent)
 
     def _on_started(self) -> None:
         """The Python server has answered, or is gone."""
@@ -5886,7 +5891,7 @@ class ProcessRun(EndingRun):
             elif self._forks_tried > 1:
                 lost = ConnectionError(errno.ECONNRESET, "the Python server ended unexpectedly")
                 self._cannot_start(self._launch.why_not(lost))
-            else:  # one that had died is noticed at the latest when it is used
+            else:  # it had died before it was asked: once more, with a new one
                 self._launch.close_output()
                 self.begin()
 
@@ -5947,7 +5952,9 @@ class ProcessRun(EndingRun):
 def _shell_status(status: int | None) -> int:
     """An exit status as a shell shows it: 128 and the number of the signal that ended the
     process."""
-    return 128 + signal.SIGKILL if status is None else 128 - status if status < 0 else status
+    if status is None:
+        status = -signal.SIGKILL
+    return 128 - status if status < 0 else status
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6500,7 +6507,8 @@ LOOK_BACK = 50_000  # rows that are searched for the latest runs of each job, in
 KEPT_RUNS = 200_000
 PRUNE_PATIENCE = 60.0  # seconds for a part of what is old to be removed
 _DROPPED = "dropped "  # the beginning of the names of facts that tell which runs were dropped
-RESERVE = 4 << 20  # bytes; SQLite uses its write-ahead log anew after 1,000 pages of 4 KiB
+# bytes: what SQLite's write-ahead log takes until it starts over (1,000 pages of 4 KiB)
+RESERVE = 4 << 20
 _WAL_MAGIC = (
     b"\x37\x7f\x06\x82",
     b"\x37\x7f\x06\x83",
@@ -6508,7 +6516,7 @@ _WAL_MAGIC = (
 _NO_SPACE = re.compile("is full|I/O error")  # what SQLite says of ENOSPC
 # Errors of SQLite that blame the disk, a lock or permissions: the journal is not taken for broken.
 _OUTSIDE = re.compile("is full|is locked|unable to open|I/O error|permission|protocol")
-# `finished` is when a run came into its state, or started, by the journal's clock.
+# The column `finished` is when a run came into its state, by the journal's clock: not only its end.
 # SQLite uses a partial index only for a query that repeats its condition: hence the `state <>
 # 'delivered'` below.
 _SCHEMA = """
@@ -6558,7 +6566,7 @@ class Reserve:
         return True
 
     def restore(self) -> None:
-        """Have the space again, once as much is free besides."""
+        """Take the space again once twice as much is free."""
         with contextlib.suppress(OSError):  # the directory is away
             disk = os.statvfs(os.path.dirname(self._file))
             if self.lost and disk.f_bavail * disk.f_frsize >= 2 * RESERVE and self._allocate():
@@ -6590,11 +6598,9 @@ class FilesMoved(sqlite3.OperationalError):
 
 
 class Clock:
-    """Seconds for ages that decide: the time that passed while an executor served this journal.
-
-    It goes on from where it was and follows neither a wall clock that jumps nor the time in which
-    nobody tried anything. It began at the wall clock's time. Any thread.
-    """
+    """A clock for ages that decide: it runs only while an executor serves this journal, and goes on
+    from where the last one stopped. It was set once, by the wall clock, and follows none of its
+    jumps. Any thread."""
 
     def __init__(self, began: float):
         self._offset = began - time.monotonic()
@@ -6629,7 +6635,7 @@ class Unfinished(typing.NamedTuple):
 
     trigger: Trigger
     state: RunState
-    age: float  # seconds since it was accepted
+    age: float  # seconds since it was accepted, the last time: see Journal.restart
     began: float  # see Span
     starts: int
     cancelled: Result | None  # why it was being ended
@@ -6643,15 +6649,15 @@ class JournalFiles:
     def __init__(self, file: str):
         """Raises ExecutorError."""
         self._file = file
-        self.closed, self._trouble = False, ""  # no file is open; what was told of that last
+        self.closed, self._trouble = False, ""  # whether no file is open; what of that was logged
         self.db = self._open_first()
         self.reading = threading.Lock()  # guards `_reader`
         self._reader = self._connect()
         self._places = self._stamps()
 
     def check(self) -> None:
-        """That the open files still lie in their place, before each transaction: nobody would find
-        it in removed ones. Raises FilesMoved."""
+        """Raises FilesMoved when the open files are no longer those in the directory: what is
+        written there would be lost. Before each transaction."""
         if self.closed or self._stamps() != self._places:
             raise FilesMoved("its files were removed or replaced while it was open: try again")
 
@@ -6779,7 +6785,7 @@ class JournalFiles:
         if os.path.exists(self._file + ".new"):
             foreign = []
             for suffix, own, present in zip(_SUFFIXES, self._places, self._stamps()):
-                if present == own is not None:
+                if own is not None and present == own:
                     os.unlink(self._file + suffix)  # what it held is in the copy
                 elif present is not None:
                     foreign.append(suffix)
@@ -6863,13 +6869,12 @@ class Facts:
         self.post(Note(name, value))
 
     def forget_since(self, name: str) -> None:
-        """What `known_for` has noted; a fact of this name stays."""
+        """Have `known_for` begin anew; a fact of this name stays."""
         self._facts.pop(f"since {name}", None)
         self.post(Note(f"since {name}", None))
 
     def known_for(self, name: str) -> float:
-        """For how many seconds of the clock something of this name is known; the first call notes
-        it."""
+        """Seconds of the clock since the first call with this name."""
         try:
             return self.clock.now() - float(self.fact(f"since {name}"))
         except ValueError:
@@ -6906,7 +6911,7 @@ class Unstored:
         return bool(self.cancels or self.results or self.settled or self.notes)
 
     def size(self) -> tuple[int, int]:
-        """How many cancels and results there are, to which `shorten` takes them back."""
+        """How many cancels and results there are now: a mark for `shorten`."""
         return len(self.cancels), len(self.results)
 
     def shorten(self, size: tuple[int, int]) -> None:
@@ -6915,7 +6920,8 @@ class Unstored:
         del self.cancels[cancels:], self.results[results:]
 
     def write(self, db: sqlite3.Connection, now: float) -> dict[str, int]:
-        """Into the transaction; by how many there are more results that are finished or dead."""
+        """Write all into the transaction; returns by how much the numbers of finished and of dead
+        results change."""
         more = {"finished": 0, "dead": 0}
         if self.cancels:
             db.executemany(
@@ -7099,7 +7105,7 @@ class JournalReader(Facts):
         return removed + dead
 
     def _remove(self, state: str, age: float, stop: typing.Callable[[], bool]) -> int:
-        """In parts: triggers wait meanwhile."""
+        """1,000 rows at a time: triggers wait for each."""
         query = (
             "DELETE FROM runs WHERE log_id IN"
             f" (SELECT log_id FROM runs WHERE {state} AND finished < ? LIMIT 1000)"
@@ -7140,13 +7146,13 @@ class Journal(JournalReader):
         super().__init__(file)
         self.post = self.hold
         self.reserve = self._files.reserve
-        self._stored_now = Unstored()  # by the last commit, and not told yet
-        self.stored: typing.Callable[[], None] = lambda: None  # called when results were committed
+        self._committed = Unstored()  # by the last commit, and not told yet
+        self.on_results: typing.Callable[[], None] = lambda: None  # when results were committed
         self._told = False  # that results are held
         self._tainted = False  # a failed COMMIT may come back until something is written over it
         self._moved = False  # the files were made anew in this turn: its triggers are refused
         self._start_clock()
-        self._store_now()
+        self._commit_held()
 
     def begin(self) -> None:
         """Begin a transaction. Raises sqlite3.Error and OSError."""
@@ -7164,9 +7170,9 @@ class Journal(JournalReader):
         self._tainted = True  # if it fails
         db.execute("COMMIT")
         self._tainted = self._moved = False
-        self._stored_now, self._unstored = self._unstored, Unstored()
+        self._committed, self._unstored = self._unstored, Unstored()
         if self._told:
-            log.info("stored %d held results", len(self._stored_now.results))
+            log.info("stored %d held results", len(self._committed.results))
         self._counts, self._told = counts, False
 
     def take_back(self) -> None:
@@ -7176,8 +7182,8 @@ class Journal(JournalReader):
             self._files.db.execute("ROLLBACK")
 
     def _untaint(self) -> None:
-        """Overwrite what a COMMIT that failed has left in the write-ahead log, so that it does not
-        come back after a crash: without a sync, which may be what fails, or with no log at all."""
+        """Write over what a failed COMMIT left in the write-ahead log, or a crash brings it back:
+        without a sync, which may be what fails; if that fails too, empty the log."""
         row = ("tainted", secrets.token_hex(8))
         with contextlib.suppress(sqlite3.Error):
             self._files.db.execute("PRAGMA synchronous = OFF")
@@ -7198,7 +7204,8 @@ class Journal(JournalReader):
         return bool(full) and self.reserve.give_up()
 
     def cannot_store(self, error: Exception) -> str:
-        """Say so once, and have nothing of it come back after a crash; returns the reason."""
+        """Log it, once an outage, and see that nothing of the failed commit comes back after a
+        crash; returns the reason."""
         if self._tainted and not self._files.closed:
             self._untaint()
         if self._unstored.results and not self._told:  # an outage is told once
@@ -7211,11 +7218,11 @@ class Journal(JournalReader):
 
     def publish(self) -> None:
         """Tell who waits for what was committed."""
-        stored, self._stored_now = self._stored_now, Unstored()
+        stored, self._committed = self._committed, Unstored()
         for settled in stored.settled:
-            settled.stored(settled)
+            settled.on_stored(settled)
         if stored.results:
-            self.stored()
+            self.on_results()
         if self.reserve.lost and not self._unstored.results:
             self.reserve.restore()
 
@@ -7244,7 +7251,7 @@ class Journal(JournalReader):
             trigger.log_date_time,
             RunState.ACCEPTED.value,
             self.clock.now(),
-            self._stored(trigger),
+            self._as_json(trigger),
         )
         query = (
             "INSERT OR IGNORE INTO runs (log_id, log_date_time, state, accepted, trigger)"
@@ -7262,16 +7269,16 @@ class Journal(JournalReader):
         return self._files.db.execute(query, (self.clock.now(), log_id)).rowcount == 1
 
     def restart(self, trigger: Trigger) -> None:
-        """running -> accepted, for a run that a crash interrupted and that its job wants again. In
-        a transaction, see `Resume`."""
+        """running -> accepted, as if accepted now, for a run that a crash interrupted and that its
+        job wants again. In a transaction, see `Resume`."""
         query = (
             "UPDATE runs SET state = 'accepted', finished = NULL, accepted = ?, trigger = ?"
             " WHERE log_id = ? AND state = 'running'"
         )
-        self._files.db.execute(query, (self.clock.now(), self._stored(trigger), trigger.log_id))
+        self._files.db.execute(query, (self.clock.now(), self._as_json(trigger), trigger.log_id))
 
     @staticmethod
-    def _stored(trigger: Trigger) -> str:
+    def _as_json(trigger: Trigger) -> str:
         """A trigger with the moment of its acceptance."""
         return json.dumps({**vars(trigger), "accepted": moment()})
 
@@ -7314,10 +7321,10 @@ class Journal(JournalReader):
         """Once the core has ended."""
         self.post = self.hold
         self.save_clock()
-        self._store_now()
+        self._commit_held()
         self._files.close()
 
-    def _store_now(self) -> None:
+    def _commit_held(self) -> None:
         """What is held, while there is no core: if it cannot be stored, the next commit tries."""
         try:
             self.begin()
@@ -7373,12 +7380,12 @@ def read_journal(file: str) -> sqlite3.Connection:
 def past_runs(db: sqlite3.Connection, log_id: int | None = None) -> typing.Iterator[PastRun]:
     """What is known of all runs, or of one, the one that was accepted last first. Raises
     JournalError."""
-    one = ("", ()) if log_id is None else (" WHERE log_id = ?", (log_id,))
+    where, values = ("", ()) if log_id is None else (" WHERE log_id = ?", (log_id,))
     query = (
         "SELECT log_id, log_date_time, state, trigger, accepted, finished, code, message FROM runs"
     )
     try:
-        for row in db.execute(f"{query}{one[0]} ORDER BY accepted DESC", one[1]):
+        for row in db.execute(f"{query}{where} ORDER BY accepted DESC", values):
             yield _past_run(*row)
     except sqlite3.Error as error:
         raise JournalError(f"the journal cannot be read: {error}") from None
@@ -8059,7 +8066,7 @@ class AdminClient:
 
     def callback(self, rows: typing.Sequence[StoredResult]) -> None:
         """Deliver results; returns only after an unambiguous acknowledgement, or when there is no
-        admin at all."""
+        admin at all. What is refused is tried once more in the other dialect."""
         if not self.addresses:
             return
         items = [
@@ -8103,6 +8110,8 @@ class AdminClient:
             self._learn("dialect", dialect)
 
     def _call(self, path: str, body: typing.Any, eager: bool = False) -> None:
+        """POST to one address after the other until one decides; every request to the admin is made
+        here. Raises AdminUnreachable and AdminRefused."""
         now = time.monotonic()
         candidates = [a for a in self.addresses if eager or now >= a.not_before]
         # else heartbeats that fail would put off results for ever, and those have a backoff of
@@ -8242,7 +8251,8 @@ class Registration:
         self._draining, self._closed = threading.Event(), threading.Event()
         self._backoff = Backoff()
         self._since, self._told_at = 0.0, 0.0  # monotonic: of the first failure, of the last line
-        # once known never changed: the admin compares it as text with where it sent its runs
+        # once known never changed: the admin compares it as text with where it sent its runs, so
+        # the old one would have to be parked
         self.address = ""
         self._parked: list[str] = []  # other addresses, of earlier lives; when draining, this one
         self.registered = threading.Event()  # at the first success, and never cleared
@@ -8282,6 +8292,7 @@ class Registration:
                     self._take_back(address, True)
 
     def _register(self) -> None:
+        """One heartbeat; the first finds out the address."""
         if not self.address:
             self.address = self._config.executor.address or self._own_address()
             with contextlib.suppress(ValueError):  # a damaged page, or the first start
@@ -8847,7 +8858,7 @@ class Wiring:
         end_leftovers(self._journal, self._data.identity)
         self._admin = AdminClient(self.config, self._journal.fact("dialect"), self._journal.learn)
         self._callbacks = Callbacks(self._journal, self._admin, self.metrics)
-        self._journal.stored = self._callbacks.wake
+        self._journal.on_results = self._callbacks.wake
         self._slots = Slots(most, self._logs, self._processes.timers, post)
         self._core = Core(
             self._journal,
@@ -9800,6 +9811,7 @@ def ask_status(owner: Owner) -> dict:
 
 
 def cmd_status(arguments: argparse.Namespace) -> int:
+    """Fails when no executor runs, or it does not answer."""
     live = arguments.watch and not arguments.json and sys.stdout.isatty()
     if live:
         print("\x1b[2J", end="")
