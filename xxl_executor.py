@@ -54,17 +54,19 @@ HANGUP = signal.signal(signal.SIGHUP, signal.SIG_IGN) if __name__ == "__main__" 
 
 def run_compiled(flags: list[str]) -> None:
     """Run the code of this file anew, in this process: of a script CPython keeps the syntax tree
-    while it runs, 9 MiB of this one. It is handed over compiled, which saves 0.1 s."""
+    while it runs, 9 MiB of this one. It is handed over compiled, which saves 0.1 s. Modules are
+    looked for beside this file, as of any script, and not in the current directory, as by -c: that
+    may be anybody's."""
     boot = (
-        "import marshal, os, sys; fd = int(sys.argv[1]);"
+        "import marshal, os, sys; fd = int(sys.argv[1]); sys.path[0] = sys.path[0] or sys.argv[2];"
         " code = marshal.loads(os.pread(fd, os.fstat(fd).st_size, 0)); os.close(fd);"
         " module = sys.modules['xxl_executor'] = type(sys)('xxl_executor');"
         " module.__file__ = code.co_filename; exec(code, vars(module));"
-        " module.show_command(sys.argv[3:]); sys.exit(module.main(sys.argv[3:]))"
+        " module.show_command(sys.argv[4:]); sys.exit(module.main(sys.argv[4:]))"
     )
     fd = os.memfd_create("xxl_executor.py", 0)
     os.write(fd, marshal.dumps(sys._getframe(1).f_code))
-    words = [sys.executable, *flags, "-c", boot, str(fd), __file__, *sys.argv[1:]]
+    words = [sys.executable, *flags, "-c", boot, str(fd), sys.path[0], __file__, *sys.argv[1:]]
     os.execv(sys.executable, words)
 
 
@@ -230,7 +232,8 @@ OWED = RunState.ACCEPTED, RunState.RUNNING, RunState.FINISHED  # the admin has n
 class Trigger:
     """One trigger as the admin sent it; `timeout` in seconds (0: none), `log_date_time` and
     `glue_updated` in ms since the epoch. The handler of a script from the admin is glue-<jobId>.
-    What `block_strategy` does is in Lane.check and Decisions._accept; an unknown one is serial."""
+    What `block_strategy` does is in Lane.check and Decisions._accept; an unknown one is serial. All
+    fields are stored in the journal, and handed to Python jobs."""
 
     job_id: int
     log_id: int
@@ -441,7 +444,8 @@ class Watched:
 
 class Backoff:
     """How long to wait after failures in a row: 1 s to 60 s, with jitter so that many executors do
-    not come at once. One thread at a time."""
+    not come at once; of deliveries (Callbacks, RefusedResults, Repeats), heartbeats and addresses
+    of the admin. One thread at a time."""
 
     def __init__(self, failures: int = 0):
         self.failures = failures
@@ -2095,7 +2099,9 @@ def _process_metrics() -> list[str]:
 # --------------------------------------------------------------------------------------------------
 HEAD_LIMIT, BODY_LIMIT = 16 << 10, 5 << 20  # bytes
 REQUEST_TIMEOUT = 10.0  # seconds for a request to arrive, or for an answer to move on
-IDLE_TIMEOUT = 3900.0  # seconds; longer than any proxy keeps a connection (Envoy: 1 h)
+# seconds of idleness for who has shown the token: longer than any proxy keeps a connection (Envoy:
+# 1 h)
+IDLE_TIMEOUT = 3900.0
 STRANGER_TIMEOUT = 15.0  # seconds of idleness for who has not shown the token
 LINGER = 2.0  # seconds for the client to read why a connection ends
 BACKLOG = 1024  # connections that wait to be accepted
@@ -2216,7 +2222,7 @@ def _request_target(line: bytes) -> str:
         raise HttpError(505, "expected HTTP/1.1")
     absolute = re.match(rb"(?i)https?://([^/?]*)", target)
     if absolute:
-        if absolute[1][:1] in b":" or not _names_host(absolute[1]):
+        if absolute[1][:1] in (b"", b":") or not _names_host(absolute[1]):
             raise HttpError(400, "the target names no host")
         target = target[absolute.end() :]
         target = target if target.startswith(b"/") else b"/" + target
@@ -2253,7 +2259,7 @@ def _http_date(second: int) -> str:
 
 
 def render(reply: Reply, close: bool, head: Head | None = None) -> bytes:
-    """The bytes of an answer to `head`, None for a request that could not be read."""
+    """The bytes of an answer; `head` is None for a request that could not be read."""
     reason = http.server.BaseHTTPRequestHandler.responses[http.HTTPStatus(reply.status)][0]
     connection = "close" if close else "keep-alive" if head is not None and head.old else ""
     text = (
@@ -2292,7 +2298,7 @@ class Connection:
         self.phase, self.since = Phase.IDLE, time.monotonic()
         self.deadline = self.since + STRANGER_TIMEOUT
         self.events = select.EPOLLIN
-        self.trusted = self.used = False  # see Api.trusts; has had an answer
+        self.trusted = self.used = False  # some request was, see Api.trusts; has had an answer
         self.buffer, self.skipped = bytearray(), 0  # blank lines before the request, in bytes
         self.head: Head | None = None
         self.request: Request | None = None
@@ -2351,7 +2357,7 @@ class Budget:
         return True
 
     def occupy(self, connection: Connection, amount: int) -> None:
-        """Lend without asking, for what exists already."""
+        """Count bytes that exist already, whether there is room or not."""
         self._left -= amount
         connection.lent.append((self, amount))
 
@@ -2377,7 +2383,7 @@ class Ticket:
 
     def claim(self) -> bool:
         """Whether nobody else has claimed it."""
-        self._claimed = True
+        self._claimed = True  # and next() gives 0 to one thread only
         return next(self._claims) == 0
 
     def claimed(self) -> bool:
@@ -2479,7 +2485,7 @@ class Connections:
             self._drop(connection)
 
     def _accept(self) -> bool:
-        """Whether somebody has come."""
+        """Accept those who wait; whether somebody came."""
         room = self._limit - len(self._connections) - self._abandoned
         if room <= 0 and not self._make_room():
             self._listener.pause(0.2)  # or until one closes or gets idle
@@ -2495,8 +2501,8 @@ class Connections:
         self._epoll.register(connection.fd, connection.events)
 
     def _make_room(self) -> bool:
-        """Close what can be done without best: who has never shown the token, whatever he waits
-        for, then the longest idle; none who has sent something that was not looked at yet."""
+        """Close who is missed least: strangers, in whatever phase, then the longest idle; nobody
+        with unread input, but for strangers who get their answer."""
         candidates = [
             connection
             for connection in self._connections.values()
@@ -2506,7 +2512,7 @@ class Connections:
         made = 0
         for connection in candidates:
             if made and (connection.trusted or made >= max(4, self._limit // 64)):
-                break  # several strangers at once: a crowd of them must not have each one searched
+                break  # several at once: in a crowd each new one would cost a search
             # Of strangers who ask on and on or take no answer something is always unread.
             if connection.phase in (Phase.ANSWERING, Phase.SENDING) or not connection.unread():
                 self._drop(connection)
@@ -2516,7 +2522,8 @@ class Connections:
     def _drop(self, connection: Connection) -> None:
         if connection.phase is Phase.CLOSED:
             return
-        self._abandoned += connection.phase is Phase.ANSWERING
+        if connection.phase is Phase.ANSWERING:
+            self._abandoned += 1
         connection.phase = Phase.CLOSED
         del self._connections[connection.fd]
         self._give_back(connection)
@@ -2541,7 +2548,7 @@ class Connections:
 
 class Exchanges(Connections):
     """What goes over a connection: requests in, to whoever answers, answers out; the selector
-    thread. Nobody who has not shown the token gets a body kept.
+    thread. The body of a stranger, who has not shown the token, is never kept.
 
     `api` has trusts(request), route(request) -> Route, answer(request, ticket) -> Reply, or None
     when the ticket will give it, and late(request) -> Reply, for a decision that has not come
@@ -2596,8 +2603,8 @@ class Exchanges(Connections):
             self._unfinished.append(connection)
 
     def _take_head(self, connection: Connection) -> bool:
-        """Whether a head was whole; notes whether it shows the token. The body, its part of the
-        budget or the answer is next."""
+        """Whether a head was whole; notes whether it is trusted. The body, its part of the budget
+        or the answer is next."""
         data = connection.take_head()
         if data is None:
             self._watch(connection, select.EPOLLIN)
@@ -2605,7 +2612,8 @@ class Exchanges(Connections):
                 # One newline behind the last request, which some clients send, begins none.
                 connection.enter(Phase.IDLE, IDLE_TIMEOUT)
             return False
-        head = connection.head = (_known_head if len(data) <= _CACHED_HEAD else parse_head)(data)
+        parse = _known_head if len(data) <= _CACHED_HEAD else parse_head
+        head = connection.head = parse(data)
         request = connection.request = Request(
             head.method, head.target, head.fields, connection.peer
         )
@@ -2627,7 +2635,7 @@ class Exchanges(Connections):
         assert head is not None
         if connection.phase is Phase.WAITING:
             connection.enter(Phase.BODY, REQUEST_TIMEOUT)
-        connection.phase = Phase.BODY  # with the deadline that began with its first byte
+        connection.phase = Phase.BODY  # the deadline stays that of its first byte
         if head.expects and head.length > len(connection.buffer):
             with contextlib.suppress(BlockingIOError):
                 connection.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -2738,7 +2746,7 @@ class HttpServer(Exchanges):
 
     def __init__(self, listener: socket.socket, api: typing.Any, max_connections: int):
         super().__init__(listener, api, max_connections)
-        self._quiet = threading.Event()  # held, and what had begun to come is answered
+        self._quiet = threading.Event()  # while held: all that had begun is answered
         self._held, self._stop_at = False, float("inf")
         self._ticked = time.monotonic()
         self._selector = threading.Thread(target=self._loop, name="http-selector", daemon=True)
@@ -2769,8 +2777,8 @@ class HttpServer(Exchanges):
         self._wake_up.wake()
 
     def close(self, timeout: float = 3.0) -> None:
-        """Answer who has connected already, take nobody more, close the rest; main thread, after
-        `timeout` seconds at the latest."""
+        """Accept nobody more, answer who has connected, close all, within `timeout` seconds; main
+        thread."""
         self._closing.set()
         self._wake_up.wake()
         deadline = time.monotonic() + timeout
@@ -2782,7 +2790,9 @@ class HttpServer(Exchanges):
         for connection in list(self._connections.values()):
             self._drop(connection)
         self._epoll.close()
-        if not any(thread.is_alive() for thread in self._workers):  # it would wake somebody else
+        if not any(
+            thread.is_alive() for thread in self._workers
+        ):  # else: its descriptor might be somebody else's
             self._wake_up.close()
 
     def _serve(self) -> None:
@@ -2790,7 +2800,7 @@ class HttpServer(Exchanges):
         for connection, request, ticket in iter(self._pool.get, None):
             reply: Reply | None = None
             try:
-                # A run is a run, but else nobody wants to read any more.
+                # The client has gone: only a trigger or a kill, with a ticket, is still done.
                 if connection.phase is not Phase.CLOSED or ticket is not None:
                     reply = self._api.answer(request, ticket)
                     if reply is None:
@@ -2814,7 +2824,7 @@ class HttpServer(Exchanges):
                 sweep = self._sweep(now)
             limits = [sweep, self._stop_at, self._listener.paused_until or sweep]
             wait = 0.0 if self._unfinished else max(0.0, min(limits) - now + 0.001)
-            # By connection at once: what this turn closes may give its descriptor to a new one.
+            # Looked up before any is closed: a new connection may get its descriptor.
             events = [
                 (fd, event, self._connections.get(fd)) for fd, event in self._epoll.poll(wait)
             ]
@@ -2828,7 +2838,7 @@ class HttpServer(Exchanges):
             for budget in (self._bodies, self._pages):
                 for waiting in budget.served():
                     self._guarded(self._go_on, waiting)
-            sweep = min(sweep, time.monotonic() + LINGER)  # the soonest that can expire now
+            sweep = min(sweep, time.monotonic() + LINGER)  # the shortest deadline of this turn
 
     def _take_event(self, fd: int, event: int, connection: Connection | None) -> None:
         if connection is not None:
@@ -2867,13 +2877,13 @@ class HttpServer(Exchanges):
             connection, reply = self._answered.popleft()
             if connection.phase is Phase.ANSWERING:
                 self._guarded(self._reply_and_go_on, connection, reply)
-            else:
+            else:  # it was dropped meanwhile
                 self._abandoned -= 1
 
     def _sweep(self, now: float) -> float:
         """Close what is past its deadline; returns when to look again."""
         soonest = now + REQUEST_TIMEOUT
-        hurry = REQUEST_TIMEOUT - LINGER if self._pages.waiting else 0.0  # who does not read leaves
+        hurry = REQUEST_TIMEOUT - LINGER if self._pages.waiting else 0.0  # else others would wait
         for connection in list(self._connections.values()):
             if connection.phase is Phase.WAITING:
                 continue
@@ -2892,7 +2902,7 @@ class HttpServer(Exchanges):
         return max(soonest, now + 0.05)
 
     def _end_patience(self, connection: Connection) -> None:
-        """The core has not decided: it is told so by the claim, and drops what it would accept."""
+        """The core is late: answer for it. It finds the ticket claimed, and accepts nothing."""
         self._take_answers()
         if connection.phase is not Phase.ANSWERING:
             return
@@ -3421,7 +3431,7 @@ class Lanes:
         return job_id in self._lanes
 
     def knows(self, log_id: int) -> bool:
-        """Whether this run waits or runs."""
+        """Whether this run waits or runs: as long as it does, /log says that more may come."""
         return log_id in self._runs
 
     def active(self) -> bool:
@@ -3434,8 +3444,8 @@ class Lanes:
         return max([run.job.kill_grace for run in running], default=0.0) + KILL_LIMIT
 
     def _lane_changed(self, lane: Lane) -> None:
-        """A run came into `lane` or left it: put the lane at the end of those that may start, or
-        forget it when it is empty."""
+        """A run came into `lane` or left it. When none runs there, it goes to the end of those that
+        may start, unless it is there already, or is forgotten when none waits either."""
         if lane.running is None and lane.waiting:
             self._ready[lane] = None  # it keeps its place
         elif lane.running is None and self._lanes.get(lane.job_id) is lane:  # not its successor
@@ -3520,7 +3530,7 @@ class Decisions(Lanes):
         self._batch.answers.append((message.ticket, outcome, run))
 
     def _accept(self, trigger: Trigger, job: typing.Any) -> Run | None:
-        """None for a logId that is known already. Raises Refused: by the job's keys, a stop, the
+        """None for a known logId that nothing refuses. Raises Refused: by the job, a stop, the
         lane, then max_queued."""
         if trigger.log_id in self._runs:
             return None
@@ -3988,10 +3998,10 @@ _OWN: set[int] = (
 class Context:
     """What a Python job gets as its argument.
 
-    job_id, log_id, handler, param, shard_index, shard_total, trigger_time (ms since the epoch),
-    timeout (seconds, 0: none). `cancelled` is a threading.Event, set when a job with `isolation:
-    thread` is killed or timed out: return soon then. A job in a process is ended by SIGTERM
-    instead.
+    job_id, log_id, handler (the name of the job), param, shard_index, shard_total, trigger_time (ms
+    since the epoch), timeout (seconds, 0: none). `cancelled` is a threading.Event, set when a job
+    with `isolation: thread` is killed or timed out: return soon then. A job in a process is ended
+    by SIGTERM instead.
     """
 
     def __init__(self, fields: dict, write: typing.Callable[[str], typing.Any]):
@@ -5198,7 +5208,7 @@ class Supervisor(Watched):
             raise ExecutorError(
                 f"cannot become the reaper of orphans: {os.strerror(ctypes.get_errno())}"
             )
-        memory_kills()  # each opens a file for good: now, while there are descriptors
+        memory_kills()  # each keeps a file open: now, while there are descriptors
         reap_orphans()
         self.servers = PythonServers(self.environment, identity, self.watch, self.unwatch)
         self._runs: dict[int, ProcessRun] = {}  # by logId
@@ -5357,6 +5367,7 @@ def start_note(trigger: Trigger, timeout: float, where: str) -> str:
 
 
 def end_note(result: Result, seconds: float) -> str:
+    """What a run's log says at its end, and `exec` on stderr."""
     shown = " ".join(result.message.split())[:500]
     how = "succeeded" if result.code == SUCCESS else "failed"
     return f"{how} after {seconds_text(seconds)}: code {result.code}{', ' + shown if shown else ''}"
@@ -5395,8 +5406,8 @@ class Tree:
             log.error("cannot search for the processes of %s: %s", self._trigger, error)
 
     def end_by_force(self, session: int) -> list[int]:
-        """Kill all of it, again until that works: no run ends before its processes. Returns the
-        PIDs that cannot be killed."""
+        """Kill all of it, again while the search fails. Returns the PIDs that could not be killed
+        within KILL_LIMIT."""
         while True:
             try:
                 return kill_family(self._marker, session, self.seen)
@@ -5421,13 +5432,13 @@ class Tree:
         """Let what is left of it be."""
         try:
             _KEPT.update(family(self._marker, session))
-        except OSError as error:  # each end of a run will search for them again
+        except OSError as error:  # each later end of a run looks for its own in vain
             log.error("cannot search for the processes of %s: %s", self._trigger, error)
 
 
 class Launch:
     """What the process of a run needs: user, pipe for its output, result file, environment and
-    command. `make`: a thread aside, for a directory or a directory service may not answer;
+    command. `make`: a thread aside, for a disk or a directory service may not answer;
     the rest: the supervisor's."""
 
     def __init__(self, supervisor: Supervisor, trigger: Trigger, job: JobConfig, timeout: float):
@@ -5460,11 +5471,10 @@ class Launch:
         if self._job.python:
             os.stat(self._job.cwd)  # the child would report it with less to go by
             return None
-        # A disk that hangs must hang this thread: a child that hangs before its exec keeps copies
-        # of the pipes of other starts open, and those would hang too.
-        for place in (self._job.cwd, *(self._job.command or ())[:1]):
-            with contextlib.suppress(OSError):
-                os.stat(place)
+        # A disk that hangs must hang this thread, not a child on its way there: that has copies of
+        # the pipes of other starts, which would hang too.
+        with contextlib.suppress(OSError):
+            os.stat(self._job.cwd)
         return self._execute()
 
     def _execute(self) -> Child:
@@ -5623,8 +5633,8 @@ def result_of(
 
 
 class EndingRun:
-    """The fields of a ProcessRun, and its second half: from a cancellation or the end of its
-    process to its result. How it starts is in ProcessRun. The supervisor's thread.
+    """The fields of a ProcessRun, and how it ends: by a cancellation, or with its process. What
+    comes before is in ProcessRun. The supervisor's thread.
 
     A thread aside does what may take long, one thing at a time: until it has done so,
     the main process is not reaped, and its PID and session are nobody else's.
@@ -5647,7 +5657,7 @@ class EndingRun:
         self._timer: list | None = None
         self._blank: list | None = None  # the timer of the start note
         self._postponed: typing.Callable[[], None] | None = None  # the timer that ran out meanwhile
-        self._broken = ""  # what went wrong meanwhile
+        self._broken = ""  # what went wrong while a thread aside worked for this run
 
     # -- what moves it on
 
@@ -5677,9 +5687,9 @@ class EndingRun:
         work: typing.Callable[[], typing.Any],
         then: typing.Callable[[typing.Any], None] | None = None,
     ) -> None:
-        """Have a thread aside do `work`; then comes a failure that happened meanwhile, else `then`
-        with its value or exception, else the end or the timer that came meanwhile. Never two at a
-        time."""
+        """Have a thread aside do `work`. Then comes a failure that happened meanwhile, else `then`
+        with its value or exception. Without `then` its exception is raised, else comes the end or
+        the timer that came meanwhile. Never two at a time."""
         self._aside = True
 
         def done(value: typing.Any) -> None:
@@ -5737,7 +5747,7 @@ class EndingRun:
     # -- TERMINATING, KILLING
 
     def _terminate(self) -> None:
-        """SIGTERM by Tree.send_sigterm, time for kill_grace, then `_kill`."""
+        """SIGTERM by Tree.send_sigterm now, `_kill` after kill_grace."""
         if self._has_ended(self._terminate):
             return
         self.phase = RunPhase.TERMINATING
@@ -5759,7 +5769,7 @@ class EndingRun:
         """Something unexpected happened: end the tree by force, then the run."""
         self._supervisor.unwatch(self._launch.read)  # it may be what fails
         if self._aside or self.phase is RunPhase.ENDED:
-            self._broken = message  # for when the thread aside is back
+            self._broken = message  # until the thread aside is back, if there is one
             return
         session = self._child.session if self._child is not None else 0
         result = Result(FAILURE, message)
@@ -5891,7 +5901,7 @@ class ProcessRun(EndingRun):
             elif self._forks_tried > 1:
                 lost = ConnectionError(errno.ECONNRESET, "the Python server ended unexpectedly")
                 self._cannot_start(self._launch.why_not(lost))
-            else:  # it had died before it was asked: once more, with a new one
+            else:  # it died, or was dying, before it answered: once more, with a new one
                 self._launch.close_output()
                 self.begin()
 
@@ -6179,7 +6189,7 @@ class RunLog:
             self._echo(lines)
 
     def _append(self, data: bytes) -> None:
-        """Into the file: output, and the notes between it."""
+        """Into the file: output and notes."""
         data, self._pending = self._pending + data, b""
         notice = (
             f"\n----- {self._gap} bytes could not be written here -----\n".encode()
@@ -6516,7 +6526,8 @@ _WAL_MAGIC = (
 _NO_SPACE = re.compile("is full|I/O error")  # what SQLite says of ENOSPC
 # Errors of SQLite that blame the disk, a lock or permissions: the journal is not taken for broken.
 _OUTSIDE = re.compile("is full|is locked|unable to open|I/O error|permission|protocol")
-# The column `finished` is when a run came into its state, by the journal's clock: not only its end.
+# The column `finished` is when a run came into its state, by the journal's clock: not only its end;
+# NULL while it waits.
 # SQLite uses a partial index only for a query that repeats its condition: hence the `state <>
 # 'delivered'` below.
 _SCHEMA = """
@@ -6599,8 +6610,8 @@ class FilesMoved(sqlite3.OperationalError):
 
 class Clock:
     """A clock for ages that decide: it runs only while an executor serves this journal, and goes on
-    from where the last one stopped. It was set once, by the wall clock, and follows none of its
-    jumps. Any thread."""
+    from where the last one stopped, or from what was saved last. It is set by the wall clock at the
+    first start, and follows none of its jumps. Any thread."""
 
     def __init__(self, began: float):
         self._offset = began - time.monotonic()
@@ -6649,15 +6660,15 @@ class JournalFiles:
     def __init__(self, file: str):
         """Raises ExecutorError."""
         self._file = file
-        self.closed, self._trouble = False, ""  # whether no file is open; what of that was logged
+        self.closed, self._trouble = False, ""  # whether no file is open; last error of `renew`
         self.db = self._open_first()
         self.reading = threading.Lock()  # guards `_reader`
         self._reader = self._connect()
         self._places = self._stamps()
 
     def check(self) -> None:
-        """Raises FilesMoved when the open files are no longer those in the directory: what is
-        written there would be lost. Before each transaction."""
+        """Raises FilesMoved when the open files are no longer those in the directory: what goes
+        into them would be lost. Before each transaction."""
         if self.closed or self._stamps() != self._places:
             raise FilesMoved("its files were removed or replaced while it was open: try again")
 
@@ -6869,12 +6880,12 @@ class Facts:
         self.post(Note(name, value))
 
     def forget_since(self, name: str) -> None:
-        """Have `known_for` begin anew; a fact of this name stays."""
+        """Have `known_for` note it anew; a fact of this name stays."""
         self._facts.pop(f"since {name}", None)
         self.post(Note(f"since {name}", None))
 
     def known_for(self, name: str) -> float:
-        """Seconds of the clock since the first call with this name."""
+        """Seconds of the clock since this name was noted, which the first call does."""
         try:
             return self.clock.now() - float(self.fact(f"since {name}"))
         except ValueError:
@@ -7204,8 +7215,8 @@ class Journal(JournalReader):
         return bool(full) and self.reserve.give_up()
 
     def cannot_store(self, error: Exception) -> str:
-        """Log it, once an outage, and see that nothing of the failed commit comes back after a
-        crash; returns the reason."""
+        """Tell once an outage that results are held, and see that nothing of the failed commit
+        comes back after a crash; returns the reason."""
         if self._tainted and not self._files.closed:
             self._untaint()
         if self._unstored.results and not self._told:  # an outage is told once
@@ -7470,7 +7481,7 @@ class RefusedResults:
         self._ask_at = 0.0  # monotonic; not before
 
     def soonest(self, withheld: bool) -> float:
-        """Monotonic time of the next attempt; `withheld`: fresh results wait for it too."""
+        """Monotonic time to look again; `withheld`: fresh results wait for it too."""
         if self._parts or withheld:
             return self._ask_at
         return min([at for _, at in self.results.values()], default=float("inf"))
@@ -7488,8 +7499,8 @@ class RefusedResults:
         return self._parts.pop() if self._parts and self.may_ask() else None
 
     def too_many(self) -> bool:
-        """Whether MOST_REFUSED are refused, and none was taken since: then fresh results go one at
-        a time."""
+        """Whether MOST_REFUSED are refused or in parts, and none was taken since: then fresh
+        results go one at a time."""
         return self._any_refused and len(self.results) + len(self.in_parts()) >= MOST_REFUSED
 
     def may_ask(self) -> bool:
@@ -7536,7 +7547,7 @@ class Repeats:
         self._missed_at = 0.0  # monotonic; the last such absence that was looked at
 
     def due(self, in_hand: set[int]) -> tuple[Part | None, float]:
-        """(what to send once more or None, seconds until more is due), without those `in_hand`."""
+        """What to send once more, without those `in_hand`; or None, and the seconds until then."""
         if time.monotonic() < self._not_before:
             return None, self._not_before - time.monotonic()
         now, wait = self._journal.clock.now(), float("inf")
@@ -7630,7 +7641,7 @@ class Callbacks(Undelivered, Watched):
 
     wake, retry: any thread. A batch that the admin refuses is split until the bad results are
     alone; each of them is tried again with a backoff of its own. After each request for refused
-    results go the fresh ones, so that they hold back nobody.
+    results go fresh ones, so that they hold back nobody.
     """
 
     def __init__(self, journal: typing.Any, admin: typing.Any, metrics: Metrics):
@@ -7775,7 +7786,7 @@ class Callbacks(Undelivered, Watched):
 
     def _send(self, part: Part) -> None:
         """Deliver `part`, and note what becomes of its results. A repeat (`before` is not FINISHED)
-        was taken before: if one alone is refused now, as when the admin has deleted its log, it
+        was taken before: if the admin refuses one alone now, as when it has deleted its log, that
         counts as taken."""
         rows, before, after, _ = part
         self._busy_since = time.monotonic()
@@ -8292,7 +8303,7 @@ class Registration:
                     self._take_back(address, True)
 
     def _register(self) -> None:
-        """One heartbeat; the first finds out the address."""
+        """A heartbeat, of earlier addresses that are still needed too; finds out this one first."""
         if not self.address:
             self.address = self._config.executor.address or self._own_address()
             with contextlib.suppress(ValueError):  # a damaged page, or the first start
@@ -8505,11 +8516,11 @@ class DataDir:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            owner = os.pread(self._fd, 4096, 0).decode().split()[1:2]
             os.close(self._fd)
             raise ExecutorError(
-                f"executor.data_dir: {path} is in use by another executor (pid"
-                f" {''.join(owner) or 'unknown'}): stop it, or give this one a data_dir of its own"
+                f"executor.data_dir: {path} is in use by another executor"
+                f" (pid {self.owner(path).pid or 'unknown'}): stop it, or give this one a data_dir"
+                " of its own"
             ) from None
         lock = os.fstat(self._fd)
         self._place = f"{lock.st_dev}:{lock.st_ino}"
@@ -8649,13 +8660,14 @@ class ConfigFiles:
         return sorted(stamps)
 
     def changed(self) -> bool:
-        """Whether something has changed since `load` and was then left alone for a look."""
+        """Whether files differ from those that `load` read, and were the same at the last two
+        looks."""
         before, self._seen = self._seen, self._stamps()
         return self._seen == before and self._seen != self._loaded
 
     def load(self) -> Config:
-        """Raises ConfigError. Read again when other files are named than before, for the stamps
-        must be older than what was read."""
+        """Raises ConfigError. Read again when it names other files than before: each stamp must be
+        taken before its file is read."""
         while True:
             self._seen = self._loaded = self._stamps()
             try:
@@ -8671,9 +8683,8 @@ class ConfigFiles:
 
 
 class Signals:
-    """Signals and wake-ups, for the main thread to wait for. The pipe may be full, so which signals
-    came is noted besides.
-    `wake`: any thread; the rest: the main thread."""
+    """Where the main thread waits for signals and wake-ups. `_came` holds the signals too, for the
+    pipe may be full. `wake`: any thread; the rest: the main thread."""
 
     def __init__(self, *numbers: int):
         self._wake_up = WakeUp()
@@ -8764,10 +8775,9 @@ class Pruning:
 # --------------------------------------------------------------------------------------------------
 # 14b wiring, start and stop
 # --------------------------------------------------------------------------------------------------
-def what_is_left(counts: dict[str, int], stored: bool) -> str:
-    """What becomes of results that were not delivered, by Journal.counts(); `stored`: the core has
-    ended."""
-    if not stored:
+def what_is_left(counts: dict[str, int], core_ended: bool) -> str:
+    """What becomes of results that were not delivered, by Journal.counts()."""
+    if not core_ended:
         return "the disk of the journal does not answer: the next start reports what is not on it"
     if counts["held"]:
         return (
@@ -8817,7 +8827,7 @@ class Wiring:
             undo.callback(listener.close)
         self.port = listener.getsockname()[1]
         host = self.config.executor.bind[0]
-        host = "127.0.0.1" if host == "0.0.0.0" else "::1" if host == "::" else host
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         self.url = f"http://{authority(host, self.port)}/"
         return listener, room
 
@@ -8912,8 +8922,8 @@ class Wiring:
         )
 
     def _well(self) -> bool:
-        """Whether every thread that serves all runs makes progress; for the watchdog, see
-        `ServiceManager.tell`, which names them too."""
+        """For the watchdog: whether the threads that serve all runs make progress.
+        ServiceManager.tell names them."""
         admin = self.config.admin
         patience = 30 + 4 * len(admin.addresses) * (admin.timeout + admin.connect_timeout)
         return (
@@ -8967,13 +8977,13 @@ class Wiring:
             "admins": addresses,
         }
 
-    def _close_all(self, stored: bool) -> None:
-        """`stored`: the core has ended, else the journal is left to its thread."""
+    def _close_all(self, core_ended: bool) -> None:
+        """`core_ended`: else its thread still uses the journal, which stays open."""
         self._slots.close()
         self._processes.close(FLUSH_LIMIT)
         kill_family(f"{self._data.identity}-")
         self._admin.close()
-        if stored:
+        if core_ended:
             self._journal.close()
         self._logs.close()
         self._data.close()
@@ -9019,8 +9029,8 @@ def job_changes(old: dict[str, JobConfig], new: dict[str, JobConfig]) -> str:
 
 
 class Daemon(Wiring):
-    """Starts everything in order, stops it in reverse, acts on signals; the main thread, but for
-    what the pruning thread and the timer of a stop call."""
+    """Starts everything in order, stops it without losing a result, acts on signals; the main
+    thread, but for `_tell_stopping`, which a timer calls."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD, signal.SIGUSR1)
 
@@ -9068,7 +9078,7 @@ class Daemon(Wiring):
 
     @property
     def signals(self) -> Signals:
-        """From the first use on signals wait for `wait`."""
+        """The first use installs the handlers: from then on signals are kept for `wait`."""
         if self._signals is None:
             self._signals = Signals(*self.SIGNALS)
         return self._signals
@@ -9137,23 +9147,22 @@ class Daemon(Wiring):
         if admin != old.admin:
             self._admin.use_token(admin.access_token)
             log.info("the access token has changed")
+        taken = dataclasses.replace(old, admin=admin, jobs=new.jobs, scripts=new.scripts)
         for part in ("admin", "executor", "glue"):
-            if getattr(dataclasses.replace(old, admin=admin), part) != getattr(new, part):
+            if getattr(taken, part) != getattr(new, part):
                 log.warning(
                     "%s has changed in %s: that takes effect at a restart, a reload takes over"
                     " only jobs and the token",
                     part,
                     old.file,
                 )
-        self.config = self._api.config = dataclasses.replace(
-            old, admin=admin, jobs=new.jobs, scripts=new.scripts
-        )
+        self.config = self._api.config = taken
         self._prepare(new)
         check_host(new)
         log.info("reloaded %s: %s", old.file, job_changes(old.jobs, new.jobs))
 
     def _tell_stopping(self) -> None:
-        """Answer who is held: the next executor does not come soon enough for him."""
+        """The next executor has not come in time: tell those who are held that this one stops."""
         self._api.draining = True
         self._http.release()
 
@@ -9168,10 +9177,10 @@ class Daemon(Wiring):
         self._pruning.stop()
         self._registration.drain()
         if self._inherited:  # who comes now may wait for the next executor, if that is soon
-            patience = threading.Timer(HOLD, self._tell_stopping)
-            patience.daemon = True
+            timer = threading.Timer(HOLD, self._tell_stopping)
+            timer.daemon = True
             try:
-                patience.start()
+                timer.start()
                 self._http.hold(HOLD)
             except RuntimeError:  # no more threads: nobody could release them
                 self._api.draining = True
@@ -9184,11 +9193,11 @@ class Daemon(Wiring):
         self._registration.close(self.config.admin.timeout)
         self._pruning.join(FLUSH_LIMIT)
         if self._inherited:
-            patience.cancel()
+            timer.cancel()
         self._http.close()
-        stored = self._core.close(STORE_LIMIT)
-        left = what_is_left(self._journal.counts(), stored)
-        self._close_all(stored)
+        core_ended = self._core.close(STORE_LIMIT)
+        left = what_is_left(self._journal.counts(), core_ended)
+        self._close_all(core_ended)
         log.info("stopped, %s", left)
 
     def _end_runs(self) -> None:
@@ -9811,7 +9820,7 @@ def ask_status(owner: Owner) -> dict:
 
 
 def cmd_status(arguments: argparse.Namespace) -> int:
-    """Fails when no executor runs, or it does not answer."""
+    """Fails when no executor runs or answers; not with --watch."""
     live = arguments.watch and not arguments.json and sys.stdout.isatty()
     if live:
         print("\x1b[2J", end="")

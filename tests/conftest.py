@@ -69,8 +69,9 @@ def alive(pid):
 
 
 def command_line(*arguments, flags=()):
-    """The words that run the program as the module that `python xxl_executor.py` may turn it into:
-    0.1 s of CPU instead of 0.3, some hundreds of times."""
+    """The words that run the program as a module: 0.1 s of CPU instead of 0.3, some hundreds of
+    times. Not for what depends on how it is started, or on sys.path, which then begins with the
+    current directory."""
     interpreter, *words = xxl_executor.run_as_module(sys.executable, *arguments)
     return [interpreter, *flags, *words]
 
@@ -84,7 +85,7 @@ class Executor:
     """The daemon under test: `python xxl_executor.py -c FILE run` on a free port, its stderr in a
     file.
 
-    Only with program=PROGRAM by these very words, else by those of `command_line`.
+    Only with program=PROGRAM by these very words, without a program by those of `command_line`.
     """
 
     def __init__(

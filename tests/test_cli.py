@@ -19,7 +19,7 @@ import uuid
 from pathlib import Path
 
 import pytest
-from conftest import PROGRAM, alive, command_line, result_of, run_job, wait_until
+from conftest import PROGRAM, alive, result_of, run_job, wait_until
 
 import xxl_executor
 
@@ -108,10 +108,7 @@ class Place:
         return self
 
     def start(self, *arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **env):
-        flags = ("-W", "error", "-X", "dev")
-        command = command_line(*arguments, flags=flags)
-        if "demo" in arguments:  # which shows commands to type, as it was started
-            command = [sys.executable, *flags, str(PROGRAM), *arguments]
+        command = [sys.executable, "-W", "error", "-X", "dev", str(PROGRAM), *arguments]
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import PROGRAM, command_line, wait_until
+from conftest import PROGRAM, wait_until
 
 program = PROGRAM
 MODULES = {
@@ -46,7 +46,7 @@ jobs:
 
 def check(directory, *arguments, **env):
     return subprocess.run(
-        command_line(*arguments, flags=("-W", "error")),
+        [sys.executable, "-W", "error", str(PROGRAM), *arguments],
         cwd=directory,
         text=True,
         capture_output=True,

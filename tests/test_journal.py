@@ -518,7 +518,7 @@ def test_nothing_of_a_batch_is_stored_before_all_of_it(journal, file):
     query = "SELECT log_id, state FROM runs ORDER BY log_id"
     before = [(1, "running"), (2, "accepted"), (3, "finished")]
     told = []
-    journal.stored = lambda: told.append("results")
+    journal.on_results = lambda: told.append("results")
     journal.begin()
     assert [journal.accept(trigger(i)) for i in (4, 5, 4, 1)] == [True, True, False, False]
     journal.start(2)
@@ -771,7 +771,7 @@ def test_results_that_cannot_be_stored_are_held(journal, file, caplog):
         assert str(caught.value) == f"{file}: the disk is full"
         assert told == []
     assert waiting(journal) == [1] and journal.has_unstored()
-    journal.stored = lambda: told.append("results")
+    journal.on_results = lambda: told.append("results")
     assert tolerant(journal)
     assert [row[0::3][:2] for row in journal.undelivered(10)] == [
         (2, "two"),

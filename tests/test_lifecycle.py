@@ -32,6 +32,26 @@ def draining(daemon):
     wait_until(lambda: daemon.status()["draining"], 10, "the draining")
 
 
+# -- the beginning
+
+
+@pytest.mark.parametrize("flags", [(), ("-P",)], ids=["", "safe path"])
+def test_no_module_of_the_current_directory_is_taken(executor, admin, flags):
+    """It may be anybody's, and the executor may be root's."""
+    if flags and sys.version_info < (3, 11):
+        pytest.skip("python -P came with 3.11")
+    daemon = executor({"hello": {"shell": "echo hello"}}, admin=admin, start=False)
+    (daemon.directory / "seen").mkdir()
+    for name in ("requests", "queue", "json", "yaml", "charset_normalizer"):
+        text = f"import pathlib; pathlib.Path({str(daemon.directory)!r}, 'seen', '{name}').touch()"
+        (daemon.directory / f"{name}.py").write_text(text)
+    daemon.flags = (*daemon.flags, *flags)
+    daemon.start()
+    assert run_job(daemon, admin, "hello")[1]["handleMsg"] == "hello"
+    assert admin.wait(lambda: admin.registry, 10)
+    assert os.listdir(daemon.directory / "seen") == []
+
+
 # -- the end
 
 
