@@ -1718,7 +1718,7 @@ for name in sys.argv[1:]:
         except Exception:
             pass
 print(json.dumps(found))
-print("\\n".join(sys.path))
+print("\\n".join(filter(None, sys.path)))  # "" is of -c, where no job looks
 """
 
 

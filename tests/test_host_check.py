@@ -127,6 +127,17 @@ def test_an_old_python(host):
     assert check(host, "check").stderr == f"warning: ./config.yaml:2: jobs.a.interpreter: {told}\n"
 
 
+def test_a_module_that_only_the_current_directory_has(host):
+    """A job does not find it there, whatever its interpreter."""
+    other, link = host / "elsewhere", host / "python"
+    other.mkdir()
+    link.symlink_to(sys.executable)
+    job = f'{{python: "good:main", cwd: elsewhere, interpreter: {link}}}'
+    (host / "config.yaml").write_text(f'executor: {{bind: "127.0.0.1:0"}}\njobs: {{a: {job}}}\n')
+    told = "there is no module good in pythonpath, cwd or the interpreter's own path"
+    assert check(host, "check").stderr == f"warning: ./config.yaml:2: jobs.a.python: {told}\n"
+
+
 def test_an_interpreter_that_only_one_of_two_jobs_finds(host):
     job = f'python: "good:main", interpreter: {os.path.basename(sys.executable)}'
     path = os.path.dirname(sys.executable)
