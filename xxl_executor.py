@@ -5472,9 +5472,11 @@ class Launch:
             os.stat(self._job.cwd)  # the child would report it with less to go by
             return None
         # A disk that hangs must hang this thread, not a child on its way there: that has copies of
-        # the pipes of other starts, which would hang too.
-        with contextlib.suppress(OSError):
-            os.stat(self._job.cwd)
+        # the pipes of other starts, which would hang too, and before CPython 3.11.4 all threads
+        # wait for it.
+        for place in (self._job.cwd, *(self._job.command or ())[:1]):
+            with contextlib.suppress(OSError):
+                os.stat(place)
         return self._execute()
 
     def _execute(self) -> Child:
