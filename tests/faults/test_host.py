@@ -717,12 +717,19 @@ def hung(tmp_path):
         yield str(place / "sub"), end
 
 
-def test_a_job_whose_directory_does_not_answer_holds_up_nobody(executor, admin, hung):
+@pytest.mark.parametrize("what", ["directory", "program"])
+def test_a_job_whose_directory_or_program_does_not_answer_holds_up_nobody(
+    executor, admin, hung, what
+):
     """Its start hangs; others start, end, time out and are killed meanwhile."""
     directory, end = hung
+    jobs = {
+        "directory": {"shell": "true", "cwd": directory},
+        "program": {"command": [f"{directory}/program"]},
+    }
     daemon = executor(
         {
-            "hangs": {"shell": "true", "cwd": directory},
+            "hangs": jobs[what],
             "ok": {"shell": "echo hi"},
             "slow": {"shell": "exec sleep 600", "timeout": "1s"},
             "killed": {"shell": "exec sleep 600"},
