@@ -4342,8 +4342,13 @@ def _become(request: dict, output: int) -> None:
         os.setgid(user.pw_gid)
         os.setuid(user.pw_uid)
         LIBC.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)  # else its own /proc/self is root's
-    os.environ.clear()
-    os.environ.update(request["env"])
+    # Only what differs from the server's (tests/bench.py, python-start: 0.3 ms of 9).
+    environment = request["env"]
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    for name, value in environment.items():
+        if os.environ.get(name) != value:
+            os.environ[name] = value
     os.chdir(request["cwd"])
     sys.path[:0] = [*request["pythonpath"], request["cwd"]]
     sys.argv = [request["entry_point"]]
