@@ -47,6 +47,20 @@ import os
 import signal
 import sys
 
+
+def open_closed_streams() -> None:
+    """Have /dev/null stand where stdin, stdout or stderr is closed: else the next files that are
+    opened, such as a job's output, are taken for one of these."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest that is free
+
+
+if __name__ == "__main__":
+    open_closed_streams()
+
 # A reload that is asked for before the daemon can take it must not end it: ignored until then, also
 # by the process that it becomes.
 HANGUP = signal.signal(signal.SIGHUP, signal.SIG_IGN) if __name__ == "__main__" else None
@@ -592,10 +606,12 @@ def printable(text: str) -> str:
     )
 
 
-def json_line(value: typing.Any) -> str:
-    """JSON on one line, without characters on which a terminal would act."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text if text.isprintable() else json.dumps(value).replace("\x7f", "\\u007f")
+def json_text(value: typing.Any, indent: int | None = None) -> str:
+    """JSON without characters on which a terminal would act; on one line without `indent`."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    if text.replace("\n", "").isprintable():
+        return text
+    return json.dumps(value, indent=indent).replace("\x7f", "\\u007f")
 
 
 def without_secrets() -> dict[str, str]:
@@ -1490,6 +1506,46 @@ _NOT_OF_SCRIPTS = (  # keys of a job that `scripts` does not take
 )
 
 
+def changeable(file: str) -> str:
+    """What somebody beside root owns or can write of all that leads to `file`, links too; "" for
+    nothing, also when it is not there. A group that can write counts as somebody, but root's."""
+    todo, place, links = os.path.abspath(file).split("/"), "/", 0
+    with contextlib.suppress(OSError):
+        while True:
+            status = os.lstat(place)
+            writable = status.st_mode & (0o022 if status.st_gid else 0o002)
+            sticky = stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
+            is_link = stat.S_ISLNK(status.st_mode)
+            if status.st_uid or writable and not sticky and not is_link:
+                return place
+            if is_link:
+                links += 1
+                if links > 40:
+                    return place
+                target = os.readlink(place)
+                todo = [*target.split("/"), *todo]
+                place = "/" if target.startswith("/") else os.path.dirname(place)
+            while todo and todo[0] in ("", "."):
+                todo.pop(0)
+            if not todo:
+                return ""
+            name = todo.pop(0)
+            place = os.path.dirname(place) if name == ".." else os.path.join(place, name)
+    return ""
+
+
+def _foreign_interpreter(interpreter: str) -> str:
+    """What another user than root can change of an interpreter and its virtual environment."""
+    program = os.path.abspath(shutil.which(interpreter) or interpreter)
+    around = os.path.dirname(os.path.dirname(program))
+    places = [program]
+    if os.path.exists(os.path.join(around, "pyvenv.cfg")):
+        packages = os.path.join(glob.escape(around), "lib*", "python3*", "site-packages")
+        places += [os.path.join(around, "pyvenv.cfg"), *glob.glob(packages)]
+        places += glob.glob(os.path.join(packages, "*.pth"))
+    return next(filter(None, map(changeable, places)), "")
+
+
 class _ConfigReader(_YamlReader):
     """Knows what a configuration holds."""
 
@@ -1529,6 +1585,16 @@ class _ConfigReader(_YamlReader):
             for name in names:
                 if wrong and name in given:
                     self.problem(given[name], f"{path}.{name}: {told}")
+        if job.user and job.interpreter and not os.geteuid():
+            place = _foreign_interpreter(job.interpreter)
+            if place:
+                self.problem(
+                    given["interpreter"],
+                    f"{path}.interpreter: root starts it before it becomes the user {job.user}, and"
+                    f" others than root can change {place}: chown root, chmod go-w, or use command:"
+                    " [interpreter, script]",
+                )
+                return None  # `check` would go on to start it
         return job
 
     def jobs(self, node: Node, defined: dict, where: dict) -> None:
@@ -1649,6 +1715,11 @@ def find_config(file: str | None) -> str:
         return file
     for place in CONFIG_PLACES:
         if os.path.exists(place):
+            if not os.geteuid() and os.stat(place).st_uid:
+                raise ConfigError(
+                    f"{place} belongs to another user, who would decide what root runs: if that is"
+                    f" meant, name it with -c {place}"
+                )
             return place
     raise ConfigError(
         f"no configuration: none of {', '.join(CONFIG_PLACES)} exists: give one with -c FILE"
@@ -1747,6 +1818,12 @@ class HostCheck:
             warnings.append(config.told(f"jobs.{name}", told))
         if not config.jobs and not scripts and not config.glue.enabled:
             warnings.append(config.told("jobs", "there are none: every trigger will be refused"))
+        with contextlib.suppress(OSError):  # the start makes it
+            place = config.executor.data_dir or ""
+            status = os.stat(place)
+            if status.st_mode & 0o002 or status.st_uid not in (0, os.geteuid()):
+                told = f"others can change {place}, and so results, logs and scripts of the admin"
+                warnings.append(config.told("executor.data_dir", f"{told}: chown, chmod go-w"))
         for job in config.jobs.values():
             for key, text in self._job(job):
                 if text:
@@ -4914,6 +4991,7 @@ class ResultFiles:
         self._directory, self._prefix = directory, f"xxl-executor-{identity}-"
         self._life = secrets.token_hex(8)  # what an earlier one left is not believed
         self._lock, self._shared = threading.Lock(), ""
+        self._shared_is = (0, 0)  # its device and inode: another one in its place is not believed
         make_directory(directory)
         self._clear(directory)
         with contextlib.suppress(OSError):  # none is needed without jobs.*.user
@@ -4936,9 +5014,10 @@ class ResultFiles:
     def create(self, user: pwd.struct_passwd) -> str:
         """A file that `user` may write. Raises OSError."""
         with self._lock:
-            if not os.path.isdir(self._shared):  # the first, or somebody has tidied up
+            if self._identify() != self._shared_is or not self._shared:  # or it was tidied up
                 self._shared = tempfile.mkdtemp(prefix=self._prefix)
                 os.chmod(self._shared, 0o711)
+                self._shared_is = self._identify()
             fd, path = tempfile.mkstemp(".result", secrets.token_hex(16), self._shared)
         try:
             os.fchown(fd, user.pw_uid, user.pw_gid)
@@ -4948,6 +5027,12 @@ class ResultFiles:
         finally:
             os.close(fd)
         return path
+
+    def _identify(self) -> tuple[int, int]:
+        with contextlib.suppress(OSError):
+            status = os.lstat(self._shared)
+            return status.st_dev, status.st_ino
+        return 0, 0
 
     def take(self, path: str, owner: int) -> str:
         """Remove what was written there, and return the end of it; "" when it is no file of
@@ -6444,7 +6529,7 @@ class JobLogs:
             "logId": trigger.log_id,
             "message": line.decode("utf-8", "replace"),
         }
-        return json_line(fields).encode("utf-8", "replace") + b"\n"
+        return json_text(fields).encode("utf-8", "replace") + b"\n"
 
     def page(
         self,
@@ -8507,6 +8592,28 @@ class Owner(typing.NamedTuple):
         return False
 
 
+def refuse_planted(path: str) -> None:
+    """Raises ExecutorError for what somebody else has put where this executor writes: a link could
+    have root write anywhere."""
+    journal = (
+        "journal.db",
+        "journal.db-wal",
+        "journal.db-shm",
+        "journal.db.new",
+        "journal.db.part",
+    )
+    for name in ("lock", "reserve", *journal, "logs", "run", "gluesource"):
+        place = os.path.join(path, name)
+        with contextlib.suppress(OSError):
+            owner = os.lstat(place).st_uid
+            if owner not in (0, os.geteuid()):
+                raise ExecutorError(
+                    f"executor.data_dir: {place} belongs to user {owner}, who could have this"
+                    " executor write where he wants: remove it, or give it to the executor's user"
+                    " with chown -h"
+                )
+
+
 class DataDir:
     """The locked data directory: one daemon at a time, and an identity by which its processes are
     known after a crash."""
@@ -8514,6 +8621,7 @@ class DataDir:
     def __init__(self, path: str):
         self.path = path
         make_directory(path)
+        refuse_planted(path)
         try:
             self._fd = os.open(
                 os.path.join(path, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640
@@ -8572,9 +8680,10 @@ class DataDir:
         """Of pid 0 when no executor has used `path`. Raises ExecutorError for who may not read
         it."""
         file = os.path.join(path, "lock")
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC  # it may be a FIFO
         try:
-            with open(file, encoding="ascii") as stream:
-                _, pid, url, key, started = stream.readline().split()
+            with open(os.open(file, flags), encoding="ascii") as stream:
+                _, pid, url, key, started = stream.read(4096).split("\n")[0].split()
                 since = os.fstat(stream.fileno()).st_mtime
             return Owner(int(pid), url if url != "-" else "", key, int(started), since)
         except (FileNotFoundError, ValueError):  # or by an earlier version, or being written
@@ -9325,7 +9434,8 @@ class LoopbackAdmin:
     """An xxl-job-admin 3.5 on 127.0.0.1, as much of it as `demo` needs; it keeps what it received.
     Any thread may call any method; `changed` is notified of every request."""
 
-    def __init__(self, port: int = 0):
+    def __init__(self, port: int = 0, token: str = ""):
+        self.token = token  # of executors; what they send is not looked at
         self.changed = threading.Condition()
         self.registry: list[str] = []  # addresses that get triggers
         self.results: dict[int, list[dict]] = {}  # by logId
@@ -9385,6 +9495,7 @@ class LoopbackAdmin:
         """POST to an executor; returns its envelope."""
         import requests
 
+        headers = {"XXL-JOB-ACCESS-TOKEN": self.token, **headers}
         with requests.Session() as session:
             session.trust_env = False  # no proxy stands before this host
             url, data = address.rstrip("/") + path, json.dumps(body).encode()
@@ -9436,11 +9547,12 @@ def width() -> int:
 
 def cut(text: str, most: int) -> str:
     """`text` in at most `most` columns."""
-    if columns(text) <= most:
+    beginning = text[: most + 1]  # of a long text more cannot fit
+    if beginning == text and columns(text) <= most:
         return text
-    while text and columns(text) > most - 3:
-        text = text[:-1]
-    return text + "..."
+    while beginning and columns(beginning) > most - 3:
+        beginning = beginning[:-1]
+    return beginning + "..."
 
 
 def short(name: str) -> str:
@@ -9581,9 +9693,9 @@ def cmd_demo(arguments: argparse.Namespace) -> int:
         tempfile.TemporaryDirectory(prefix="xxl-demo-") as data_dir,
         contextlib.ExitStack() as cleanup,
     ):
-        admin = LoopbackAdmin()
+        admin = LoopbackAdmin(token=secrets.token_hex(8))  # for who is on this host, but not here
         cleanup.callback(admin.close)
-        daemon = Daemon(_demo_config(config, admin.url, data_dir))
+        daemon = Daemon(_demo_config(config, admin, data_dir))
         daemon.start()
         cleanup.callback(daemon.close)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
@@ -9608,23 +9720,23 @@ def cmd_demo(arguments: argparse.Namespace) -> int:
         )
         if not arguments.once:
             assert daemon.signals  # from now on Ctrl-C waits for `wait`
-            _show_how_to_go_on(names[0], daemon.url, data_dir)
+            _show_how_to_go_on(names[0], daemon.url, admin.token, data_dir)
             daemon.wait()
     return 0
 
 
-def _demo_config(config: Config, admin: str, data_dir: str) -> Config:
+def _demo_config(config: Config, admin: LoopbackAdmin, data_dir: str) -> Config:
     """The same jobs, with nothing that others could reach or that stays."""
     bind = ("127.0.0.1", 0)
     return dataclasses.replace(
         config,
-        admin=dataclasses.replace(config.admin, addresses=(admin,), access_token=""),
+        admin=dataclasses.replace(config.admin, addresses=(admin.url,), access_token=admin.token),
         executor=dataclasses.replace(config.executor, bind=bind, address="", data_dir=data_dir),
         glue=dataclasses.replace(config.glue, enabled=False),
     )
 
 
-def _show_how_to_go_on(job: str, url: str, data_dir: str) -> None:
+def _show_how_to_go_on(job: str, url: str, token: str, data_dir: str) -> None:
     started = os.path.abspath(sys.argv[0])  # this file, or what setup.cfg installs for it
     program = [sys.executable, started] if started.endswith(".py") else [started]
     command = shlex.join([*program, "status", "--data-dir", data_dir])
@@ -9632,7 +9744,7 @@ def _show_how_to_go_on(job: str, url: str, data_dir: str) -> None:
     trigger = trigger.replace("'", "\\u0027").replace('"logId": 0', "\"logId\": '$(date +%s)'")
     print(
         "Still serving; Ctrl-C ends it. In another terminal, to run a job again:\n"
-        f"  curl -d '{trigger}' {url}run; echo\n"
+        f"  curl -H 'XXL-JOB-ACCESS-TOKEN: {token}' -d '{trigger}' {url}run; echo\n"
         f"and to look:\n  {command}",
         flush=True,
     )
@@ -9836,8 +9948,7 @@ def cmd_status(arguments: argparse.Namespace) -> int:
         while True:
             state = look(path, config)
             if arguments.json:
-                indent = None if arguments.watch else 2
-                lines = [json.dumps(state, ensure_ascii=False, indent=indent)]
+                lines = [json_text(state, None if arguments.watch else 2)]
             else:
                 most = shutil.get_terminal_size().lines - 1 if live else sys.maxsize
                 lines = [fit(printable(line)) for line in status_lines(state, most)]
@@ -9997,7 +10108,7 @@ def cmd_runs(arguments: argparse.Namespace) -> int:
         raise unknown_run(arguments.job, handlers, path)
     if arguments.json:
         rows = [{**run.shown(), "outcome": _outcome(run, alive)} for run in runs]
-        print(json.dumps(rows, ensure_ascii=False, indent=2))
+        print(json_text(rows, 2))
     elif not runs:
         of = f' of "{arguments.job}"' if arguments.job else ""
         print(f"no {'failed ' if arguments.failed else ''}run{of} is known in {path}")
@@ -10309,7 +10420,7 @@ class _Json(logging.Formatter):
         for line in lines:
             fields = line.fields if isinstance(line, Event) else {}
             more = {**fields, "trace": trace} if trace else fields
-            shown.append(json_line({**head, "message": line, **more}))
+            shown.append(json_text({**head, "message": line, **more}))
         return "\n".join(shown)
 
 
@@ -10377,7 +10488,8 @@ def main(argv: typing.Sequence[str] | None = None) -> int:
         print(f"xxl-executor: {error}", file=sys.stderr)
         return 1
     except ExecutorError as error:
-        print(f"xxl-executor: {error}", file=sys.stderr)
+        told = "\n".join(map(printable, str(error).split("\n")))
+        print(f"xxl-executor: {told}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
         print(f"xxl-executor: {error}: {INSTALL}", file=sys.stderr)

@@ -19,11 +19,11 @@ class Admin(xxl_executor.LoopbackAdmin):
     """
 
     def __init__(self, version="3.5", token="", port=0):
-        self.version, self.token = version, token
+        self.version = version
         self.behave = lambda path, body: None
         self.requests = []  # (path, headers in lower case, body)
         self.parked = []  # addresses of executors that drain
-        super().__init__(port)
+        super().__init__(port, token)
         if version != "3.5":
             self.url += "/xxl-job-admin"
 

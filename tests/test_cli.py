@@ -298,10 +298,24 @@ ticker   python (thread)   -        滴答
     ], "check makes nothing"
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_root_takes_no_configuration_of_somebody_else_unasked(place):
+    file = place.write(JOBS).directory / "config.yaml"
+    os.chown(file, 65534, 65534)
+    told = (
+        "./config.yaml belongs to another user, who would decide what root runs: if that is meant,"
+        " name it with -c ./config.yaml\n"
+    )
+    for command in ("check", "demo", "run", "exec"):
+        assert place.run(command, *(["hello"] if command == "exec" else [])) == (2, "", told)
+    assert place.run("-c", "config.yaml", "check")[0] == 0
+
+
 def test_check_leaves_a_running_executor_alone(executor, place):
     """It asks nobody and opens nothing of the data_dir: an audit hook in the program sees both."""
     daemon = executor({"hello": {"shell": "echo hello"}})
     daemon.file.write_text(daemon.file.read_text().replace("hello", "other"))
+    daemon.status()  # by now the lock is written
     # The journal is written once more by itself soon after the start.
     before = {
         file: file.stat().st_mtime_ns
@@ -1054,10 +1068,15 @@ def test_demo_serves_until_ctrl_c(place, number, status):
         ]
         trigger = others[1]
         words = shlex.split(trigger.replace("$(date +%s)", "12345"))
-        assert words[:2] == ["curl", "-d"]
-        request = urllib.request.Request(words[3].rstrip(";"), words[2].encode())
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as reply:
-            assert json.load(reply)["code"] == 200
+        assert words[:2] == ["curl", "-H"] and words[3] == "-d"
+        name, token = words[2].split(": ")
+        for given, code in (("", 500), (token, 200)):  # a stranger on this host may not
+            request = urllib.request.Request(
+                words[5].rstrip(";"), words[4].encode(), headers={name: given}
+            )
+            opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+            with opener.open(request) as reply:
+                assert json.load(reply)["code"] == code
         words = shlex.split(look)
         assert words[:3] == [sys.executable, str(PROGRAM), "status"]
         ran = subprocess.run(words, cwd="/", env=place.env, capture_output=True, text=True)
@@ -1065,7 +1084,8 @@ def test_demo_serves_until_ctrl_c(place, number, status):
         assert ran.stdout.startswith("shown  registered\n")
         os.killpg(process.pid, number)  # a terminal sends it to all of them
         out, err = process.communicate(timeout=20)
-    assert (out, err) == ("", "")
+    wrong = r".* WARNING refused a trigger: The access token is wrong: .*\n"
+    assert out == "" and re.fullmatch(wrong, err), err
     assert status is None or process.returncode == status
 
 

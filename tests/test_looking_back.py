@@ -21,6 +21,8 @@ from pathlib import Path
 import pytest
 from conftest import LAUNCH, PROGRAM, alive, command_line, launch, result_of, run_job, wait_until
 
+import xxl_executor
+
 AT = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
 TOKEN = {"XXL-JOB-ACCESS-TOKEN": "s3cret"}
 
@@ -717,3 +719,29 @@ def test_status_after_many_scripts_of_the_admin(executor, loopback):
     recent = daemon.status(**TOKEN)["recent"]
     assert len(recent) <= 1000 and f"glue-{count}" in recent  # the oldest one makes room
     assert f"glue-{count - 999}" not in recent
+
+
+def test_nothing_on_which_a_terminal_acts_is_shown(looked):
+    """Not of a job's message, nor of what was typed, in JSON neither."""
+    daemon, admin = looked
+    text = "\x9b31m \u202e \x7f 中文"
+    run_job(daemon, admin, "ok", jobId=1, executorParams=text)
+    run_job(daemon, admin, "bad", jobId=2)
+    for arguments in (["runs"], ["runs", "--json"], ["status"], ["status", "--json"]):
+        told = said(daemon, *arguments)
+        assert told.replace("\n", "").isprintable(), (arguments, told)
+    [found] = [run for run in json.loads(said(daemon, "runs", "--json")) if run["job"] == "ok"]
+    assert found["message"] == f"fine {text}"
+    assert fails(daemon, "runs", "\x1b[31m").strip().isprintable()
+
+
+@pytest.mark.parametrize("text", ["short", "中文" * 9, "a中" * 20_000, "x" * 40_000])
+@pytest.mark.parametrize("most", [3, 12, 13, 79])
+def test_a_text_is_cut_to_columns(text, most):
+    shown = xxl_executor.cut(text, most)
+    assert xxl_executor.columns(shown) <= most
+    if shown != text:
+        beginning = shown[:-3]
+        assert shown == beginning + "..." and text.startswith(beginning)
+        more = text[: len(beginning) + 1]
+        assert xxl_executor.columns(text) > most < xxl_executor.columns(more) + 3, "no less fits"

@@ -265,12 +265,15 @@ def test_an_outage_is_told_again_from_time_to_time(executor, port):
 # -- what a hostile reader tried
 
 
-@pytest.mark.parametrize("closed", ["1", "2"])
-def test_with_a_stream_closed(executor, admin, closed):
-    """It starts, runs jobs and ends well with stdout or stderr closed."""
-    prefix = ["sh", "-c", f'exec "$@" {closed}>&-', "sh"]
-    daemon = executor(HELLO, admin=admin, prefix=prefix, program=PROGRAM)
+@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "<&- >&-", "<&- >&- 2>&-"])
+def test_with_a_stream_closed(executor, admin, tmp_path, closed):
+    """It starts, runs jobs of each kind and ends well with stdin, stdout or stderr closed."""
+    (tmp_path / "mod.py").write_text("def main():\n    print('printed')\n")
+    jobs = {**HELLO, "python": {"python": "mod:main", "pythonpath": [str(tmp_path)]}}
+    prefix = ["sh", "-c", f'exec "$@" {closed}', "sh"]
+    daemon = executor(jobs, admin=admin, prefix=prefix, program=PROGRAM)
     run_job(daemon, admin, "hello")
+    assert run_job(daemon, admin, "python", jobId=2)[1]["handleMsg"] == "printed"
     assert daemon.stop() == 0
 
 
