@@ -611,7 +611,12 @@ def json_text(value: typing.Any, indent: int | None = None) -> str:
     text = json.dumps(value, ensure_ascii=False, indent=indent)
     if text.replace("\n", "").isprintable():
         return text
-    return json.dumps(value, indent=indent).replace("\x7f", "\\u007f")
+    return "".join(
+        char
+        if char.isprintable() or char == "\n"
+        else json.dumps(char)[1:-1].replace("\x7f", "\\u007f")
+        for char in text
+    )
 
 
 def without_secrets() -> dict[str, str]:
@@ -1507,42 +1512,47 @@ _NOT_OF_SCRIPTS = (  # keys of a job that `scripts` does not take
 
 
 def changeable(file: str) -> str:
-    """What somebody beside root owns or can write of all that leads to `file`, links too; "" for
-    nothing, also when it is not there. A group that can write counts as somebody, but root's."""
+    """What somebody beside root owns or can write of all that leads to `file`, links too, or what
+    cannot be looked at; "" for nothing."""
     todo, place, links = os.path.abspath(file).split("/"), "/", 0
-    with contextlib.suppress(OSError):
-        while True:
+    while True:
+        try:
             status = os.lstat(place)
-            writable = status.st_mode & (0o022 if status.st_gid else 0o002)
-            sticky = stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
-            is_link = stat.S_ISLNK(status.st_mode)
-            if status.st_uid or writable and not sticky and not is_link:
-                return place
-            if is_link:
-                links += 1
-                if links > 40:
-                    return place
-                target = os.readlink(place)
-                todo = [*target.split("/"), *todo]
-                place = "/" if target.startswith("/") else os.path.dirname(place)
-            while todo and todo[0] in ("", "."):
-                todo.pop(0)
-            if not todo:
-                return ""
-            name = todo.pop(0)
-            place = os.path.dirname(place) if name == ".." else os.path.join(place, name)
-    return ""
+            target = os.readlink(place) if stat.S_ISLNK(status.st_mode) else None
+        except FileNotFoundError:  # who may write above could make it
+            above = os.path.dirname(place)
+            return above if os.lstat(above).st_mode & 0o022 else ""
+        except (OSError, ValueError):
+            return place
+        # Of a file with an access list the bits of the group are what the list allows at most.
+        writable = target is None and status.st_mode & 0o022
+        sticky = stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
+        if status.st_uid or writable and not sticky or links > 40:
+            return place
+        if target is not None:
+            links += 1
+            todo = [*target.split("/"), *todo]
+            place = "/" if target.startswith("/") else os.path.dirname(place)
+        todo = list(itertools.dropwhile(lambda name: name in ("", "."), todo))
+        if not todo:
+            return ""
+        name = todo.pop(0)
+        place = os.path.dirname(place) if name == ".." else os.path.join(place, name)
 
 
-def _foreign_interpreter(interpreter: str) -> str:
-    """What another user than root can change of an interpreter and its virtual environment."""
-    program = os.path.abspath(shutil.which(interpreter) or interpreter)
+def _foreign_interpreter(program: str) -> str:
+    """What another user than root can change of an interpreter and what it starts with."""
     around = os.path.dirname(os.path.dirname(program))
-    places = [program]
-    if os.path.exists(os.path.join(around, "pyvenv.cfg")):
-        packages = os.path.join(glob.escape(around), "lib*", "python3*", "site-packages")
-        places += [os.path.join(around, "pyvenv.cfg"), *glob.glob(packages)]
-        places += glob.glob(os.path.join(packages, "*.pth"))
+    settings, bases = os.path.join(around, "pyvenv.cfg"), [around]
+    with contextlib.suppress(OSError, ValueError), open(settings, encoding="utf-8") as stream:
+        for line in stream:
+            key, _, value = line.partition("=")
+            if key.strip() == "home":
+                bases.append(os.path.dirname(value.strip()))
+    places = [program, settings]
+    for base in bases:
+        for name in ("python3*", "libpython3*"):
+            places += glob.glob(os.path.join(glob.escape(base), "lib*", name))
     return next(filter(None, map(changeable, places)), "")
 
 
@@ -1585,8 +1595,10 @@ class _ConfigReader(_YamlReader):
             for name in names:
                 if wrong and name in given:
                     self.problem(given[name], f"{path}.{name}: {told}")
-        if job.user and job.interpreter and not os.geteuid():
-            place = _foreign_interpreter(job.interpreter)
+        if job.user not in (None, "", "root") and job.interpreter and not os.geteuid():
+            program = os.path.abspath(shutil.which(job.interpreter) or job.interpreter)
+            job = dataclasses.replace(job, interpreter=program)  # PATH is not searched again
+            place = _foreign_interpreter(program)
             if place:
                 self.problem(
                     given["interpreter"],
@@ -1715,10 +1727,11 @@ def find_config(file: str | None) -> str:
         return file
     for place in CONFIG_PLACES:
         if os.path.exists(place):
-            if not os.geteuid() and os.stat(place).st_uid:
+            other = changeable(place) if place.startswith("./") and not os.geteuid() else ""
+            if other:
                 raise ConfigError(
-                    f"{place} belongs to another user, who would decide what root runs: if that is"
-                    f" meant, name it with -c {place}"
+                    f"{place}: others than root can change {other}, and so what root runs: if that"
+                    f" is meant, name it with -c {place}"
                 )
             return place
     raise ConfigError(
@@ -1818,11 +1831,13 @@ class HostCheck:
             warnings.append(config.told(f"jobs.{name}", told))
         if not config.jobs and not scripts and not config.glue.enabled:
             warnings.append(config.told("jobs", "there are none: every trigger will be refused"))
-        with contextlib.suppress(OSError):  # the start makes it
-            place = config.executor.data_dir or ""
+        place = config.executor.data_dir or ""
+        with contextlib.suppress(OSError, ValueError):  # the start makes it, or says why not
             status = os.stat(place)
-            if status.st_mode & 0o002 or status.st_uid not in (0, os.geteuid()):
-                told = f"others can change {place}, and so results, logs and scripts of the admin"
+            other = place if status.st_mode & 0o002 else ""
+            other = other or (changeable(place) if not os.geteuid() else "")
+            if other:
+                told = f"others can change {other}, and so results, logs and scripts of the admin"
                 warnings.append(config.told("executor.data_dir", f"{told}: chown, chmod go-w"))
         for job in config.jobs.values():
             for key, text in self._job(job):
@@ -1886,20 +1901,28 @@ class HostCheck:
                 yield "pythonpath", f"{place} does not exist"
         interpreter = job.interpreter or sys.executable
         problem = self._no_program(job, job.interpreter) if job.interpreter else ""
-        if not problem and interpreter not in self._asked:
-            self._asked[interpreter] = self._ask(interpreter)
-        path, _, other = self._asked.get(interpreter, ([], [], ""))
+        # What an interpreter of its own has installed is another user's to run.
+        user = job.user if job.interpreter and not os.geteuid() else ""
+        asked = f"{interpreter} {user}" if user else interpreter
+        if not problem and asked not in self._asked:
+            self._asked[asked] = self._ask(interpreter, user or "")
+        path, _, other = self._asked.get(asked, ([], [], ""))
         if problem or other:
             yield "interpreter", problem or other
             return
         path = [*job.pythonpath, job.cwd, *path]
         for module in job.preload:
-            yield "preload", self._find(module, path, interpreter)[1]
-        yield "python", self._no_function(job.python, path, interpreter)
+            yield "preload", self._find(module, path, asked)[1]
+        yield "python", self._no_function(job.python, path, asked)
 
-    def _ask(self, interpreter: str) -> tuple[list[str], list[str], str]:
+    def _ask(self, interpreter: str, user: str) -> tuple[list[str], list[str], str]:
         """Its path, what its finders find beside it, why it runs no Python job."""
+        as_user: dict[str, typing.Any] = {}
         try:
+            if user:
+                entry = pwd.getpwnam(user)
+                groups = os.getgrouplist(entry.pw_name, entry.pw_gid)
+                as_user = {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": groups}
             ran = subprocess.run(
                 [interpreter, "-c", _ASK_INTERPRETER, *self._tops],
                 stdin=subprocess.DEVNULL,
@@ -1907,12 +1930,15 @@ class HostCheck:
                 timeout=10,
                 cwd="/",
                 env=self._environment,
+                **as_user,
             )
             version, found, *path = os.fsdecode(ran.stdout).splitlines()
             old = tuple(json.loads(version)) < (3, 9)
             return path, json.loads(found), OLD_PYTHON.format(interpreter) if old else ""
+        except KeyError:
+            return [], [], f"there is no user {user} to start it as"
         except (OSError, ValueError, subprocess.TimeoutExpired):
-            return [], [], f"{interpreter} is no Python that runs"
+            return [], [], f"{interpreter} is no Python that runs{user and ' as '}{user}"
 
     def _find(self, module: str, path: list[str], interpreter: str) -> tuple[typing.Any, str]:
         """(its spec, None when nobody knows; why it cannot be imported)."""
@@ -4413,12 +4439,16 @@ def _become(request: dict, output: int) -> None:
         "closefd": False,
     }
     sys.stdout, sys.stderr = open(1, "w", **text), open(2, "w", **text)  # noqa: SIM115
+    # Read here, where it can be; what it looks at, when it is called, is for the user.
+    site = importlib.import_module("site") if sys.flags.no_site else None
     if request["user"]:
         user = pwd.getpwnam(request["user"])
         os.initgroups(user.pw_name, user.pw_gid)
         os.setgid(user.pw_gid)
         os.setuid(user.pw_uid)
         LIBC.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)  # else its own /proc/self is root's
+        if site is not None:
+            site.main()
     # Only what differs from the server's (tests/bench.py, python-start: 0.3 ms of 9).
     environment = request["env"]
     for name in os.environ.keys() - environment.keys():
@@ -4491,9 +4521,9 @@ def _job_frames(trace: types.TracebackType | None) -> types.TracebackType | None
 OLD_STATUS = 39  # exit status of a Python server whose interpreter is too old
 
 
-def run_as_module(interpreter: str, *arguments: str) -> list[str]:
+def run_as_module(interpreter: str, *arguments: str, flags: typing.Sequence[str] = ()) -> list[str]:
     """The command that runs this file as a module, see `run_compiled`, also by another version of
-    CPython."""
+    CPython, which may get `flags`."""
     code = (
         f"import sys; sys.version_info < (3, 9) and sys.exit({OLD_STATUS});"
         " import importlib.machinery, importlib.util; spec ="
@@ -4503,7 +4533,7 @@ def run_as_module(interpreter: str, *arguments: str) -> list[str]:
         " spec.loader.exec_module(module); module.show_command(sys.argv[2:]);"
         " sys.exit(module.main(sys.argv[2:]))"
     )
-    return [interpreter, "-c", code, os.path.abspath(__file__), *arguments]
+    return [interpreter, *flags, "-c", code, os.path.abspath(__file__), *arguments]
 
 
 def trim_memory() -> None:
@@ -4671,9 +4701,10 @@ class PythonServer:
         environment: dict[str, str],
         preload: typing.Sequence[str] = (),
         path: typing.Sequence[str] = (),
+        flags: typing.Sequence[str] = (),
     ):
-        """`preload`: modules to import first, found in `path` too. Raises OSError when the
-        interpreter cannot be started."""
+        """`preload`: modules to import first, found in `path` too; `flags`: of the interpreter.
+        Raises OSError when it cannot be started."""
         self._children, self._retired, self._told = 0, False, b""
         self.ready = not preload  # whether it has imported them, or could not
         self._socket, theirs = socket.socketpair()
@@ -4682,7 +4713,9 @@ class PythonServer:
         with theirs, all_cpus():
             try:
                 self._popen = subprocess.Popen(
-                    run_as_module(interpreter, "--serve-python", str(theirs.fileno()), *wanted),
+                    run_as_module(
+                        interpreter, "--serve-python", str(theirs.fileno()), *wanted, flags=flags
+                    ),
                     cwd="/",
                     pass_fds=[theirs.fileno()],
                     env=environment,
@@ -5031,7 +5064,8 @@ class ResultFiles:
     def _identify(self) -> tuple[int, int]:
         with contextlib.suppress(OSError):
             status = os.lstat(self._shared)
-            return status.st_dev, status.st_ino
+            if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid():
+                return status.st_dev, status.st_ino  # alone they may be another one's by now
         return 0, 0
 
     def take(self, path: str, owner: int) -> str:
@@ -5216,21 +5250,23 @@ class PythonServers:
     ):
         self._environment, self._identity = environment, identity
         self._watch, self._unwatch = watch, unwatch
-        # by (interpreter, preload, where that is found)
+        # by (interpreter, preload, where that is found, flags)
         self._servers: dict[tuple, PythonServer] = {}
 
     def of(self, job: JobConfig) -> PythonServer:
         """The living server for `job`, started if need be. Raises OSError."""
         # What is imported beforehand is shared by those that would find the same.
         path = job.pythonpath + (job.cwd,) if job.preload else ()
-        key = (job.interpreter or sys.executable, job.preload, path)
+        # What such an interpreter has installed is looked at as the user, see _become.
+        flags = ("-S",) if job.user and job.interpreter else ()
+        key = (job.interpreter or sys.executable, job.preload, path, flags)
         server = self._servers.get(key)
         if server is None or not server.alive():
             if server is not None:
                 self.retire(server)
             # as long as the marker of a run, see _take_request
             marked = {**self._environment, MARKER: f"{self._identity}-{'server':0>20}"}
-            server = self._servers[key] = PythonServer(key[0], marked, job.preload, path)
+            server = self._servers[key] = PythonServer(key[0], marked, job.preload, path, flags)
             self._watch(server.fd, functools.partial(self._told_by, server, job.name))
         return server
 
@@ -8595,18 +8631,15 @@ class Owner(typing.NamedTuple):
 def refuse_planted(path: str) -> None:
     """Raises ExecutorError for what somebody else has put where this executor writes: a link could
     have root write anywhere."""
-    journal = (
-        "journal.db",
-        "journal.db-wal",
-        "journal.db-shm",
-        "journal.db.new",
-        "journal.db.part",
-    )
-    for name in ("lock", "reserve", *journal, "logs", "run", "gluesource"):
-        place = os.path.join(path, name)
+    files = [f"journal.db{part}" for part in ("", ".new", ".part")]
+    files += [file + suffix for file in files for suffix in ("-wal", "-shm", "-journal")]
+    for name in ("", "lock", "reserve", *files, "logs", "run", "gluesource"):
+        place = os.path.join(path, name) if name else path.rstrip("/")
         with contextlib.suppress(OSError):
-            owner = os.lstat(place).st_uid
-            if owner not in (0, os.geteuid()):
+            status = os.lstat(place)
+            owner = status.st_uid
+            told = not name and stat.S_ISDIR(status.st_mode)  # by HostCheck
+            if owner not in (0, os.geteuid()) and not told:
                 raise ExecutorError(
                     f"executor.data_dir: {place} belongs to user {owner}, who could have this"
                     " executor write where he wants: remove it, or give it to the executor's user"
@@ -8680,9 +8713,12 @@ class DataDir:
         """Of pid 0 when no executor has used `path`. Raises ExecutorError for who may not read
         it."""
         file = os.path.join(path, "lock")
-        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC  # it may be a FIFO
+
+        def opener(path: str, flags: int) -> int:  # it may be a FIFO
+            return os.open(path, flags | os.O_NONBLOCK)
+
         try:
-            with open(os.open(file, flags), encoding="ascii") as stream:
+            with open(file, encoding="ascii", opener=opener) as stream:
                 _, pid, url, key, started = stream.read(4096).split("\n")[0].split()
                 since = os.fstat(stream.fileno()).st_mtime
             return Owner(int(pid), url if url != "-" else "", key, int(started), since)
@@ -9435,7 +9471,7 @@ class LoopbackAdmin:
     Any thread may call any method; `changed` is notified of every request."""
 
     def __init__(self, port: int = 0, token: str = ""):
-        self.token = token  # of executors; what they send is not looked at
+        self.token = token  # which both sides show; "": none is needed
         self.changed = threading.Condition()
         self.registry: list[str] = []  # addresses that get triggers
         self.results: dict[int, list[dict]] = {}  # by logId
@@ -9479,6 +9515,8 @@ class LoopbackAdmin:
 
     def answer(self, path: str, headers: typing.Any, body: bytes) -> tuple[int, bytes]:
         """(HTTP status, body) for a request of an executor."""
+        if self.token and headers.get("XXL-JOB-ACCESS-TOKEN") != self.token:
+            return 200, envelope(FAILURE, "the access token is wrong")
         fields = json.loads(body)
         if path == "/api/callback" and "callbackList" not in fields:
             return 200, envelope(FAILURE, "a 3.5 takes a callbackList")
@@ -9666,9 +9704,8 @@ class _Progress:
 
     def row(self, name: str, state: str, seconds: float, message: str) -> str:
         padding = " " * (self.width - columns(name))
-        shown = fit(
-            f"{name}{padding}  {state:<9}  {seconds:6.1f} s  {' '.join(message.split())}".rstrip()
-        )
+        message = printable(" ".join(message.split()))
+        shown = fit(f"{name}{padding}  {state:<9}  {seconds:6.1f} s  {message}".rstrip())
         tint = {"succeeded": "32", "running": "36", "queued": "2"}.get(state, "31")
         head, _, tail = shown.partition(padding + "  " + state)
         return f"{head}{padding}  \x1b[{tint}m{state}\x1b[0m{tail}" if self.color else shown
@@ -10332,8 +10369,13 @@ EXAMPLES = """examples:
 exit status: 0 fine, 1 failed, 2 bad usage or configuration"""
 
 
+class _CommandLine(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        super().error(printable(message))
+
+
 def parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
+    common = _CommandLine(add_help=False)
     common.add_argument(
         "-c",
         "--config",
@@ -10341,7 +10383,7 @@ def parser() -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,
         help="configuration; default $XXL_EXECUTOR_CONFIG, " + ", ".join(CONFIG_PLACES),
     )
-    top = argparse.ArgumentParser(
+    top = _CommandLine(
         prog="xxl-executor",
         parents=[common],
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -10452,6 +10494,7 @@ def show_command(arguments: typing.Sequence[str]) -> None:
 
 
 def main(argv: typing.Sequence[str] | None = None) -> int:
+    open_closed_streams()  # as a console script this file is not run, but imported
     argv = sys.argv[1:] if argv is None else list(argv)
     sys.modules.setdefault("xxl_executor", sys.modules[__name__])  # for a job that imports Context
     if argv[:1] == ["--serve-python"]:

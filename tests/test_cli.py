@@ -303,8 +303,8 @@ def test_root_takes_no_configuration_of_somebody_else_unasked(place):
     file = place.write(JOBS).directory / "config.yaml"
     os.chown(file, 65534, 65534)
     told = (
-        "./config.yaml belongs to another user, who would decide what root runs: if that is meant,"
-        " name it with -c ./config.yaml\n"
+        f"./config.yaml: others than root can change {file}, and so what root runs: if that is"
+        " meant, name it with -c ./config.yaml\n"
     )
     for command in ("check", "demo", "run", "exec"):
         assert place.run(command, *(["hello"] if command == "exec" else [])) == (2, "", told)

@@ -733,6 +733,8 @@ def test_nothing_on_which_a_terminal_acts_is_shown(looked):
     [found] = [run for run in json.loads(said(daemon, "runs", "--json")) if run["job"] == "ok"]
     assert found["message"] == f"fine {text}"
     assert fails(daemon, "runs", "\x1b[31m").strip().isprintable()
+    found = command(daemon, "runs", "ok", "\x1b[31m")
+    assert found.returncode == 2 and found.stderr.replace("\n", "").isprintable()
 
 
 @pytest.mark.parametrize("text", ["short", "中文" * 9, "a中" * 20_000, "x" * 40_000])

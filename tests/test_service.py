@@ -265,13 +265,15 @@ def test_an_outage_is_told_again_from_time_to_time(executor, port):
 # -- what a hostile reader tried
 
 
+@pytest.mark.parametrize("as_script", [True, False], ids=["script", "imported"])
 @pytest.mark.parametrize("closed", ["1>&-", "2>&-", "<&- >&-", "<&- >&- 2>&-"])
-def test_with_a_stream_closed(executor, admin, tmp_path, closed):
+def test_with_a_stream_closed(executor, admin, tmp_path, closed, as_script):
     """It starts, runs jobs of each kind and ends well with stdin, stdout or stderr closed."""
     (tmp_path / "mod.py").write_text("def main():\n    print('printed')\n")
     jobs = {**HELLO, "python": {"python": "mod:main", "pythonpath": [str(tmp_path)]}}
     prefix = ["sh", "-c", f'exec "$@" {closed}', "sh"]
-    daemon = executor(jobs, admin=admin, prefix=prefix, program=PROGRAM)
+    program = PROGRAM if as_script else LAUNCH  # as a console script, which imports it
+    daemon = executor(jobs, admin=admin, prefix=prefix, program=program, env=launch())
     run_job(daemon, admin, "hello")
     assert run_job(daemon, admin, "python", jobId=2)[1]["handleMsg"] == "printed"
     assert daemon.stop() == 0

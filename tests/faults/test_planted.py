@@ -2,6 +2,7 @@
 
 import os
 import pwd
+import struct
 import subprocess
 import sys
 import tempfile
@@ -41,21 +42,51 @@ def check(place, text):
     return found.returncode, found.stderr
 
 
-@pytest.mark.parametrize("through", ["itself", "a link to it", "its packages", "a link on the way"])
+def access_list(file):
+    """Let nobody write it by an access list, which shows in the bits of root's group."""
+    user = pwd.getpwnam(NOBODY).pw_uid
+    entries = ((1, 6, -1), (2, 7, user), (4, 5, -1), (0x10, 7, -1), (0x20, 5, -1))
+    data = struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *entry) for entry in entries)
+    try:
+        os.setxattr(file, "system.posix_acl_access", data)
+    except OSError as error:
+        pytest.skip(f"no access lists here: {error}")
+
+
+@pytest.mark.parametrize(
+    "through",
+    [
+        "itself",
+        "a link to it",
+        "a link on the way",
+        "its library",
+        "its base",
+        "an access list",
+        "not there yet",
+    ],
+)
 def test_an_interpreter_that_another_user_can_change_is_not_started(place, through):
     """It would be root that starts it, for `check` and for a run, before it becomes the user."""
     shared, own = place / "shared", place / "own"
     script = f"#!/bin/sh\necho >> {place}/ran\n"
-    if through == "its packages":
-        program, changeable = own / "bin" / "python", own / "lib" / "python3.1" / "site-packages"
+    program, changeable = shared / "python", shared
+    if through in ("its library", "its base"):
+        base = own / "base" if through == "its base" else own
+        program, changeable = own / "bin" / "python", base / "lib" / "python3.1"
         changeable.mkdir(parents=True)
         program.parent.mkdir()
-        (own / "pyvenv.cfg").touch()
+        (own / "pyvenv.cfg").write_text(f"home = {own}/base/bin\n")
         give(changeable)
-    else:
-        program, changeable = shared / "python", shared
+    if through == "an access list":
+        program = changeable = own / "python"
     program.write_text(script)
     program.chmod(0o755)
+    if through == "an access list":
+        access_list(program)
+    if through == "not there yet":
+        program.unlink()
+        changeable.chmod(0o1777)
+        os.chown(changeable, 0, 0)
     if through == "a link to it":
         (own / "python").symlink_to(program)
         program = own / "python"
@@ -75,26 +106,33 @@ def test_an_interpreter_that_another_user_can_change_is_not_started(place, throu
     assert not (place / "ran").exists()
 
 
-def test_an_interpreter_that_only_root_can_change_is_fine(executor, admin, place):
-    (place / "own" / "mod.py").write_text("import os\ndef main():\n    return str(os.getuid())\n")
-    link = place / "own" / "python"
-    link.symlink_to(os.path.realpath(sys.executable))
-    job = {
-        "python": "mod:main",
-        "user": NOBODY,
-        "interpreter": str(link),
-        "cwd": str(place / "own"),
-    }
-    daemon = executor({"job": job}, admin=admin)
-    assert run_job(daemon, admin, "job")[1]["handleMsg"] == str(pwd.getpwnam(NOBODY).pw_uid)
+def test_what_an_interpreter_has_installed_runs_as_the_user(executor, admin, place):
+    """Modules that are installed beside it are found, and what they start with is not root's."""
+    if not os.path.exists("/usr/bin/python3"):
+        pytest.skip("needs a Python that every user can read")
+    nobody = str(pwd.getpwnam(NOBODY).pw_uid)
+    venv, ran = place / "own" / "venv", place / "shared" / "ran"
+    subprocess.run(["/usr/bin/python3", "-m", "venv", "--without-pip", str(venv)], check=True)
+    [packages] = venv.glob("lib/python3*/site-packages")
+    (packages / "installed.py").write_text("import os\ndef main():\n    return str(os.getuid())\n")
+    (packages / "x.pth").write_text(f"import os; open('{ran}', 'a').write(f'{{os.getuid()}} ')\n")
+    job = {"python": "installed:main", "user": NOBODY, "interpreter": f"{venv}/bin/python"}
+    daemon = executor({"job": {**job, "cwd": "/"}}, admin=admin)
+    assert run_job(daemon, admin, "job")[1]["handleMsg"] == nobody
+    assert daemon.stop() == 0
+    assert set(ran.read_text().split()) == {nobody}
+    assert "WARNING" not in daemon.log
 
 
-@pytest.mark.parametrize("name", ["lock", "reserve", "journal.db", "run", "logs", "gluesource"])
+FILES = ("lock", "reserve", "journal.db", "journal.db-wal", "journal.db-journal")
+
+
+@pytest.mark.parametrize("name", [*FILES, "run", "logs", "gluesource"])
 def test_what_another_user_has_put_into_data_dir_is_not_used(executor, place, name):
     daemon = executor({"hello": {"shell": "echo hello"}}, start=False)
     victim, planted = place / "own" / "victim", daemon.data / name
     daemon.data.mkdir()
-    if name in ("lock", "reserve", "journal.db"):
+    if name in FILES:
         victim.write_text("precious\n")
     else:
         victim.mkdir()
