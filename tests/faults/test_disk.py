@@ -316,6 +316,12 @@ def test_a_disk_that_becomes_read_only(disk, executor, admin, tmp_path, gates):
         "stopped, 3 results could not be stored: the next start reports their outcome as unknown\n"
     )
     subprocess.run(["umount", str(place)], check=True)
+
+    def given_back():  # a namespace of another test may have a copy of the mount
+        attached = ["losetup", "-j", str(tmp_path / "image")]
+        return not subprocess.run(attached, check=True, capture_output=True).stdout
+
+    wait_until(given_back, 60, "the end of the mount")
     subprocess.run(["e2fsck", "-p", "-f", str(tmp_path / "image")], capture_output=True)
     subprocess.run(["mount", "-o", "loop", str(tmp_path / "image"), str(place)], check=True)
     daemon.start()
