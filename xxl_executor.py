@@ -606,6 +606,11 @@ def printable(text: str) -> str:
     )
 
 
+def printable_lines(text: str) -> str:
+    """The same of each line: it stays several lines."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def json_text(value: typing.Any, indent: int | None = None) -> str:
     """JSON without characters on which a terminal would act; on one line without `indent`."""
     text = json.dumps(value, ensure_ascii=False, indent=indent)
@@ -1806,6 +1811,18 @@ print("\\n".join(filter(None, sys.path)))  # "" is of -c, where no job looks
 """
 
 
+def _open_to_others(directory: str) -> str:
+    """What everybody can change of a directory, or for root anybody else; "" for nothing, or when
+    it is not there: the start makes it, or says why not."""
+    try:
+        status = os.stat(directory)
+    except (OSError, ValueError):
+        return ""
+    if status.st_mode & 0o002:
+        return directory
+    return changeable(directory) if not os.geteuid() else ""
+
+
 class HostCheck:
     """Finds what a configuration names and this host lacks, before a run fails for it. Nothing of a
     job is run, and nothing of it is imported, but a job's interpreter tells where it looks for
@@ -1819,7 +1836,9 @@ class HostCheck:
         wanted = [module for job in jobs for module in (job.python.partition(":")[0], *job.preload)]
         self._tops = sorted({module.partition(".")[0] for module in wanted})
         # by interpreter: its path, what its finders find beside it, why it runs no Python job
-        self._asked: dict[str, tuple[list, list, str]] = {sys.executable: (sys.path, [], "")}
+        # by (interpreter, user who starts it, "" for this process): see _ask
+        self._asked: dict[tuple[str, str], tuple[list, list, str]] = {}
+        self._asked[sys.executable, ""] = (sys.path, [], "")
 
     def warnings(self) -> list[str]:
         """One `file:line: key: problem` for each."""
@@ -1831,14 +1850,10 @@ class HostCheck:
             warnings.append(config.told(f"jobs.{name}", told))
         if not config.jobs and not scripts and not config.glue.enabled:
             warnings.append(config.told("jobs", "there are none: every trigger will be refused"))
-        place = config.executor.data_dir or ""
-        with contextlib.suppress(OSError, ValueError):  # the start makes it, or says why not
-            status = os.stat(place)
-            other = place if status.st_mode & 0o002 else ""
-            other = other or (changeable(place) if not os.geteuid() else "")
-            if other:
-                told = f"others can change {other}, and so results, logs and scripts of the admin"
-                warnings.append(config.told("executor.data_dir", f"{told}: chown, chmod go-w"))
+        other = _open_to_others(config.executor.data_dir or "")
+        if other:
+            told = f"others can change {other}, and so results, logs and scripts of the admin"
+            warnings.append(config.told("executor.data_dir", f"{told}: chown, chmod go-w"))
         for job in config.jobs.values():
             for key, text in self._job(job):
                 if text:
@@ -1903,9 +1918,9 @@ class HostCheck:
         problem = self._no_program(job, job.interpreter) if job.interpreter else ""
         # What an interpreter of its own has installed is another user's to run.
         user = job.user if job.interpreter and not os.geteuid() else ""
-        asked = f"{interpreter} {user}" if user else interpreter
+        asked = interpreter, user or ""
         if not problem and asked not in self._asked:
-            self._asked[asked] = self._ask(interpreter, user or "")
+            self._asked[asked] = self._ask(*asked)
         path, _, other = self._asked.get(asked, ([], [], ""))
         if problem or other:
             yield "interpreter", problem or other
@@ -1940,11 +1955,12 @@ class HostCheck:
         except (OSError, ValueError, subprocess.TimeoutExpired):
             return [], [], f"{interpreter} is no Python that runs{user and ' as '}{user}"
 
-    def _find(self, module: str, path: list[str], interpreter: str) -> tuple[typing.Any, str]:
-        """(its spec, None when nobody knows; why it cannot be imported)."""
+    def _find(self, module: str, path: list[str], asked: tuple) -> tuple[typing.Any, str]:
+        """(its spec, None when nobody knows; why it cannot be imported); `asked`: a key of
+        `_asked`."""
         places: typing.Any = path
         finders: list = [importlib.machinery.PathFinder]
-        if interpreter == sys.executable:  # what is installed as editable has a finder
+        if asked == (sys.executable, ""):  # what is installed as editable has a finder
             finders += sys.meta_path
         spec = None
         for name in itertools.accumulate(module.split("."), "{}.{}".format):
@@ -1955,7 +1971,7 @@ class HostCheck:
                 spec = next(filter(None, found), None)
             except Exception:  # a broken archive in the path
                 return None, ""
-            if spec is None and name.partition(".")[0] in self._asked[interpreter][1]:
+            if spec is None and name.partition(".")[0] in self._asked[asked][1]:
                 return None, ""
             if spec is None:
                 where = "in pythonpath, cwd or the interpreter's own path"
@@ -1963,11 +1979,11 @@ class HostCheck:
             places = spec.submodule_search_locations or []
         return spec, ""
 
-    def _no_function(self, entry_point: str, path: list[str], interpreter: str) -> str:
+    def _no_function(self, entry_point: str, path: list[str], asked: tuple) -> str:
         """Why `module:function` cannot be called, "" when it can or nobody knows, as with the
-        syntax of another interpreter."""
+        syntax of another interpreter; `asked`: a key of `_asked`."""
         module, _, function = entry_point.partition(":")
-        spec, problem = self._find(module, path, interpreter)
+        spec, problem = self._find(module, path, asked)
         if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
             return problem
         try:
@@ -1984,7 +2000,7 @@ class HostCheck:
             names = self._names(source)
         except SyntaxError as error:
             told = f"{spec.origin}:{error.lineno}: {error.msg}"
-            return told if interpreter == sys.executable else ""
+            return told if asked[0] == sys.executable else ""
         except (ValueError, RecursionError, MemoryError):  # nested too deeply to tell
             return ""
         if function in names or {"*", "__getattr__"} & names:
@@ -2893,9 +2909,8 @@ class HttpServer(Exchanges):
         for connection in list(self._connections.values()):
             self._drop(connection)
         self._epoll.close()
-        if not any(
-            thread.is_alive() for thread in self._workers
-        ):  # else: its descriptor might be somebody else's
+        # One that still works would wake whoever has the descriptor by then.
+        if not any(thread.is_alive() for thread in self._workers):
             self._wake_up.close()
 
     def _serve(self) -> None:
@@ -3364,8 +3379,7 @@ SHOWN_HANDLERS = 1000  # handlers of which `status` shows results, at most
 LEAST_INBOX = 1000  # messages that may wait for a slow disk however small executor.max_queued is
 RETRY_STORING = 1.0  # seconds until what could not be stored is tried again
 # Up to so many dropped runs are finished in the decision itself; if there are more, so many in
-# each later turn.
-# All of 10,000 at once took 0.2 to 0.5 s, in which nothing else was decided.
+# each later turn. All of 10,000 at once took 0.2 to 0.5 s, in which nothing else was decided.
 DROPPED_AT_ONCE = 200
 _ONE_TURN = Work(lambda: None, lambda value: None)  # wakes the core, which then stores what is held
 
@@ -5024,7 +5038,8 @@ class ResultFiles:
         self._directory, self._prefix = directory, f"xxl-executor-{identity}-"
         self._life = secrets.token_hex(8)  # what an earlier one left is not believed
         self._lock, self._shared = threading.Lock(), ""
-        self._shared_is = (0, 0)  # its device and inode: another one in its place is not believed
+        # what `_identify` said of it: another one in its place is not believed
+        self._shared_is: tuple[int, int] | None = None
         make_directory(directory)
         self._clear(directory)
         with contextlib.suppress(OSError):  # none is needed without jobs.*.user
@@ -5047,7 +5062,7 @@ class ResultFiles:
     def create(self, user: pwd.struct_passwd) -> str:
         """A file that `user` may write. Raises OSError."""
         with self._lock:
-            if self._identify() != self._shared_is or not self._shared:  # or it was tidied up
+            if self._identify() != self._shared_is:  # the first, or somebody has tidied up
                 self._shared = tempfile.mkdtemp(prefix=self._prefix)
                 os.chmod(self._shared, 0o711)
                 self._shared_is = self._identify()
@@ -5062,10 +5077,12 @@ class ResultFiles:
         return path
 
     def _identify(self) -> tuple[int, int]:
+        """Device and inode of the shared directory; (0, 0) when it is not there, or not ours: the
+        inode of one that was removed is given out again."""
         with contextlib.suppress(OSError):
             status = os.lstat(self._shared)
             if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid():
-                return status.st_dev, status.st_ino  # alone they may be another one's by now
+                return status.st_dev, status.st_ino
         return 0, 0
 
     def take(self, path: str, owner: int) -> str:
@@ -8633,13 +8650,14 @@ def refuse_planted(path: str) -> None:
     have root write anywhere."""
     files = [f"journal.db{part}" for part in ("", ".new", ".part")]
     files += [file + suffix for file in files for suffix in ("-wal", "-shm", "-journal")]
-    for name in ("", "lock", "reserve", *files, "logs", "run", "gluesource"):
-        place = os.path.join(path, name) if name else path.rstrip("/")
+    names = ("lock", "reserve", *files, "logs", "run", "gluesource")
+    places = [os.path.join(path, name) for name in names]
+    if os.path.islink(path.rstrip("/")):  # of a directory HostCheck warns
+        places.append(path.rstrip("/"))
+    for place in places:
         with contextlib.suppress(OSError):
-            status = os.lstat(place)
-            owner = status.st_uid
-            told = not name and stat.S_ISDIR(status.st_mode)  # by HostCheck
-            if owner not in (0, os.geteuid()) and not told:
+            owner = os.lstat(place).st_uid
+            if owner not in (0, os.geteuid()):
                 raise ExecutorError(
                     f"executor.data_dir: {place} belongs to user {owner}, who could have this"
                     " executor write where he wants: remove it, or give it to the executor's user"
@@ -10521,7 +10539,7 @@ def main(argv: typing.Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         return status
     except ConfigError as error:
-        print("\n".join(map(printable, str(error).split("\n"))), file=sys.stderr)
+        print(printable_lines(str(error)), file=sys.stderr)
         return 2
     except BrokenPipeError:  # `status | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -10531,8 +10549,7 @@ def main(argv: typing.Sequence[str] | None = None) -> int:
         print(f"xxl-executor: {error}", file=sys.stderr)
         return 1
     except ExecutorError as error:
-        told = "\n".join(map(printable, str(error).split("\n")))
-        print(f"xxl-executor: {told}", file=sys.stderr)
+        print(f"xxl-executor: {printable_lines(str(error))}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
         print(f"xxl-executor: {error}: {INSTALL}", file=sys.stderr)
