@@ -1835,8 +1835,8 @@ class HostCheck:
         jobs = [job for job in config.jobs.values() if job.python]
         wanted = [module for job in jobs for module in (job.python.partition(":")[0], *job.preload)]
         self._tops = sorted({module.partition(".")[0] for module in wanted})
-        # by interpreter: its path, what its finders find beside it, why it runs no Python job
-        # by (interpreter, user who starts it, "" for this process): see _ask
+        # by (interpreter, user who starts it, "" for the executor's own): its path, what its
+        # finders find beside it, why it runs no Python job
         self._asked: dict[tuple[str, str], tuple[list, list, str]] = {}
         self._asked[sys.executable, ""] = (sys.path, [], "")
 
@@ -2094,9 +2094,8 @@ class Metrics:
             for name, (type_, _, *labels) in _METRICS.items()
             if type_ != "gauge" and not labels
         }
-        self.gauges: dict[
-            str, typing.Callable[[], float]
-        ] = {}  # without labels; asked at each scrape
+        # without labels; asked at each scrape
+        self.gauges: dict[str, typing.Callable[[], float]] = {}
 
     def count(self, name: str, amount: float = 1, **labels: typing.Any) -> None:
         key = (name, tuple(labels.items()))
