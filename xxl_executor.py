@@ -4312,6 +4312,11 @@ def import_first(server: socket.socket, wanted: str) -> None:
         server.sendall(json.dumps(problems).encode() + b"\n")
 
 
+# Seconds that a child which was forked beforehand waits for a run; by so much ps may show a job as
+# older than its run.
+SPARE_TIME = 10.0
+
+
 class Forker:
     """The main loop of a Python server.
 
@@ -4321,6 +4326,10 @@ class Forker:
     `report`: until then its PID is nobody else's. What to run goes over `channel` to the child
     itself, once the daemon knows its PID: this process never has a run's environment, which later
     children would inherit.
+
+    When a run has ended, a spare child is forked for the next one, and ended unused after
+    SPARE_TIME: runs that follow each other start sooner (tests/bench.py, python-start:
+    3.9 ms instead of 6.3).
     """
 
     def __init__(self, server: socket.socket):
@@ -4334,35 +4343,47 @@ class Forker:
         self._running: dict[int, int] = {}  # descriptor of the report: PID
         self._ended: dict[int, int] = {}  # the same, not reaped yet
         self._given_up: set[int] = set()  # PIDs
+        self._spare: tuple[int, socket.socket] | None = None  # its PID, what it is told by
+        self._spare_until = 0.0  # monotonic
 
     def serve(self) -> typing.Callable[[], int] | None:
-        """Fork a child each time it is asked; returns the work in each child, None when the daemon
-        has closed the socket."""
+        """Have a child for each time that one is asked for; returns the work in each child, None
+        when the daemon has closed the socket."""
         while True:
-            ready = {number for number, _ in self._poller.poll()}
+            left = 1000 * (self._spare_until - time.monotonic()) if self._spare else None
+            ready = {number for number, _ in self._poller.poll(left and max(0.0, left))}
+            work, ended = None, False
             if self._wake_up.fd in ready:
                 self._wake_up.clear()
-                self._look_at_children()
+                ended = self._look_at_children()
             for report in ready & {*self._running, *self._ended}:
                 self._release(report)
-            if self._server.fileno() not in ready:
-                continue
-            request, fds, _, _ = socket.recv_fds(self._server, 1, 3)
-            if not request:
-                signal.set_wakeup_fd(-1)
-                return None
-            work = self._fork(*fds)
+            if self._server.fileno() in ready:
+                request, fds, _, _ = socket.recv_fds(self._server, 1, 3)
+                if not request:
+                    signal.set_wakeup_fd(-1)
+                    self._end_spare()
+                    return None
+                work = self._begin(*fds)
+            elif ended and self._spare is None:
+                with contextlib.suppress(OSError):  # the next run will tell
+                    work = self._fork_spare()
+            elif time.monotonic() >= self._spare_until:
+                self._end_spare()
             if work is not None:
                 return work
 
-    def _look_at_children(self) -> None:
-        """After SIGCHLD: report those that have ended, reap those given up."""
+    def _look_at_children(self) -> bool:
+        """After SIGCHLD: report those that have ended, reap those given up; whether a run has
+        ended."""
+        before = len(self._ended)
         for report, pid in list(self._running.items()):
             outcome = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             if outcome is not None:
                 self._ended[report] = self._running.pop(report)
                 _report(report, status=exit_status(outcome))
         self._given_up = {pid for pid in self._given_up if os.waitpid(pid, os.WNOHANG)[0] == 0}
+        return len(self._ended) > before
 
     def _release(self, report: int) -> None:
         """The daemon has closed `report`: reap the child, now or at its end."""
@@ -4373,21 +4394,22 @@ class Forker:
         else:
             self._given_up.add(self._running.pop(report))
 
-    def _fork(self, output: int, report: int, channel: int) -> typing.Callable[[], int] | None:
-        """In the child: its work; here: None."""
+    def _begin(self, output: int, report: int, channel: int) -> typing.Callable[[], int] | None:
+        """Have the spare, or a new child, take `output` and `channel`. In a child: its work; here:
+        None."""
         try:
-            pid = os.fork()
+            pid = self._give_spare(output, channel) if self._spare else 0
+            if not pid:
+                work = self._fork_spare(output, report, channel)
+                if work is not None:
+                    return work
+                pid = self._give_spare(output, channel)
+            if not pid:
+                raise ChildProcessError(errno.ECHILD, "the child ended at once")
         except OSError as error:
             _report(report, error=f"cannot fork: {error.strerror}")
             os.close(report)
         else:
-            if pid == 0:
-                signal.set_wakeup_fd(-1)
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                self._wake_up.close()
-                for other in (report, *self._running, *self._ended, self._server.detach()):
-                    os.close(other)
-                return lambda: _python_child(output, channel)
             _report(report, pid=pid)
             self._running[report] = pid
             self._poller.register(report, 0)  # POLLERR comes unasked
@@ -4395,10 +4417,58 @@ class Forker:
         os.close(channel)
         return None
 
+    def _fork_spare(self, *fds: int) -> typing.Callable[[], int] | None:
+        """In the child, which has no use for `fds`: its work; here: None. Raises OSError."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                pid = os.fork()
+            except OSError:
+                ours.close()
+                raise
+            if pid == 0:
+                signal.set_wakeup_fd(-1)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                self._wake_up.close()
+                ours.close()
+                for other in (*fds, *self._running, *self._ended, self._server.detach()):
+                    os.close(other)
+                return functools.partial(_await_run, theirs.detach())
+        self._spare, self._spare_until = (pid, ours), time.monotonic() + SPARE_TIME
+        return None
+
+    def _give_spare(self, output: int, channel: int) -> int:
+        """Have the spare be a run's process; its PID, 0 when it has ended meanwhile."""
+        assert self._spare is not None
+        pid, sock = self._spare
+        try:
+            socket.send_fds(sock, [b"x"], [output, channel])
+        except OSError:
+            self._end_spare()
+            return 0
+        self._spare = None
+        sock.close()
+        return pid
+
+    def _end_spare(self) -> None:
+        if self._spare is not None:
+            pid, sock = self._spare
+            self._spare = None
+            sock.close()
+            os.kill(pid, signal.SIGKILL)  # not reaped yet, so its PID is its own
+            os.waitpid(pid, 0)
+
 
 def _report(fd: int, **fields: typing.Any) -> None:
     with contextlib.suppress(OSError):  # the daemon is gone
         os.write(fd, json.dumps(fields).encode() + b"\n")
+
+
+def _await_run(sock: int) -> int:
+    """In the forked child: wait for a run; returns the exit status."""
+    with socket.socket(fileno=sock) as told:
+        _, fds, _, _ = socket.recv_fds(told, 1, 2)
+    return _python_child(*fds) if fds else 0  # else the Python server is gone
 
 
 def _python_child(output: int, channel: int) -> int:

@@ -809,6 +809,51 @@ def test_a_server_that_falls_silent_is_replaced(executor, admin, tmp_path):
     wait_until(lambda: not alive(int(silent)), what="the end of the silent server")
 
 
+WHO = """
+import os
+def who():
+    return str(os.getpid())
+"""
+
+
+def spare_of(server, *but):
+    """The PID of the child that waits for the next run; `but`: not one of these."""
+
+    def found():
+        pids = map(int, Path(f"/proc/{server}/task/{server}/children").read_text().split())
+        return [pid for pid in pids if alive(pid) and pid not in but]
+
+    return wait_until(found, what="the spare child")[0]
+
+
+def test_the_next_run_begins_in_a_process_that_is_there_already(executor, admin, tmp_path):
+    daemon = executor(entry_points(tmp_path / "source", WHO, "who"), admin=admin)
+    first = int(ending(daemon, admin, "who")[1])
+    server = server_of(daemon)
+    spare = spare_of(server, first)
+    assert ending(daemon, admin, "who") == (200, str(spare))
+    another = spare_of(server, first, spare)
+    os.kill(another, signal.SIGKILL)  # a run does not suffer from it
+    code, pid = ending(daemon, admin, "who")
+    assert code == 200 and int(pid) not in (first, spare, another)
+    orphan = spare_of(server, first, spare, another, int(pid))
+    os.kill(server, signal.SIGKILL)
+    wait_until(lambda: not alive(orphan), what="its end, with its server's")
+    assert ending(daemon, admin, "who")[0] == 200
+
+
+def test_a_process_that_waits_for_a_run_does_not_wait_long(executor, admin, tmp_path):
+    """Then ps would show a job as much older than its run."""
+    daemon = executor(entry_points(tmp_path / "source", WHO, "who"), admin=admin)
+    first = int(ending(daemon, admin, "who")[1])
+    server = server_of(daemon)
+    spare = spare_of(server, first)
+    limit = xxl_executor.SPARE_TIME + 10
+    wait_until(lambda: xxl_executor.process_stat(spare) is None, limit, "its end")
+    code, pid = ending(daemon, admin, "who")
+    assert code == 200 and int(pid) != spare
+
+
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is one core")
 def test_every_run_may_use_all_cores(executor, admin, tmp_path):
     """The threads of the daemon share one; what they start inherits where it may run."""
