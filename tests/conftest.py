@@ -68,6 +68,13 @@ def alive(pid):
     return found is not None and found[0] not in "ZX"
 
 
+def environment_of(pid):
+    """What the kernel shows as the environment of process `pid`; nothing when it is gone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/environ").read_bytes()
+    return b""
+
+
 def command_line(*arguments, flags=()):
     """The words that run the program as a module: 0.1 s of CPU instead of 0.3, some hundreds of
     times. Not for what depends on how it is started, or on sys.path, which then begins with the

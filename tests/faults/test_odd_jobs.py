@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import PROGRAM, alive, wait_until
+from conftest import PROGRAM, alive, environment_of, wait_until
 from tools import Ledger, forget_peak, need_root, rounds, rss, stderr_lines
 
 import xxl_executor
@@ -400,7 +400,7 @@ def test_jobs_that_stop_or_kill_themselves(executor, admin, ledger):
         session = [
             pid
             for pid in daemon.family()
-            if f"XXL_JOB_LOG_ID={ids[name]}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes()
+            if f"XXL_JOB_LOG_ID={ids[name]}\0".encode() in environment_of(pid)
         ]
         wait_until(
             lambda: [xxl_executor.process_stat(pid)[0] for pid in session] == ["T"],
