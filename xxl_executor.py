@@ -164,7 +164,7 @@ log = logging.getLogger("xxl-executor")
 # 1 vocabulary
 # --------------------------------------------------------------------------------------------------
 SUCCESS, FAILURE, TIMEOUT = 200, 500, 502  # handleCode, XXL-JOB's XxlJobContext
-MESSAGE_LIMIT = 15_000  # characters; the admin cuts handleMsg there
+MESSAGE_LIMIT = 15_000  # characters; the admin cuts handleMsg there. SECURITY.md names it.
 DEAD_AFTER = 7 * 86_400.0  # seconds; then an undelivered result is kept but no longer sent
 GLUE = {  # glueType: (interpreter, suffix of the file); GlueTypeEnum of XXL-JOB
     "GLUE_SHELL": ("bash", ".sh"),
@@ -543,7 +543,7 @@ def make_directory(path: str) -> None:
 
 
 def clip(text: str) -> str:
-    """Keep the tail of `text` within what the admin stores (the end of an error says more than its
+    """Keep the tail of `text` within MESSAGE_LIMIT (the end of an error says more than its
     beginning), as valid UTF-8."""
     text = text.encode("utf-8", "replace").decode()
     return text if len(text) <= MESSAGE_LIMIT else "..." + text[3 - MESSAGE_LIMIT :]
@@ -1137,8 +1137,8 @@ PLACEHOLDERS = ("param", "shard_index", "shard_total")  # of `command`
 
 @dataclasses.dataclass(frozen=True)
 class JobConfig:
-    """One entry of `jobs`. Exactly one of `shell`, `command` and `python` is set; durations in
-    seconds, 0: none."""
+    """One entry of `jobs`; its keys are shown in both example files. Exactly one of `shell`,
+    `command` and `python` is set; durations in seconds, 0: none."""
 
     name: str
     description: str = _option(_text)
@@ -2377,7 +2377,8 @@ def _http_date(second: int) -> str:
 
 
 def render(reply: Reply, close: bool, head: Head | None = None) -> bytes:
-    """The bytes of an answer; `head` is None for a request that could not be read."""
+    """The bytes of an answer, whose headers are the same for all; `head` is None for a request that
+    could not be read."""
     reason = http.server.BaseHTTPRequestHandler.responses[http.HTTPStatus(reply.status)][0]
     connection = "close" if close else "keep-alive" if head is not None and head.old else ""
     text = (
@@ -3555,7 +3556,8 @@ class Lanes:
         return self._occupied > len(self._stuck)
 
     def grace(self) -> float:
-        """How many seconds it may take until all that runs has ended, once it is cancelled."""
+        """How many seconds it may take until all that runs has ended, if it is cancelled now: the
+        longest kill_grace and KILL_LIMIT."""
         running = [run for run in list(self._runs.values()) if run.started]
         return max([run.job.kill_grace for run in running], default=0.0) + KILL_LIMIT
 
@@ -4116,8 +4118,8 @@ class Context:
 
     job_id, log_id, handler (the name of the job), param, shard_index, shard_total, trigger_time (ms
     since the epoch), timeout (seconds, 0: none). `cancelled` is a threading.Event, set when a job
-    with `isolation: thread` is killed or timed out: return soon then. A job in a process is ended
-    by SIGTERM instead.
+    with `isolation: thread` is killed or timed out: return soon then. A job in a process gets
+    SIGTERM instead, by `Tree.ask_to_end`.
     """
 
     def __init__(self, fields: dict, write: typing.Callable[[str], typing.Any]):
@@ -4320,12 +4322,12 @@ SPARE_TIME = 10.0
 class Forker:
     """The main loop of a Python server.
 
-    A fork is asked for by one byte with three descriptors: `output`, `report` and `channel`.
-    `report`: a pipe of this process and the daemon alone; a line of JSON tells the PID or an error,
-    a second one the exit status. A child that has ended is reaped when the daemon has closed
-    `report`: until then its PID is nobody else's. What to run goes over `channel` to the child
-    itself, once the daemon knows its PID: this process never has a run's environment, which later
-    children would inherit.
+    A child is asked for by one byte with three descriptors: `output`, `report` and `channel`.
+    `report`: a pipe of this process and the daemon alone, whose end tells the daemon that this
+    process is gone; a line of JSON tells the PID or an error, a second one the exit status. A child
+    that has ended is reaped when the daemon has closed `report`: until then its PID is nobody
+    else's. What to run goes over `channel` to the child itself, once the daemon knows its PID: this
+    process never has a run's environment, which later children would inherit.
 
     When a run has ended, a spare child is forked for the next one, and ended unused after
     SPARE_TIME: runs that follow each other start sooner (tests/bench.py, python-start:
@@ -4335,23 +4337,26 @@ class Forker:
     def __init__(self, server: socket.socket):
         self._server = server
         self._wake_up = WakeUp()
-        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # an ignored signal would wake nobody
         signal.set_wakeup_fd(self._wake_up.write_end, warn_on_full_buffer=False)
         self._poller = select.poll()
         for fd in (server.fileno(), self._wake_up.fd):
             self._poller.register(fd, select.POLLIN)
         self._running: dict[int, int] = {}  # descriptor of the report: PID
         self._ended: dict[int, int] = {}  # the same, not reaped yet
-        self._given_up: set[int] = set()  # PIDs
+        # PIDs of those that run on although the daemon has closed their report
+        self._given_up: set[int] = set()
         self._spare: tuple[int, socket.socket] | None = None  # its PID, what it is told by
         self._spare_until = 0.0  # monotonic
 
     def serve(self) -> typing.Callable[[], int] | None:
-        """Have a child for each time that one is asked for; returns the work in each child, None
-        when the daemon has closed the socket."""
+        """Fork as the daemon asks, until it closes the socket: then returns None. In each child it
+        returns too: the work, which the caller does outside of this loop."""
         while True:
-            left = 1000 * (self._spare_until - time.monotonic()) if self._spare else None
-            ready = {number for number, _ in self._poller.poll(left and max(0.0, left))}
+            left = None
+            if self._spare is not None:
+                left = 1000 * max(0.0, self._spare_until - time.monotonic())
+            ready = {number for number, _ in self._poller.poll(left)}
             work, ended = None, False
             if self._wake_up.fd in ready:
                 self._wake_up.clear()
@@ -4368,7 +4373,7 @@ class Forker:
             elif ended and self._spare is None:
                 with contextlib.suppress(OSError):  # the next run will tell
                     work = self._fork_spare()
-            elif time.monotonic() >= self._spare_until:
+            elif self._spare is not None and time.monotonic() >= self._spare_until:
                 self._end_spare()
             if work is not None:
                 return work
@@ -4412,13 +4417,14 @@ class Forker:
         else:
             _report(report, pid=pid)
             self._running[report] = pid
-            self._poller.register(report, 0)  # POLLERR comes unasked
+            self._poller.register(report, 0)  # POLLERR, unasked: the daemon has closed its end
         os.close(output)
         os.close(channel)
         return None
 
     def _fork_spare(self, *fds: int) -> typing.Callable[[], int] | None:
-        """In the child, which has no use for `fds`: its work; here: None. Raises OSError."""
+        """Fork a child, which is born as a spare also when a run waits for it; it has no use for
+        `fds` of that run. In the child: its work; here: None. Raises OSError."""
         ours, theirs = socket.socketpair()
         with theirs:
             try:
@@ -4474,13 +4480,13 @@ def _await_run(sock: int) -> int:
 def _python_child(output: int, channel: int) -> int:
     """In the forked child: become the job, call it, send its return value or its exception; returns
     the exit status."""
-    own, pipe = os.getpid(), os.fstat(channel).st_ino
+    own, inode = os.getpid(), os.fstat(channel).st_ino
 
     def tell(message: str) -> None:
-        """Not from a child that the job forked and that came back here, and not into what the job
-        opened in place of the channel."""
+        """Send `message` to the daemon. A child that the job forked, and that came back here, sends
+        nothing; nor does anything go to what the job opened under the number of the channel."""
         with contextlib.suppress(OSError):  # the job closed it
-            if os.getpid() == own and os.fstat(channel).st_ino == pipe:
+            if os.getpid() == own and os.fstat(channel).st_ino == inode:
                 os.write(channel, clip(message).encode())
 
     try:
@@ -4496,11 +4502,15 @@ def _python_child(output: int, channel: int) -> int:
         return 0
     except SystemExit as error:
         if error.code is None or isinstance(error.code, int):
-            return error.code or 0
+            status = error.code or 0
+            if status and status % 256 == 0:  # eight bits of it arrive: that would be a success
+                tell(f"SystemExit: {status}")
+                return 1
+            return status
         print(error.code, file=sys.stderr)
         return 1
     except BaseException as error:
-        # first: it needs the least memory
+        # Before the traceback is printed: after a MemoryError this needs the least.
         tell(traceback.format_exception_only(type(error), error)[-1].strip())
         traceback.print_exception(type(error), error, _job_frames(error.__traceback__))
         return 1
@@ -4522,7 +4532,7 @@ def _become(request: dict, output: int) -> None:
         "closefd": False,
     }
     sys.stdout, sys.stderr = open(1, "w", **text), open(2, "w", **text)  # noqa: SIM115
-    # Read here, where it can be; what it looks at, when it is called, is for the user.
+    # Imported as root, who can read it; called as the user, for it looks into his directories.
     site = importlib.import_module("site") if sys.flags.no_site else None
     if request["user"]:
         user = pwd.getpwnam(request["user"])
@@ -4560,7 +4570,8 @@ class _JobLogging(logging.StreamHandler):
             root.removeHandler(self)
             set_up(**options)
 
-        logging.basicConfig = make_room  # which does nothing where there is a handler
+        # as it is, basicConfig does nothing where there is a handler
+        logging.basicConfig = make_room
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether nobody else handles it."""
@@ -4572,7 +4583,7 @@ class _JobLogging(logging.StreamHandler):
 
 def _take_request(channel: int) -> dict | None:
     """What to run, from the daemon; it is sent when this process is known to the daemon."""
-    os.set_inheritable(channel, False)
+    os.set_inheritable(channel, False)  # no program that the job starts may hold it
     with socket.socket(fileno=os.dup(channel)) as sock:
         _, fds, _, _ = socket.recv_fds(sock, 1, 1)
     if not fds:
@@ -4580,8 +4591,8 @@ def _take_request(channel: int) -> dict | None:
     with open(fds[0], "rb") as stream:
         stream.seek(0)
         request = json.load(stream)
-    # /proc/PID/environ of a process that did not exec shows the memory it inherited: write the
-    # marker there.
+    # /proc/PID/environ, where `family` looks, shows the memory that a process without an exec has
+    # inherited: write the marker there, over that of the server, which is as long.
     LIBC.getenv.restype = ctypes.c_void_p
     marker = request["env"][MARKER].encode()
     ctypes.memmove(LIBC.getenv(MARKER.encode()), marker, len(marker))
@@ -4985,7 +4996,7 @@ def family(
 
 
 def send_signal(members: dict[int, int], number: int) -> list[int]:
-    """Signal processes found by `family`, and wake those that are stopped for a SIGTERM; returns a
+    """Signal processes found by `family`, with SIGTERM also wake those that are stopped; returns a
     pidfd of each, to wait for and to close. A PID that changed hands since is left alone: the
     descriptor is opened first, then the start time is compared."""
     fds = []
@@ -5608,7 +5619,8 @@ class Tree:
         # parent
         self.seen: dict[int, int] = {}
 
-    def send_sigterm(self, session: int) -> None:
+    def ask_to_end(self, session: int) -> None:
+        """Send SIGTERM to all of it."""
         try:
             with urgent():
                 reap_orphans()  # thousands of them would make the search long
@@ -5692,6 +5704,8 @@ class Launch:
         return self._execute()
 
     def _execute(self) -> Child:
+        """Start the program of a job that is not in Python. Without user= and preexec_fn subprocess
+        uses vfork, which costs the same however large the daemon is."""
         trigger, job = self._trigger, self._job
         shards = {"shard_index": str(trigger.shard_index), "shard_total": str(trigger.shard_total)}
         if job.shell:
@@ -5702,8 +5716,6 @@ class Launch:
                 re.sub(r"\{(param|shard_index|shard_total)\}", lambda match: values[match[1]], word)
                 for word in job.command
             ]
-        # Without user= and preexec_fn subprocess uses vfork, which costs the same however large the
-        # daemon is.
         with all_cpus():
             popen = subprocess.Popen(
                 command,
@@ -5961,7 +5973,7 @@ class EndingRun:
     # -- TERMINATING, KILLING
 
     def _terminate(self) -> None:
-        """SIGTERM by Tree.send_sigterm now, `_kill` after kill_grace."""
+        """SIGTERM by Tree.ask_to_end now, `_kill` after kill_grace."""
         if self._has_ended(self._terminate):
             return
         self.phase = RunPhase.TERMINATING
@@ -5969,7 +5981,7 @@ class EndingRun:
         self._call_later(self._job.kill_grace, self._kill)
         assert self._child is not None
         child = self._child
-        self._apart(lambda: self._tree.send_sigterm(child.session))
+        self._apart(lambda: self._tree.ask_to_end(child.session))
 
     def _kill(self) -> None:
         assert self._child is not None
@@ -7266,7 +7278,8 @@ class JournalReader(Facts):
         }
 
     def oldest(self) -> float:
-        """For how many seconds the oldest result waits for the admin; 0 when none does."""
+        """For how many seconds the oldest result waits for the admin, for `status` and the metrics;
+        0 when none does."""
         rows = self.undelivered(1)
         return max(0.0, self.clock.now() - rows[0].since) if rows else 0.0
 
@@ -7310,9 +7323,9 @@ class JournalReader(Facts):
     def prune(
         self, stop: typing.Callable[[], bool] = lambda: False, keep: float = REPEAT_WINDOW
     ) -> int:
-        """Forget delivered runs after `keep` seconds, and before that those beyond KEPT_RUNS, but
-        none within REPEAT_WINDOW; dead ones after four times DEAD_AFTER. Returns how many. Raises
-        JournalError."""
+        """Forget delivered and acknowledged runs after `keep` seconds, sooner those that are older
+        than the KEPT_RUNS latest delivered ones, but none within REPEAT_WINDOW; dead ones after
+        four times DEAD_AFTER. Returns how many. Raises JournalError."""
         keep = max(keep, REPEAT_WINDOW)
         newest = self._files.read(
             "SELECT finished FROM runs WHERE state = 'delivered' ORDER BY finished DESC LIMIT 1"
@@ -8433,8 +8446,8 @@ class AdminClient:
 # --------------------------------------------------------------------------------------------------
 # 12 registration
 # --------------------------------------------------------------------------------------------------
-# seconds between heartbeats, as RegistryConfig.BEAT_TIMEOUT of XXL-JOB; the admin forgets who was
-# silent for 90 s, whatever stands here
+# Seconds between heartbeats, as RegistryConfig.BEAT_TIMEOUT of XXL-JOB. The admin forgets who was
+# silent for 90 s, whatever stands here, and examples/prometheus-alerts.yaml warns after 120.
 REGISTRY_INTERVAL = 30.0
 MOST_PARKED = 10  # addresses of earlier lives
 OUTAGE_INTERVAL = 600.0  # seconds between two lines of the log while the admin is away
@@ -8546,7 +8559,7 @@ class Registration:
             self._acknowledged_at = time.time()
 
     def _try(self, work: typing.Callable[[], None]) -> float:
-        """Do `work`; returns the seconds until the next time."""
+        """Do `work`; returns the seconds until the next time, REGISTRY_INTERVAL at most."""
         began = time.monotonic()
         try:
             work()
@@ -9183,7 +9196,8 @@ class Wiring:
         )
 
     def status(self) -> dict:
-        """Everything that `status` shows; any thread."""
+        """Everything that `status` shows while the executor runs (else see `_look_back`); any
+        thread."""
         now = time.monotonic()
         counts = self._journal.counts()
         addresses = [
@@ -9407,7 +9421,8 @@ class Daemon(Wiring):
 
     def stop(self) -> None:
         """Drain, end what still runs, deliver, close. A signal that comes meanwhile ends the
-        draining."""
+        draining. systemd is told nothing after `_end_runs`: TimeoutStopSec in the unit files allows
+        for all of it."""
         log.info(
             "stopping: no new runs, up to %s for those that run",
             seconds_text(self.config.executor.drain_timeout),
@@ -10029,7 +10044,8 @@ def look(path: str, config: Config | None) -> dict:
 
 
 def _look_back(path: str, state: dict) -> None:
-    """Complete `state` from the journal that an executor has left."""
+    """Complete `state` from the journal that an executor has left; how long its oldest result has
+    waited is not told."""
     with contextlib.closing(read_journal(os.path.join(path, "journal.db"))) as db:
         for run in itertools.islice(past_runs(db), LOOK_BACK):
             state["undelivered"] += run.state == RunState.FINISHED.value
@@ -10462,6 +10478,7 @@ class _CommandLine(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
+    """The command line; what each command takes is in COMMANDS."""
     common = _CommandLine(add_help=False)
     common.add_argument(
         "-c",
