@@ -9196,8 +9196,7 @@ class Wiring:
         )
 
     def status(self) -> dict:
-        """Everything that `status` shows while the executor runs (else see `_look_back`); any
-        thread."""
+        """What `status` shows of a running executor, else see `_look_back`; any thread."""
         now = time.monotonic()
         counts = self._journal.counts()
         addresses = [

@@ -342,6 +342,8 @@ def test_ends_of_a_process(executor, admin, tmp_path):
     for code, expected in {
         "sys.exit()": (200, "the last line"),
         "sys.exit(3)": (500, "exit status 3: the last line"),
+        "sys.exit(-1)": (500, "exit status 255: the last line"),
+        "sys.exit(256)": (500, "SystemExit: 256"),
         "sys.exit('some text')": (500, "exit status 1: some text"),
         "os._exit(7)": (500, "exit status 7: the last line"),
         "os._exit(0)": (200, "the last line"),
