@@ -4344,7 +4344,7 @@ class Forker:
             self._poller.register(fd, select.POLLIN)
         self._running: dict[int, int] = {}  # descriptor of the report: PID
         self._ended: dict[int, int] = {}  # the same, not reaped yet
-        # PIDs of those that run on although the daemon has closed their report
+        # PIDs of those that may run on although the daemon has closed their report, and of spares
         self._given_up: set[int] = set()
         self._spare: tuple[int, socket.socket] | None = None  # its PID, what it is told by
         self._spare_until = 0.0  # monotonic
@@ -4370,7 +4370,8 @@ class Forker:
                     self._end_spare()
                     return None
                 work = self._begin(*fds)
-            elif ended and self._spare is None:
+            elif ended and self._spare is None and threading.active_count() == 1:
+                # what a thread of a preloaded module keeps up to date would be old in a spare
                 with contextlib.suppress(OSError):  # the next run will tell
                     work = self._fork_spare()
             elif self._spare is not None and time.monotonic() >= self._spare_until:
@@ -4457,12 +4458,15 @@ class Forker:
         return pid
 
     def _end_spare(self) -> None:
+        """Close what it waits for: then it ends. It is neither waited for nor signalled: a debugger
+        may hold it, and what was preloaded may have reaped it."""
         if self._spare is not None:
             pid, sock = self._spare
             self._spare = None
             sock.close()
-            os.kill(pid, signal.SIGKILL)  # not reaped yet, so its PID is its own
-            os.waitpid(pid, 0)
+            with contextlib.suppress(ChildProcessError):
+                if os.waitpid(pid, os.WNOHANG)[0] == 0:
+                    self._given_up.add(pid)
 
 
 def _report(fd: int, **fields: typing.Any) -> None:
@@ -4474,7 +4478,9 @@ def _await_run(sock: int) -> int:
     """In the forked child: wait for a run; returns the exit status."""
     with socket.socket(fileno=sock) as told:
         _, fds, _, _ = socket.recv_fds(told, 1, 2)
-    return _python_child(*fds) if fds else 0  # else the Python server is gone
+    if len(fds) != 2:  # not needed any more; what was preloaded must not be told of an end
+        os._exit(1)
+    return _python_child(*fds)
 
 
 def _python_child(output: int, channel: int) -> int:
@@ -6115,6 +6121,7 @@ class ProcessRun(EndingRun):
         if child.pid:
             child.send_request(self._launch.request())
             self._run()
+            self._poll_end()  # what tells its end may have come with its PID
         elif child.error:
             self._give_back_child()
             self._cannot_start(self._launch.why_not(OSError(errno.EAGAIN, child.error)))

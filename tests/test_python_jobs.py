@@ -850,6 +850,97 @@ def test_the_next_run_begins_in_a_process_that_is_there_already(executor, admin,
     assert ending(daemon, admin, "who")[0] == 200
 
 
+def pass_time(seconds):
+    """Most likely something has happened by then that cannot be seen from outside; what is asserted
+    is right in any case."""
+    end = time.monotonic() + seconds
+    wait_until(lambda: time.monotonic() > end)
+
+
+def test_a_process_that_ends_before_the_daemon_has_heard_of_it(executor, admin, tmp_path):
+    """Its PID and its exit status are told at once."""
+    daemon = executor(entry_points(tmp_path / "source", WHO, "who"), admin=admin)
+    first = int(ending(daemon, admin, "who")[1])
+    server = server_of(daemon)
+    spare = spare_of(server, first)
+    os.kill(spare, signal.SIGSTOP)
+    os.kill(server, signal.SIGSTOP)
+    try:
+        log_id, _ = admin.trigger(daemon.url, "who")
+        wait_until(lambda: daemon.status()["running"])
+        pass_time(0.3)  # it asks for a child
+        daemon.signal(signal.SIGSTOP)
+        os.kill(server, signal.SIGCONT)
+        pass_time(0.2)  # that is the spare
+        os.kill(spare, signal.SIGKILL)
+        pass_time(0.2)  # and its end is told
+    finally:
+        os.kill(server, signal.SIGCONT)
+        daemon.signal(signal.SIGCONT)
+    result = result_of(admin, log_id)
+    assert (result["handleCode"], result["handleMsg"]) == (500, "killed by signal 9")
+
+
+HOOKS = """
+import atexit
+import os
+import threading
+import time
+
+def note():
+    with open(os.environ["ENDS"], "a") as file:
+        file.write(f"{os.getpid()}\\n")
+
+atexit.register(note)
+now = time.monotonic()
+
+def keep():
+    global now
+    while True:
+        time.sleep(0.01)
+        now = time.monotonic()
+
+if os.environ["KEEP"]:
+    threading.Thread(target=keep, daemon=True).start()
+"""
+HOOKED = """
+import os
+import time
+import hooks
+
+def who():
+    return f"{os.getpid()} {time.monotonic() - hooks.now}"
+"""
+
+
+@pytest.mark.parametrize("thread", ["", "yes"])
+def test_what_is_preloaded_is_in_no_run_that_never_was(executor, admin, tmp_path, thread):
+    """What ends unused runs no hook of it; and what it keeps up to date is so in each run."""
+    source, ends = tmp_path / "source", tmp_path / "ends"
+    jobs = entry_points(source, HOOKED, "who", preload=["hooks"])
+    (source / "hooks.py").write_text(HOOKS)
+    daemon = executor(jobs, admin=admin, env={"ENDS": str(ends), "KEEP": thread})
+    runs = []
+    for _ in range(2):
+        code, message = ending(daemon, admin, "who")
+        pid, age = message.split()
+        runs.append(int(pid))
+        assert code == 200 and not (thread and float(age) > 1), message
+        server = server_of(daemon)
+        if thread:
+            pass_time(1.5)
+        else:
+            unused = spare_of(server, *runs)
+    daemon.signal(signal.SIGHUP)  # imports it anew
+    wait_until(lambda: not alive(server), what="the end of the server")
+    if not thread:
+        wait_until(lambda: not alive(unused), what="the end of the spare")
+    assert ending(daemon, admin, "who")[0] == 200
+    assert daemon.stop() == 0
+    told = list(map(int, ends.read_text().split()))
+    assert set(runs) <= set(told) and (thread or unused not in told)
+
+
 def test_a_process_that_waits_for_a_run_does_not_wait_long(executor, admin, tmp_path):
     """Then ps would show a job as much older than its run."""
     daemon = executor(entry_points(tmp_path / "source", WHO, "who"), admin=admin)
