@@ -78,8 +78,10 @@ def run_compiled(flags: list[str]) -> None:
         " module.__file__ = code.co_filename; exec(code, vars(module));"
         " module.show_command(sys.argv[4:]); sys.exit(module.main(sys.argv[4:]))"
     )
-    fd = os.memfd_create("xxl_executor.py", 0)
-    os.write(fd, marshal.dumps(sys._getframe(1).f_code))
+    fd, data = os.memfd_create("xxl_executor.py", 0), marshal.dumps(sys._getframe(1).f_code)
+    if os.write(fd, data) < len(data):  # `ulimit -f`: then it runs as it is
+        os.close(fd)
+        return
     words = [sys.executable, *flags, "-c", boot, str(fd), sys.path[0], __file__, *sys.argv[1:]]
     os.execv(sys.executable, words)
 
@@ -904,6 +906,8 @@ def _token(reader: _YamlReader, node: Node) -> str:
         and node.style != _EXPANDED
     ):
         raise _Bad("expected text: put it in quotes", node)  # the usual words would show it
+    if node.id == "scalar" and node.value[:1] == "$" and node.value[1:] in os.environ:
+        raise _Bad(f"{node.value} stays as it is: write ${{{node.value[1:]}}}", node)
     reader.token = _text(reader, node) and _header(reader, node)
     return reader.token
 
@@ -1065,8 +1069,17 @@ def _module(reader: _YamlReader, node: Node) -> str:
     return value
 
 
+# Signs that a Chinese keyboard, or a page that something was copied from, has in place of others.
+_WIDE_SIGNS = {"\uff1a": ": ", "\uff0c": ", ", "\u201c": '"', "\u201d": '"', "\uff03": " #"}
+_WIDE_SIGNS |= {"\u3000": " ", "\u00a0": " ", "\u3010": "[", "\u3011": "]"}
+_WIDE = f"[{''.join(_WIDE_SIGNS)}]"
+
+
 def _url(reader: _YamlReader, node: Node) -> str:
     value = _text(reader, node)
+    odd = re.search(_WIDE, value)
+    if odd:
+        raise _Bad(f'"{odd[0]}" in an address: write "{_WIDE_SIGNS[odd[0]]}"', node)
     with contextlib.suppress(ValueError):
         parts = urllib.parse.urlsplit(value)
         if (
@@ -1090,7 +1103,8 @@ def _urls(reader: _YamlReader, node: Node) -> tuple:
 
 
 def _bind(reader: _YamlReader, node: Node) -> tuple[str, int]:
-    value = _text(reader, node)
+    # a number too: it is meant as a port
+    value = str(_scalar(node, "str", "int", expected="text"))
     match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]*):(\d{1,5})", value, re.ASCII)
     if not match or int(match[2]) > 65_535:
         raise _expected('host:port such as "0.0.0.0:9999" or "[::]:9999"', node)
@@ -1178,6 +1192,27 @@ class GlueConfig:
     timeout: float = _option(_duration, "0")
 
 
+def unstartable(file: str) -> str:
+    """Why the kernel would not start the regular file `file`, which may be executed; "" when it
+    would, or when that cannot be told."""
+    try:
+        with open(file, "rb") as stream:
+            head = stream.read(256)
+    except OSError:
+        return ""
+    first = head.split(b"\n")[0]
+    if b"\0" in head:  # a program, of this machine or of what binfmt_misc knows
+        return ""
+    if first.startswith(b"\xef\xbb\xbf#!"):
+        return f"{file} has a byte order mark before its #! line: sed -i '1s/^...//' {file}"
+    if not first.startswith(b"#!"):
+        return f'{file} has no "#!" line: let it begin with #!/bin/sh or the like'
+    if first.endswith(b"\r"):
+        return f"{file} has the line ends of Windows: dos2unix {file}"
+    program = os.fsdecode(first[2:].split()[0]) if first[2:].split() else ""
+    return "" if os.path.exists(program) else f"{file} begins with #!{program}: there is none"
+
+
 @dataclasses.dataclass(frozen=True)
 class ScriptsConfig:
     """Directories in which each executable file is a job by its name; looked up at the trigger, so
@@ -1248,25 +1283,7 @@ class ScriptsConfig:
             return f"{file}: {error.strerror}"
         if not os.access(file, os.X_OK):
             return f"{file} is not executable: chmod +x {file}"
-        return self._no_interpreter(file)
-
-    @staticmethod
-    def _no_interpreter(file: str) -> str:
-        """Why the kernel would not start `file`; "" when it would, or when this process may not
-        read it."""
-        try:
-            with open(file, "rb") as stream:
-                first = stream.read(256).split(b"\n")[0]
-        except OSError:
-            return ""
-        if first.startswith(b"\x7fELF"):
-            return ""
-        if not first.startswith(b"#!"):
-            return f'{file} has no "#!" line: let it begin with #!/bin/sh or the like'
-        if first.endswith(b"\r"):
-            return f"{file} has the line ends of Windows: dos2unix {file}"
-        program = os.fsdecode(first[2:].split()[0]) if first[2:].split() else ""
-        return "" if os.path.exists(program) else f"{file} begins with #!{program}: there is none"
+        return unstartable(file)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1298,7 +1315,7 @@ class Config:
 # 2b reading the configuration
 # --------------------------------------------------------------------------------------------------
 _YAML_REMEDIES = (  # for what PyYAML says: the first that fits
-    (r"'\\t'", "indent with spaces instead of tabs"),
+    (r"'\\t'", "write spaces instead of tabs"),
     (r"end of stream|stream end", "close the quotes or brackets that are open here"),
     (
         r"mapping values|expected ':'",
@@ -1329,6 +1346,15 @@ def _not_yaml(problem: str) -> str:
         f"not YAML: {problem}:"
         f" {next(remedy for pattern, remedy in _YAML_REMEDIES if re.search(pattern, problem))}"
     )
+
+
+_LARGEST = 16 << 20  # characters
+
+
+def read_config(file: str, errors: str = "strict") -> str:
+    """Its text, one character more than _LARGEST at most."""
+    with open(file, encoding="utf-8", errors=errors) as stream:
+        return stream.read(_LARGEST + 1)
 
 
 class _YamlReader:
@@ -1374,8 +1400,9 @@ class _YamlReader:
     def document(self, file: str) -> Node:
         """The root mapping of `file`, or None after a problem."""
         try:
-            with open(file, encoding="utf-8") as stream:
-                text = stream.read()
+            text = read_config(file)
+            if len(text) > _LARGEST:
+                raise OSError(errno.EFBIG, "it is larger than 16 MiB")
             root = self.compose(text, file)
         except OSError as error:
             self.problems.append(
@@ -1744,15 +1771,17 @@ def find_config(file: str | None) -> str:
     )
 
 
-def _wide_colon(file: str, line: int, problem: str) -> str:
-    """What to add to a problem that may come from a full-width colon, which looks like a colon."""
+def _wide_sign(file: str, line: int, problem: str) -> str:
+    """What to add to a problem that may come from one of _WIDE_SIGNS."""
     if not re.search("not YAML|unknown key|expected a mapping", problem):
         return ""
-    with contextlib.suppress(OSError, UnicodeDecodeError), open(file, encoding="utf-8") as stream:
-        lines = stream.read().split("\n")
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        lines = read_config(file).split("\n")
         for number in (line, line - 1):
-            if 1 <= number <= len(lines) and "\uff1a" in lines[number - 1]:
-                return f'; line {number} has the full-width colon "\uff1a": write ": "'
+            odd = re.search(_WIDE, lines[number - 1]) if 1 <= number <= len(lines) else None
+            if odd:
+                what = "the full-width colon " if odd[0] == "\uff1a" else ""
+                return f'; line {number} has {what}"{odd[0]}": write "{_WIDE_SIGNS[odd[0]]}"'
     return ""
 
 
@@ -1763,7 +1792,7 @@ def load_config(file: str) -> Config:
     config = reader.config()
     if reader.problems or config is None:
         lines = [
-            f"{name}:{line}: {text}{_wide_colon(name, line, text)}" if line else f"{name}: {text}"
+            f"{name}:{line}: {text}{_wide_sign(name, line, text)}" if line else f"{name}: {text}"
             for name, line, text in sorted(set(reader.problems))
         ]
         error = ConfigError("\n".join(lines))
@@ -1776,8 +1805,7 @@ def legible_data_dir(file: str) -> str:
     """executor.data_dir as a line of `file` says, be the rest no YAML; "" when nobody can tell."""
     reader = _ConfigReader(file)
     try:
-        with open(file, encoding="utf-8", errors="replace") as stream:
-            text = stream.read()
+        text = read_config(file, "replace")
         section = re.search(r"(?m)^executor:[ \t]*(?:#.*)?\n((?:(?:[ \t#].*)?\n)*)", text + "\n")
         lines = re.findall(r"(?m)^[ \t]+data_dir:(.*)$", section[1]) if section else []
         if "data_dir" in text and (not lines or lines[0].strip()[:1] in ("|", ">")):
@@ -1821,6 +1849,24 @@ def _open_to_others(directory: str) -> str:
     if status.st_mode & 0o002:
         return directory
     return changeable(directory) if not os.geteuid() else ""
+
+
+def _unlike_meant(job: JobConfig) -> typing.Iterator[tuple[str, str]]:
+    """(key, what stands in `job` and means something else than it looks like)"""
+    for name, value in job.env.items():
+        for word in re.findall(r"\$\w+", value):
+            if word[1:] in os.environ:
+                yield f"env.{name}", f"{word} stays as it is, did you mean ${{{word[1:]}}}?"
+    quote = re.match("\\s*[\u201c\u2018]", job.shell or "")
+    if quote:
+        yield "shell", f"{quote[0].strip()} is no quote for the shell: write ' or \""
+    if os.path.basename(os.path.realpath("/bin/sh")) == "dash":
+        of_bash = re.search(
+            r"(?m)^\s*(source)\s|(?:^|[;&|(]|\bif|\bwhile)\s*(\[\[)\s", job.shell or ""
+        )
+        if of_bash:
+            told = f'/bin/sh has no "{of_bash[1] or of_bash[2]}" here'
+            yield "shell", f"{told}: write it without, or command: [bash, -c, ...]"
 
 
 class HostCheck:
@@ -1874,6 +1920,7 @@ class HostCheck:
             else:
                 if other and os.geteuid():
                     yield "user", "only an executor that is root may become another user"
+        yield from _unlike_meant(job)
         if job.command:
             yield from self._arguments(job)
         elif job.shell:
@@ -1908,7 +1955,7 @@ class HostCheck:
         if not os.path.exists(file):
             return f"the program {file} does not exist"
         executable = os.path.isfile(file) and os.access(file, os.X_OK)
-        return "" if executable else f"{file} is not executable: chmod +x"
+        return unstartable(file) if executable else f"{file} is not executable: chmod +x"
 
     def _entry_point(self, job: JobConfig) -> typing.Iterator[tuple[str, str]]:
         for place in job.pythonpath:
@@ -4113,6 +4160,13 @@ _OWN: set[int] = (
 )  # direct children that somebody here waits for; all others are orphans that jobs left
 
 
+def exception_line(error: BaseException) -> str:
+    """Its type and its text, of a syntax error the place too."""
+    if isinstance(error, SyntaxError):
+        return f"{type(error).__name__}: {error}"
+    return traceback.format_exception_only(type(error), error)[-1].strip()
+
+
 class Context:
     """What a Python job gets as its argument.
 
@@ -4307,7 +4361,7 @@ def import_first(server: socket.socket, wanted: str) -> None:
         try:
             importlib.import_module(module)
         except BaseException as error:  # whatever it does, the server goes on without it
-            told = traceback.format_exception_only(type(error), error)[-1].strip()
+            told = exception_line(error)
             problems.append(f"cannot import {module}: {told}")
     del sys.path[: len(path)]
     with contextlib.suppress(OSError):  # the daemon is gone
@@ -4517,7 +4571,7 @@ def _python_child(output: int, channel: int) -> int:
         return 1
     except BaseException as error:
         # Before the traceback is printed: after a MemoryError this needs the least.
-        tell(traceback.format_exception_only(type(error), error)[-1].strip())
+        tell(exception_line(error))
         traceback.print_exception(type(error), error, _job_frames(error.__traceback__))
         return 1
 
@@ -5108,6 +5162,56 @@ def reap_orphans() -> bool:
     return alive
 
 
+class Tree:
+    """All processes of a run, and how they are ended; a thread aside, one at a time for a run."""
+
+    def __init__(self, trigger: Trigger, marker: str):
+        self._trigger, self._marker = trigger, marker
+        # {pid: start time} as found so far: one of them may clear its environment and lose its
+        # parent
+        self.seen: dict[int, int] = {}
+
+    def ask_to_end(self, session: int) -> None:
+        """Send SIGTERM to all of it."""
+        try:
+            with urgent():
+                reap_orphans()  # thousands of them would make the search long
+                self.seen.update(family(self._marker, session, self.seen))
+                await_exit(send_signal(self.seen, signal.SIGTERM), 0)
+        except OSError as error:  # SIGKILL will be tried until it works
+            log.error("cannot search for the processes of %s: %s", self._trigger, error)
+
+    def end_by_force(self, session: int) -> list[int]:
+        """Kill all of it, again while the search fails. Returns the PIDs that could not be killed
+        within KILL_LIMIT."""
+        while True:
+            try:
+                return kill_family(self._marker, session, self.seen)
+            except OSError as error:
+                log.error("cannot search for the processes of %s: %s", self._trigger, error)
+                with contextlib.suppress(OSError):
+                    if session:
+                        os.killpg(session, signal.SIGKILL)
+                breathe(1.0)
+
+    def end(self, session: int, kill_at: float) -> None:
+        """What is left of it gets SIGTERM, time until `kill_at` (monotonic), and SIGKILL."""
+        with contextlib.suppress(OSError):
+            self.seen.update(family(self._marker, session, self.seen))
+            left = max(0.0, kill_at - time.monotonic())
+            await_exit(send_signal(self.seen, signal.SIGTERM), left)
+        survivors = self.end_by_force(session)
+        if survivors:
+            log.error("processes %s of %s cannot be killed", survivors, self._trigger)
+
+    def keep(self, session: int) -> None:
+        """Let what is left of it be."""
+        try:
+            _KEPT.update(family(self._marker, session))
+        except OSError as error:  # each later end of a run looks for its own in vain
+            log.error("cannot search for the processes of %s: %s", self._trigger, error)
+
+
 # --------------------------------------------------------------------------------------------------
 # 7d the supervisor
 # --------------------------------------------------------------------------------------------------
@@ -5573,8 +5677,14 @@ class Supervisor(Watched):
         return self._memory_kills
 
     def _begin(self, trigger: Trigger, job: JobConfig) -> None:
-        run = self._runs[trigger.log_id] = ProcessRun(self, trigger, job)
-        run.guarded(run.begin)
+        try:
+            run = self._runs[trigger.log_id] = ProcessRun(self, trigger, job)
+        except Exception as error:  # such as no free descriptor
+            told = f"cannot start: {getattr(error, 'strerror', None) or error}"
+            log.error("%s: %s", trigger, told)
+            self.reports.append(Ended(trigger.log_id, Result(FAILURE, told)))
+        else:
+            run.guarded(run.begin)
 
     def _cancel(self, log_id: int, result: Result) -> None:
         run = self._runs.get(log_id)
@@ -5614,56 +5724,6 @@ class RunPhase(enum.Enum):
     KILLING = "a thread that kills its whole tree"
     LEFTOVERS = "a thread that ends what it has left, or lets it be"
     ENDED = "nothing"
-
-
-class Tree:
-    """All processes of a run, and how they are ended; a thread aside, one at a time for a run."""
-
-    def __init__(self, trigger: Trigger, marker: str):
-        self._trigger, self._marker = trigger, marker
-        # {pid: start time} as found so far: one of them may clear its environment and lose its
-        # parent
-        self.seen: dict[int, int] = {}
-
-    def ask_to_end(self, session: int) -> None:
-        """Send SIGTERM to all of it."""
-        try:
-            with urgent():
-                reap_orphans()  # thousands of them would make the search long
-                self.seen.update(family(self._marker, session, self.seen))
-                await_exit(send_signal(self.seen, signal.SIGTERM), 0)
-        except OSError as error:  # SIGKILL will be tried until it works
-            log.error("cannot search for the processes of %s: %s", self._trigger, error)
-
-    def end_by_force(self, session: int) -> list[int]:
-        """Kill all of it, again while the search fails. Returns the PIDs that could not be killed
-        within KILL_LIMIT."""
-        while True:
-            try:
-                return kill_family(self._marker, session, self.seen)
-            except OSError as error:
-                log.error("cannot search for the processes of %s: %s", self._trigger, error)
-                with contextlib.suppress(OSError):
-                    if session:
-                        os.killpg(session, signal.SIGKILL)
-                breathe(1.0)
-
-    def end(self, session: int, kill_at: float) -> None:
-        """What is left of it gets SIGTERM, time until `kill_at` (monotonic), and SIGKILL."""
-        with contextlib.suppress(OSError):
-            self.seen.update(family(self._marker, session, self.seen))
-            left = max(0.0, kill_at - time.monotonic())
-            await_exit(send_signal(self.seen, signal.SIGTERM), left)
-        survivors = self.end_by_force(session)
-        if survivors:
-            log.error("processes %s of %s cannot be killed", survivors, self._trigger)
-
-    def keep(self, session: int) -> None:
-        """Let what is left of it be."""
-        try:
-            _KEPT.update(family(self._marker, session))
-        except OSError as error:  # each later end of a run looks for its own in vain
-            log.error("cannot search for the processes of %s: %s", self._trigger, error)
 
 
 class Launch:
@@ -5801,7 +5861,11 @@ class Launch:
             if job.command
             else "/bin/sh"
         )
-        return f"cannot start {program}: {getattr(error, 'strerror', None) or error}"
+        why = getattr(error, "strerror", None) or error
+        not_found = isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ENOEXEC)
+        if job.command and "/" in program and not_found:
+            why = unstartable(os.path.normpath(os.path.join(job.cwd, program))) or why
+        return f"cannot start {program}: {why}"
 
     def close_write(self) -> None:
         """Our copy of the end that the process writes to."""
@@ -6253,7 +6317,7 @@ class ThreadRun:
                 return Result(SUCCESS, self.out.last_line())
             trace = _job_frames(error.__traceback__)
             self.write("".join(traceback.format_exception(type(error), error, trace)))
-            return Result(FAILURE, traceback.format_exception_only(type(error), error)[-1].strip())
+            return Result(FAILURE, exception_line(error))
 
 
 class Slots:
@@ -6435,11 +6499,14 @@ class RunLog:
                 data = data[os.write(self._fd, data) :]
         except OSError as error:
             if not self.dropped:
-                log.error("cannot write a job log, output is dropped: %s", error.strerror)
+                self._cannot_write(error)
         if len(data) <= size:
             self._gap = 0
         lost = min(len(data), size)
         self._gap, self.dropped = self._gap + lost, self.dropped + lost
+
+    def _cannot_write(self, error: OSError) -> None:
+        log.error("cannot write a job log, output is dropped: %s", error.strerror)
 
     def _note(self, text: str) -> bytes:
         return f"----- {local_time(int(time.time()))} {text} -----\n".encode("utf-8", "replace")
@@ -9483,6 +9550,11 @@ class Daemon(Wiring):
 
 def listen(bind: tuple[str, int]) -> socket.socket:
     """The listening socket. Raises ExecutorError."""
+    remedies = {
+        errno.EADDRINUSE: "stop what listens there (ss -ltnp), or choose a free port of this host",
+        errno.EACCES: "choose a port above 1023",
+    }
+    other = "0.0.0.0 or [::] takes all addresses of this host"
     host, port = bind
     try:
         family_, type_, protocol, _, target = socket.getaddrinfo(
@@ -9500,8 +9572,8 @@ def listen(bind: tuple[str, int]) -> socket.socket:
             raise
     except OSError as error:
         raise ExecutorError(
-            f"executor.bind: cannot listen on {authority(host, port)}: {error.strerror}: choose a"
-            " free port of this host"
+            f"executor.bind: cannot listen on {authority(host, port)}: {error.strerror}:"
+            f" {remedies.get(error.errno or 0, other)}"
         ) from None
     return listener
 
@@ -9933,12 +10005,32 @@ class _Terminal:
     """The place of JobLogs for `exec`: output goes to stdout, notes to stderr."""
 
     class Log(RunLog):
+        def _cannot_write(self, error: OSError) -> None:
+            if error.errno == errno.EPIPE:
+                self._tell("nobody reads the output any more, the job goes on: Ctrl-C ends it")
+            else:
+                super()._cannot_write(error)
+
         def _note(self, text: str) -> bytes:
+            return b""  # they are told by these two
+
+        def begin(self, text: str) -> None:
+            self._tell(text)
+
+        def end(self, text: str) -> None:
+            super().end(text)
+            self._tell(text)
+
+        def _tell(self, text: str) -> None:
             print(f"----- {text} -----", file=sys.stderr, flush=True)
-            return b""
 
     def open(self, trigger: Trigger) -> RunLog:
-        return self.Log(os.dup(1), sys.maxsize)
+        out = -1
+        try:
+            out = os.dup(1)
+        except OSError as error:
+            log.error("cannot show the output: %s", error.strerror)
+        return self.Log(out, sys.maxsize)
 
 
 def cmd_exec(arguments: argparse.Namespace) -> int:
@@ -10321,8 +10413,8 @@ def cmd_logs(arguments: argparse.Namespace) -> int:
             raise ExecutorError(f"no run {log_id} is known in {path}: a refused trigger is none")
         if not files:
             raise ExecutorError(
-                f"run {log_id} has no log in {path}: it has not begun, or its log was removed after"
-                " executor.log_retention"
+                f"run {log_id} has no log in {path}: it has not begun, or its log was removed, as"
+                " after executor.log_retention, or moved"
             )
         try:
             with open(files[-1], "rb") as stream:
@@ -10352,6 +10444,9 @@ def show_log(stream: typing.BinaryIO, most: int | None, ended: typing.Callable[[
         out.writelines(collections.deque(stream, most))
     while True:
         last = ended()  # before what is read then
+        if os.fstat(stream.fileno()).st_size < stream.tell():
+            print("----- the log was truncated -----", file=sys.stderr, flush=True)
+            stream.seek(0)
         shutil.copyfileobj(stream, out)
         out.flush()
         if last:
@@ -10633,12 +10728,11 @@ def main(argv: typing.Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(printable_lines(str(error)), file=sys.stderr)
         return 2
-    except BrokenPipeError:  # `status | head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
     except OSError as error:  # /dev/full, a disk that is
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        print(f"xxl-executor: {error}", file=sys.stderr)
+        if not isinstance(error, BrokenPipeError):  # `status | head` has seen enough
+            print(f"xxl-executor: {error}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # what is left to be written has no place
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except ExecutorError as error:
         print(f"xxl-executor: {printable_lines(str(error))}", file=sys.stderr)

@@ -479,7 +479,8 @@ def test_a_port_in_use_is_refused(place):
             "",
             (
                 f"xxl-executor: executor.bind: cannot listen on 127.0.0.1:{port}: Address already"
-                " in use: choose a free port of this host\n"
+                " in use: stop what listens there (ss -ltnp), or choose a free port of this"
+                " host\n"
             ),
         )
 

@@ -1149,7 +1149,7 @@ def test_byte_order_mark_and_crlf(load):
         (
             "jobs:\n\thello: {}\n",
             (
-                "2: not YAML: found character '\\t' that cannot start any token: indent with spaces"
+                "2: not YAML: found character '\\t' that cannot start any token: write spaces"
                 " instead of tabs"
             ),
         ),

@@ -391,7 +391,10 @@ def test_edited_modules_take_effect(executor, admin, tmp_path):
     (source / "no_such_module_yet.py").write_text("value = 'another helper'\n")
     assert ending(daemon, admin, "main") == (200, "another helper")
     (source / "example_job.py").write_text("def main(:\n")
-    assert ending(daemon, admin, "main") == (500, "SyntaxError: invalid syntax")
+    assert ending(daemon, admin, "main") == (
+        500,
+        "SyntaxError: invalid syntax (example_job.py, line 1)",
+    )
     (source / "example_job.py").write_text("def main(): return 'mended'\n")
     assert ending(daemon, admin, "main") == (200, "mended")
 

@@ -1,0 +1,258 @@
+"""What an operator meets in the first days: each is told in words, and nothing hangs."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import PROGRAM, run_job, wait_until
+
+QUIET = {"XXL_JOB_ACCESS_TOKEN": "", "ON_THE_HOST": "1"}
+HEAD = "executor: {bind: '127.0.0.1:0', data_dir: ./data}\nadmin: {addresses: []}\n"
+
+
+@pytest.fixture
+def place(tmp_path):
+    return Place(tmp_path)
+
+
+class Place:
+    def __init__(self, directory):
+        self.directory = directory
+
+    def write(self, text, encoding="utf-8"):
+        (self.directory / "config.yaml").write_text(text, encoding=encoding)
+        return self
+
+    def command(self, *arguments, before=""):
+        words = [sys.executable, "-W", "error", str(PROGRAM), *arguments]
+        return ["bash", "-c", f'{before}exec "$@"', "-", *words] if before else words
+
+    def run(self, *arguments, before=""):
+        """(exit status, stdout, stderr); `before`: what the shell does first."""
+        done = subprocess.run(
+            self.command(*arguments, before=before),
+            cwd=self.directory,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=60,
+            env={**os.environ, **QUIET},
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    def script(self, name, data):
+        (self.directory / name).write_bytes(data)
+        (self.directory / name).chmod(0o755)
+
+
+# -- the configuration
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        (
+            "admin: {addresses: ['http://a:1/x，http://b:1/x']}",
+            '1: admin.addresses: "，" in an address: write ", "',
+        ),
+        (
+            "admin: {addresses: []}\njobs:\n  a:\n    shell: x\n\u3000\u3000timeout: 5\n",
+            '; line 5 has "\\u3000": write " "',
+        ),
+        ("jobs:\n  a: “x\n b: y”\n", '; line 3 has "”": write """'),
+        (
+            "executor: {bind: 9999}",
+            '1: executor.bind: expected host:port such as "0.0.0.0:9999" or "[::]:9999", got the'
+            " number 9999",
+        ),
+        (
+            "admin: {access_token: $ON_THE_HOST}",
+            "1: admin.access_token: $ON_THE_HOST stays as it is: write ${ON_THE_HOST}",
+        ),
+        ("jobs:\tx\n", "write spaces instead of tabs"),
+    ],
+)
+def test_a_mistake_in_the_configuration(place, text, told):
+    status, _, err = place.write(text).run("check")
+    assert status == 2 and told in err, err
+
+
+def test_a_file_that_is_no_configuration(place):
+    status, _, err = place.run("check", "-c", "/dev/zero")
+    assert (status, err) == (
+        2,
+        "/dev/zero: cannot be read: it is larger than 16 MiB: give a readable file with -c FILE\n",
+    )
+
+
+@pytest.mark.parametrize(
+    "job, told",
+    [
+        (
+            "{shell: x, env: {PATH: '/opt/x:$ON_THE_HOST'}}",
+            "env.PATH: $ON_THE_HOST stays as it is, did you mean ${ON_THE_HOST}?",
+        ),
+        ("{shell: x, env: {PRICE: '5$ON_NO_HOST'}}", None),
+        ("{shell: '“echo” x'}", "shell: “ is no quote for the shell: write ' or \""),
+        ("{shell: 'echo “x”'}", None),
+    ],
+)
+def test_what_means_something_else_than_it_looks_like(place, job, told):
+    status, out, err = place.write(f"{HEAD}jobs:\n  a: {job}\n").run("check")
+    assert status == 0
+    assert f"config.yaml:4: jobs.a.{told}" in out + err if told else "jobs.a" not in out + err
+
+
+@pytest.mark.skipif(
+    os.path.basename(os.path.realpath("/bin/sh")) != "dash", reason="/bin/sh is not dash"
+)
+@pytest.mark.parametrize(
+    "shell, word",
+    [
+        ("source ./env; x", "source"),
+        ("cd /\n  source ./env", "source"),
+        ("if [[ -e x ]]; then true; fi", "[["),
+        ("[[ -e x ]] && true", "[["),
+        (". ./source; echo source x", None),
+        ("grep '[[:space:]]' x; resource x", None),
+    ],
+)
+def test_words_of_bash(place, shell, word):
+    text = f"{HEAD}jobs:\n  a:\n    shell: |\n" + "".join(
+        f"      {line}\n" for line in shell.split("\n")
+    )
+    _, out, err = place.write(text).run("check")
+    told = f'/bin/sh has no "{word}" here: write it without, or command: [bash, -c, ...]'
+    assert told in out + err if word else "/bin/sh has no" not in out + err
+
+
+# -- scripts
+
+SCRIPTS = {
+    "crlf.sh": (b"#!/bin/sh\r\necho x\r\n", "has the line ends of Windows: dos2unix {}"),
+    "nowhere.sh": (b"#!/usr/bin/nosuch\n", "begins with #!/usr/bin/nosuch: there is none"),
+    "bom.sh": (
+        b"\xef\xbb\xbf#!/bin/sh\necho x\n",
+        "has a byte order mark before its #! line: sed -i '1s/^...//' {}",
+    ),
+    "plain.sh": (b"echo x\n", 'has no "#!" line: let it begin with #!/bin/sh or the like'),
+}
+
+
+def test_scripts_that_cannot_be_started(executor, admin, place):
+    for name, (data, _) in SCRIPTS.items():
+        place.script(name, data)
+    place.script("program", Path("/bin/true").read_bytes())
+    here = str(place.directory)
+    jobs = {name: {"command": [f"./{name}"], "cwd": here} for name in [*SCRIPTS, "program"]}
+    daemon = executor(jobs, admin=admin)
+    for name, (_, told) in SCRIPTS.items():
+        file = place.directory / name
+        why = f"{file} {told.format(file)}"
+        wait_until(lambda name=name, why=why: f"jobs.{name}.command: {why}" in daemon.log)
+        result = run_job(daemon, admin, name)[1]
+        assert (result["code"], result["handleMsg"]) == (500, f"cannot start ./{name}: {why}")
+    assert run_job(daemon, admin, "program")[1]["code"] == 200
+    assert "jobs.program" not in daemon.log
+
+
+# -- limits of the shell it is started from
+
+
+@pytest.mark.parametrize("job", ["{shell: echo hi}", "{python: 'os:getcwd', isolation: thread}"])
+def test_exec_without_descriptors(place, job):
+    """It says so, and does not wait for a run that has not begun."""
+    place.write(f"{HEAD}jobs:\n  a: {job}\n")
+    for limit in (8, 11, 12, 13, 14, 16, 20):
+        status, _, err = place.run("exec", "a", before=f"ulimit -n {limit}; ")
+        assert status == 0 or "Too many open files" in err, (limit, status, err)
+        assert "Traceback" not in err, err
+
+
+def test_files_that_may_not_be_long(place):
+    status, out, _ = place.write(f"{HEAD}jobs: {{a: {{shell: x}}}}\n").run(
+        "run", before="ulimit -f 10; "
+    )
+    assert status == 1 and "Traceback" not in out
+
+
+def test_an_address_of_another_host(place):
+    place.write(f"{HEAD.replace('127.0.0.1', '192.0.2.1')}jobs: {{a: {{shell: x}}}}\n")
+    place.write(
+        (place.directory / "config.yaml")
+        .read_text()
+        .replace("{bind", "{allow_no_token: true, bind")
+    )
+    status, _, err = place.run("run")
+    assert status == 1
+    assert err.splitlines()[-1] == (
+        "xxl-executor: executor.bind: cannot listen on 192.0.2.1:0: Cannot assign requested"
+        " address: 0.0.0.0 or [::] takes all addresses of this host"
+    )
+
+
+# -- looking at output
+
+
+def test_a_followed_log_that_is_emptied(executor, admin, place):
+    go = place.directory / "go"
+    shell = f"echo first; until [ -e {go} ]; do sleep 0.05; done; echo second; sleep 60"
+    daemon = executor({"a": {"shell": shell, "kill_grace": 0}}, admin=admin)
+    log_id, _ = admin.trigger(daemon.url, "a")
+    shown = place.directory / "shown"
+    with shown.open("wb") as out:
+        follower = subprocess.Popen(
+            place.command("logs", "-c", str(daemon.file), str(log_id), "-f"), stdout=out, stderr=out
+        )
+    try:
+        wait_until(lambda: b"first\n" in shown.read_bytes())
+        os.truncate(next((daemon.data / "logs").glob(f"*/{log_id}.log")), 0)
+        wait_until(lambda: b"----- the log was truncated -----\n" in shown.read_bytes())
+        go.touch()
+        wait_until(lambda: b"second\n" in shown.read_bytes())
+    finally:
+        follower.send_signal(signal.SIGINT)
+        follower.wait(10)
+
+
+def test_exec_whose_output_nobody_reads(place):
+    go = place.directory / "go"
+    shell = f"echo one; until [ -e {go} ]; do sleep 0.05; done; echo two; echo three >&2"
+    place.write(f"{HEAD}jobs: {{a: {{shell: '{shell}'}}}}\n")
+    process = subprocess.Popen(
+        place.command("exec", "a"),
+        cwd=place.directory,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        bufsize=0,
+    )
+    with contextlib.ExitStack() as undo:
+        undo.callback(process.wait)
+        undo.callback(process.kill)
+        assert process.stdout.readline() == "one\n"
+        process.stdout.close()
+        go.touch()
+        told = process.stderr.read()
+        assert process.wait(10) == 0
+        process.stderr.close()
+    told_of = "----- nobody reads the output any more, the job goes on: Ctrl-C ends it -----"
+    assert told.splitlines()[1] == told_of and "succeeded" in told.splitlines()[2], told
+
+
+def test_exec_of_output_without_a_last_newline(place):
+    place.write(f"{HEAD}jobs: {{a: {{shell: printf 5%%}}}}\n")
+    done = subprocess.run(
+        place.command("exec", "a"),
+        cwd=place.directory,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=60,
+    )
+    lines = done.stdout.splitlines()
+    assert lines[1] == "5%" and lines[2].startswith("----- succeeded after"), lines
