@@ -1352,9 +1352,13 @@ _LARGEST = 16 << 20  # characters
 
 
 def read_config(file: str, errors: str = "strict") -> str:
-    """Its text, one character more than _LARGEST at most."""
+    """Its text, or a part of it that is longer than _LARGEST."""
+    parts, size = [], 0
     with open(file, encoding="utf-8", errors=errors) as stream:
-        return stream.read(_LARGEST + 1)
+        while size <= _LARGEST and (part := stream.read(1 << 16)):
+            parts.append(part)
+            size += len(part)
+    return "".join(parts)
 
 
 class _YamlReader:
