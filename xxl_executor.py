@@ -79,7 +79,11 @@ def run_compiled(flags: list[str]) -> None:
         " module.show_command(sys.argv[4:]); sys.exit(module.main(sys.argv[4:]))"
     )
     fd, data = os.memfd_create("xxl_executor.py", 0), marshal.dumps(sys._getframe(1).f_code)
-    if os.write(fd, data) < len(data):  # `ulimit -f`: then it runs as it is
+    try:
+        written = os.write(fd, data)
+    except OSError:
+        written = 0
+    if written < len(data):  # `ulimit -f`: then it runs as it is
         os.close(fd)
         return
     words = [sys.executable, *flags, "-c", boot, str(fd), sys.path[0], __file__, *sys.argv[1:]]
@@ -906,8 +910,9 @@ def _token(reader: _YamlReader, node: Node) -> str:
         and node.style != _EXPANDED
     ):
         raise _Bad("expected text: put it in quotes", node)  # the usual words would show it
-    if node.id == "scalar" and node.value[:1] == "$" and node.value[1:] in os.environ:
-        raise _Bad(f"{node.value} stays as it is: write ${{{node.value[1:]}}}", node)
+    name = re.fullmatch(r"\$([A-Za-z_]\w*)", node.value, re.ASCII) if node.id == "scalar" else None
+    if name and name[1] in os.environ:
+        raise _Bad(f"{name[0]} stays as it is: write ${{{name[1]}}}", node)
     reader.token = _text(reader, node) and _header(reader, node)
     return reader.token
 
@@ -1079,7 +1084,8 @@ def _url(reader: _YamlReader, node: Node) -> str:
     value = _text(reader, node)
     odd = re.search(_WIDE, value)
     if odd:
-        raise _Bad(f'"{odd[0]}" in an address: write "{_WIDE_SIGNS[odd[0]]}"', node)
+        sign = _WIDE_SIGNS[odd[0]].strip()
+        raise _Bad(f'"{odd[0]}" in an address: {f"write {sign}" if sign else "remove it"}', node)
     with contextlib.suppress(ValueError):
         parts = urllib.parse.urlsplit(value)
         if (
@@ -1193,24 +1199,35 @@ class GlueConfig:
 
 
 def unstartable(file: str) -> str:
-    """Why the kernel would not start the regular file `file`, which may be executed; "" when it
-    would, or when that cannot be told."""
+    """Why the kernel would not start `file`, which may be executed; "" when it would, or when that
+    cannot be told. What is no regular file, or becomes another one meanwhile, does not hold it up.
+    """
     try:
-        with open(file, "rb") as stream:
-            head = stream.read(256)
+        fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        with open(fd, "rb") as stream:
+            head = stream.read(256) if stat.S_ISREG(os.fstat(fd).st_mode) else b"\0"
     except OSError:
         return ""
     first = head.split(b"\n")[0]
     if b"\0" in head:  # a program, of this machine or of what binfmt_misc knows
         return ""
     if first.startswith(b"\xef\xbb\xbf#!"):
-        return f"{file} has a byte order mark before its #! line: sed -i '1s/^...//' {file}"
+        remove = r"sed -i '1s/^\xef\xbb\xbf//'"
+        return f"{file} has a byte order mark before its #! line: {remove} {shlex.quote(file)}"
     if not first.startswith(b"#!"):
         return f'{file} has no "#!" line: let it begin with #!/bin/sh or the like'
-    if first.endswith(b"\r"):
-        return f"{file} has the line ends of Windows: dos2unix {file}"
-    program = os.fsdecode(first[2:].split()[0]) if first[2:].split() else ""
-    return "" if os.path.exists(program) else f"{file} begins with #!{program}: there is none"
+    words = first[2:].strip(b" \t").split(b" ")[0].split(b"\t")
+    program = os.fsdecode(words[0])
+    if program.endswith("\r"):
+        return f"{file} has the line ends of Windows: dos2unix {shlex.quote(file)}"
+    if not os.path.isabs(program) or os.path.exists(program):
+        return ""
+    return f"{file} begins with #!{printable(program)}: there is none"
+
+
+def place_of(job: JobConfig, program: str) -> str:
+    """The file that `program`, which has a slash, is for `job`."""
+    return os.path.join(job.cwd, program.removeprefix("./"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1777,12 +1794,14 @@ def find_config(file: str | None) -> str:
 
 def _wide_sign(file: str, line: int, problem: str) -> str:
     """What to add to a problem that may come from one of _WIDE_SIGNS."""
-    if not re.search("not YAML|unknown key|expected a mapping", problem):
+    if not re.search("not YAML|unknown key|expected a mapping", problem) or "mean" in problem:
         return ""
     with contextlib.suppress(OSError, UnicodeDecodeError):
         lines = read_config(file).split("\n")
         for number in (line, line - 1):
-            odd = re.search(_WIDE, lines[number - 1]) if 1 <= number <= len(lines) else None
+            text = lines[number - 1] if 1 <= number <= len(lines) else ""
+            # not in comments and quoted text
+            odd = re.search(_WIDE, re.sub(r"(^|\s)#.*|\"[^\"]*\"|'[^']*'", "", text))
             if odd:
                 what = "the full-width colon " if odd[0] == "\uff1a" else ""
                 return f'; line {number} has {what}"{odd[0]}": write "{_WIDE_SIGNS[odd[0]]}"'
@@ -1856,21 +1875,22 @@ def _open_to_others(directory: str) -> str:
 
 
 def _unlike_meant(job: JobConfig) -> typing.Iterator[tuple[str, str]]:
-    """(key, what stands in `job` and means something else than it looks like)"""
+    """(key, what stands in `job` and means something else than it looks like), where there is no
+    doubt"""
     for name, value in job.env.items():
-        for word in re.findall(r"\$\w+", value):
-            if word[1:] in os.environ:
-                yield f"env.{name}", f"{word} stays as it is, did you mean ${{{word[1:]}}}?"
-    quote = re.match("\\s*[\u201c\u2018]", job.shell or "")
+        for word in re.findall(r"(?:^|:)\$([A-Za-z_]\w*)(?=[:/]|$)", value, re.ASCII):
+            if word in os.environ:  # such as in PATH
+                yield f"env.{name}", f"${word} stays as it is, did you mean ${{{word}}}?"
+    shell = job.shell or ""
+    quote = re.match("\\s*[\u201c\u2018]", shell)
     if quote:
         yield "shell", f"{quote[0].strip()} is no quote for the shell: write ' or \""
-    if os.path.basename(os.path.realpath("/bin/sh")) == "dash":
-        of_bash = re.search(
-            r"(?m)^\s*(source)\s|(?:^|[;&|(]|\bif|\bwhile)\s*(\[\[)\s", job.shell or ""
-        )
-        if of_bash:
-            told = f'/bin/sh has no "{of_bash[1] or of_bash[2]}" here'
-            yield "shell", f"{told}: write it without, or command: [bash, -c, ...]"
+    found = re.search(r"(?m)(?:^|;|&&|\|\||\bif|\bwhile)[ \t]*(source|\[\[)[ \t]+[^\s,=(]", shell)
+    # not in a text for another program
+    doubtful = found and re.search(r"[\"'#`\\]|<<|\(\)|bash", shell[: found.end()])
+    if found and not doubtful and os.path.basename(os.path.realpath("/bin/sh")) == "dash":
+        told = f'/bin/sh has no "{found[1]}" here'
+        yield "shell", f"{told}: write it without, or command: [bash, -c, ...]"
 
 
 class HostCheck:
@@ -1959,7 +1979,9 @@ class HostCheck:
         if not os.path.exists(file):
             return f"the program {file} does not exist"
         executable = os.path.isfile(file) and os.access(file, os.X_OK)
-        return unstartable(file) if executable else f"{file} is not executable: chmod +x"
+        if not executable:
+            return f"{file} is not executable: chmod +x"
+        return unstartable(place_of(job, program))
 
     def _entry_point(self, job: JobConfig) -> typing.Iterator[tuple[str, str]]:
         for place in job.pythonpath:
@@ -2076,7 +2098,7 @@ class HostCheck:
 # --------------------------------------------------------------------------------------------------
 # 3 metrics
 # --------------------------------------------------------------------------------------------------
-_DURATION_BUCKETS = (
+_BUCKETS = (
     0.005,
     0.02,
     0.1,
@@ -2089,7 +2111,7 @@ _DURATION_BUCKETS = (
     900,
     3600,
     14_400,
-)  # seconds: a warm start to a nightly job
+)  # seconds, of every histogram: a warm start to a nightly job
 _METRICS = {  # name: (type, help, names of labels)
     "runs_total": ("counter", "Finished runs by JobHandler and result code.", "handler", "code"),
     "run_duration_seconds": ("histogram", "Duration of finished runs by JobHandler.", "handler"),
@@ -2141,7 +2163,7 @@ class Metrics:
         # From the start, where no label is awaited: a rate counts from the 0 before the first
         # failure.
         self._values: dict[tuple, typing.Any] = {
-            (name, ()): 0 if type_ == "counter" else [0] * (len(_DURATION_BUCKETS) + 1) + [0.0]
+            (name, ()): 0 if type_ == "counter" else [0] * (len(_BUCKETS) + 1) + [0.0]
             for name, (type_, _, *labels) in _METRICS.items()
             if type_ != "gauge" and not labels
         }
@@ -2163,8 +2185,8 @@ class Metrics:
             key = (name, tuple(labels.items()))
             sums = self._values.get(key)
             if sums is None:
-                sums = self._values[key] = [0] * (len(_DURATION_BUCKETS) + 1) + [0.0]
-            sums[bisect.bisect_left(_DURATION_BUCKETS, value)] += 1
+                sums = self._values[key] = [0] * (len(_BUCKETS) + 1) + [0.0]
+            sums[bisect.bisect_left(_BUCKETS, value)] += 1
             sums[-1] += value
 
     def render(self) -> str:
@@ -2204,7 +2226,7 @@ def _labels(labels: typing.Iterable[tuple[str, typing.Any]]) -> str:
 
 
 def _histogram(name: str, labels: tuple, value: list) -> list[str]:
-    bounds = [*map(str, _DURATION_BUCKETS), "+Inf"]
+    bounds = [*map(str, _BUCKETS), "+Inf"]
     counts = list(itertools.accumulate(value[: len(bounds)]))
     return [
         *(
@@ -2655,7 +2677,7 @@ class Connections:
             self._drop(connection)
 
     def _accept(self) -> bool:
-        """Accept those who wait; whether somebody came."""
+        """Accept those who wait, once there is room for them; whether somebody came."""
         room = self._limit - len(self._connections) - self._abandoned
         if room <= 0 and not self._make_room():
             self._listener.pause(0.2)  # or until one closes or gets idle
@@ -3443,11 +3465,12 @@ class Run:
     def __init__(self, trigger: Trigger, job: JobConfig):
         self.trigger, self.job = trigger, job
         self.cancelled: Result | None = None
-        self.accepted, self.started = time.monotonic(), 0.0  # accepted: or resumed, in this life
+        # monotonic; of a run of an earlier life, when it was resumed in this one
+        self.accepted, self.started = time.monotonic(), 0.0
         self.stuck = False  # cancelled, but its thread does not return
 
     def span(self) -> Span:
-        """Until now."""
+        """When it took place, if it ends now."""
         passed = time.monotonic() - (self.started or self.accepted)
         began = round(time.time() - passed, 3)
         return Span(self.trigger, began, round(passed, 3) if self.started else None)
@@ -3490,7 +3513,7 @@ class Lane:
 
 
 class Dropped(typing.NamedTuple):
-    """Too many dropped runs to finish at once: the journal has them as one fact, `name`, until each
+    """Too many dropped runs to finish at once: the journal has them in one row, `name`, until each
     has its result."""
 
     name: str
@@ -3590,7 +3613,7 @@ class Lanes:
     def __init__(self) -> None:
         self._lanes: dict[int, Lane] = {}  # by jobId
         self._runs: dict[int, Run] = {}  # by logId: everything without a result
-        self._stuck: dict[int, Run] = {}  # by logId: those with one, whose thread still runs
+        self._stuck: dict[int, Run] = {}  # by logId: those with a result, whose thread still runs
         self._ready: collections.OrderedDict[Lane, None] = collections.OrderedDict()
         self._queued = self._occupied = 0  # runs that wait; runs that take one of max_running
 
@@ -3613,11 +3636,11 @@ class Lanes:
         return max([run.job.kill_grace for run in running], default=0.0) + KILL_LIMIT
 
     def _lane_changed(self, lane: Lane) -> None:
-        """A run came into `lane` or left it. When none runs there, it goes to the end of those that
-        may start, unless it is there already, or is forgotten when none waits either."""
+        """A run came into `lane` or left it. When none runs there and some wait, it goes to the end
+        of those that may start, or keeps its place among them; when none waits, it is forgotten."""
         if lane.running is None and lane.waiting:
-            self._ready[lane] = None  # it keeps its place
-        elif lane.running is None and self._lanes.get(lane.job_id) is lane:  # not its successor
+            self._ready[lane] = None
+        elif lane.running is None and self._lanes.get(lane.job_id) is lane:  # not a new one
             del self._lanes[lane.job_id]
 
 
@@ -3671,7 +3694,7 @@ class Decisions(Lanes):
             told = f"not started: run {run.trigger.log_id} is not waiting in the journal"
             self._drop_waiting(lane, 1, Result(FAILURE, told))
             return
-        if run.job.isolation == "thread":  # of all at once, not by each thread for itself
+        if run.job.isolation == "thread":  # told here: one record for all of a turn
             limit = run.job.limit(run.trigger)
             self._batch.lines.append(run.trigger.started(limit, "in a thread"))
         lane.running = lane.waiting.popleft()
@@ -3699,8 +3722,9 @@ class Decisions(Lanes):
         self._batch.answers.append((message.ticket, outcome, run))
 
     def _accept(self, trigger: Trigger, job: typing.Any) -> Run | None:
-        """None for a known logId that nothing refuses. Raises Refused: by the job, a stop, the
-        lane, then max_queued."""
+        """None for a known logId that nothing refuses (what is refused here `_submit` takes
+        nevertheless when the journal knows it). Raises Refused: because of the job, a stop, the
+        lane, max_queued, in this order."""
         if trigger.log_id in self._runs:
             return None
         if isinstance(job, Refused):
@@ -3786,8 +3810,8 @@ class Decisions(Lanes):
         self._batch.works.append((message, message.work()))
 
     def _cancel(self, run: Run, result: Result) -> None:
-        """Only the first reason counts. It is stored, if that can be, before anything is ended: a
-        crash does not change it."""
+        """Only the first reason counts. It is stored, if that is possible, before anything is
+        ended: so it is the result after a crash too."""
         if run.cancelled is None and not run.stuck:
             run.cancelled = result
             self._batch.cancelled.append(run)
@@ -3797,7 +3821,7 @@ class Decisions(Lanes):
     def _drop_waiting(self, lane: Lane, count: int, result: Result) -> None:
         """The first `count` that wait have ended with `result`; see DROPPED_AT_ONCE."""
         dropped = list(itertools.islice(lane.waiting, count))
-        if count > DROPPED_AT_ONCE:  # first what may fail, as in each decision
+        if count > DROPPED_AT_ONCE:  # first what may fail, for that cannot be undone
             name = self._journal.drop([run.trigger.log_id for run in dropped], result)
             self._batch.many_dropped.append(Dropped(name, collections.deque(dropped), result))
         else:
@@ -3824,8 +3848,8 @@ class Decisions(Lanes):
 # 6b the core's thread
 # --------------------------------------------------------------------------------------------------
 class Endings(Decisions):
-    """What has happened to runs, and what becomes of those that end: outside the transaction, never
-    refused nor undone, and held until a commit works. What must write into the transaction is a
+    """Carries out facts: what has happened to runs is neither refused nor undone. What its methods
+    tell the journal is held until a commit works; what must be in the transaction itself is a
     decision. The core's thread."""
 
     def __init__(self, journal: typing.Any, metrics: Metrics, max_running: int, max_queued: int):
@@ -3951,7 +3975,8 @@ class Core(Endings, Watched):
     put, overloaded, accepted, flush, remember and snapshot: any thread. A run is in the journal as
     accepted before its trigger is answered, and by a later commit as running before anything of it
     starts, so no crash can make it start twice, unless its job asks for that (on_crash: rerun). A
-    kill or a cover ends nothing before it is committed; a timeout and the end of the executor do.
+    kill or a cover ends nothing before it is committed; a timeout and a stop of the executor end
+    runs even when that cannot be stored.
     """
 
     def __init__(
@@ -4051,7 +4076,7 @@ class Core(Endings, Watched):
         together; when that fails they are undone, tried once more if the journal can be mended,
         and else refused."""
         decisions = []
-        self._batch = facts = Batch()  # of facts only its lines count
+        self._batch = facts = Batch()  # they only add lines to it
         for message in messages:
             happened = self._happened.get(type(message))
             if happened is None:
@@ -4103,7 +4128,7 @@ class Core(Endings, Watched):
                 batch.works.append((message, JournalError(reason)))
             elif isinstance(message, Resume) and message.again:
                 told = f"executor restarted while the job ran, it cannot be run again: {reason}"
-                began = round(time.time(), 3)  # or earlier: it is told when this can be stored
+                began = round(time.time(), 3)  # or earlier, which is not known here
                 self._lost(Lost(Span(message.trigger, began, None), Result(FAILURE, told)))
             else:
                 guarded(self._decide[type(message)], message)
@@ -4113,7 +4138,7 @@ class Core(Endings, Watched):
     def _let_out(self, batch: Batch) -> None:
         """The effects of what is committed: answers first, for the admin may give up after 3 s."""
         self._dropped += batch.many_dropped
-        for _, _, run in batch.answers:  # tests: an end after the commit, before any answer
+        for _, _, run in batch.answers:  # for tests: a crash between commit and answers
             if run is not None:
                 failpoint("accepted")
         for ticket, outcome, run in batch.answers:
@@ -4122,7 +4147,7 @@ class Core(Endings, Watched):
             # The selector may have refused it meanwhile, see _end_patience: then it must not run.
             elif run is not None and run.trigger.log_id in self._runs:
                 self._withdraw(run, "refused: it could not be stored in time")
-                self.put(_ONE_TURN)  # that is stored at once
+                self.put(_ONE_TURN)  # which stores that at once
         for span, result in batch.dropped:
             self._account(span, result)
         if batch.lines:
@@ -4166,7 +4191,7 @@ _OWN: set[int] = (
 
 def exception_line(error: BaseException) -> str:
     """Its type and its text, of a syntax error the place too."""
-    if isinstance(error, SyntaxError):
+    if type(error) in (SyntaxError, IndentationError, TabError):
         return f"{type(error).__name__}: {error}"
     return traceback.format_exception_only(type(error), error)[-1].strip()
 
@@ -4446,7 +4471,8 @@ class Forker:
             if outcome is not None:
                 self._ended[report] = self._running.pop(report)
                 _report(report, status=exit_status(outcome))
-        self._given_up = {pid for pid in self._given_up if os.waitpid(pid, os.WNOHANG)[0] == 0}
+        for pid in list(self._given_up):
+            self._reap(pid)
         return len(self._ended) > before
 
     def _release(self, report: int) -> None:
@@ -4522,9 +4548,17 @@ class Forker:
             pid, sock = self._spare
             self._spare = None
             sock.close()
-            with contextlib.suppress(ChildProcessError):
-                if os.waitpid(pid, os.WNOHANG)[0] == 0:
-                    self._given_up.add(pid)
+            self._given_up.add(pid)
+            self._reap(pid)
+
+    def _reap(self, pid: int) -> None:
+        """Forget a PID that was given up, if that has ended."""
+        try:
+            ended = os.waitpid(pid, os.WNOHANG)[0] != 0
+        except ChildProcessError:  # what was preloaded has reaped it
+            ended = True
+        if ended:
+            self._given_up.discard(pid)
 
 
 def _report(fd: int, **fields: typing.Any) -> None:
@@ -5868,7 +5902,7 @@ class Launch:
         why = getattr(error, "strerror", None) or error
         not_found = isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ENOEXEC)
         if job.command and "/" in program and not_found:
-            why = unstartable(os.path.normpath(os.path.join(job.cwd, program))) or why
+            why = unstartable(place_of(job, program)) or why
         return f"cannot start {program}: {why}"
 
     def close_write(self) -> None:
@@ -5944,7 +5978,6 @@ class EndingRun:
         self._supervisor, self.trigger, self._job = supervisor, trigger, job
         self.phase, self._began = RunPhase.STARTING, time.monotonic()
         self._timeout = job.limit(trigger)
-        self.out = supervisor.logs.open(trigger)
         self._launch = Launch(supervisor, trigger, job, self._timeout)
         self._child: Child | ForkedChild | None = None
         self._forks_tried = 0  # to have it forked by a Python server
@@ -5958,6 +5991,7 @@ class EndingRun:
         self._blank: list | None = None  # the timer of the start note
         self._postponed: typing.Callable[[], None] | None = None  # the timer that ran out meanwhile
         self._broken = ""  # what went wrong while a thread aside worked for this run
+        self.out = supervisor.logs.open(trigger)  # last: nobody closes it if anything else fails
 
     # -- what moves it on
 
@@ -6189,7 +6223,8 @@ class ProcessRun(EndingRun):
         if child.pid:
             child.send_request(self._launch.request())
             self._run()
-            self._poll_end()  # what tells its end may have come with its PID
+            if self.phase is RunPhase.RUNNING:  # its end may have been told with its PID
+                self._poll_end()
         elif child.error:
             self._give_back_child()
             self._cannot_start(self._launch.why_not(OSError(errno.EAGAIN, child.error)))
@@ -8382,7 +8417,7 @@ class AdminClient:
 
     def callback(self, rows: typing.Sequence[StoredResult]) -> None:
         """Deliver results; returns only after an unambiguous acknowledgement, or when there is no
-        admin at all. What is refused is tried once more in the other dialect."""
+        admin at all. Whatever is refused is tried once more in the other dialect, at once."""
         if not self.addresses:
             return
         items = [
@@ -8426,8 +8461,9 @@ class AdminClient:
             self._learn("dialect", dialect)
 
     def _call(self, path: str, body: typing.Any, eager: bool = False) -> None:
-        """POST to one address after the other until one decides; every request to the admin is made
-        here. Raises AdminUnreachable and AdminRefused."""
+        """POST to one address after the other until one answers with an envelope: an error page has
+        the next one asked. Every request to the admin is made here. Raises AdminUnreachable and
+        AdminRefused."""
         now = time.monotonic()
         candidates = [a for a in self.addresses if eager or now >= a.not_before]
         # else heartbeats that fail would put off results for ever, and those have a backoff of
@@ -9274,7 +9310,7 @@ class Wiring:
         )
 
     def status(self) -> dict:
-        """What `status` shows of a running executor, else see `_look_back`; any thread."""
+        """What `status` shows, else see `_look_back`; any thread. Raises JournalError."""
         now = time.monotonic()
         counts = self._journal.counts()
         addresses = [
@@ -9497,9 +9533,9 @@ class Daemon(Wiring):
         self._http.release()
 
     def stop(self) -> None:
-        """Drain, end what still runs, deliver, close. A signal that comes meanwhile ends the
-        draining. systemd is told nothing after `_end_runs`: TimeoutStopSec in the unit files allows
-        for all of it."""
+        """Drain, end what still runs, deliver, close. Another SIGTERM or SIGINT ends the draining.
+        systemd is told nothing after `_end_runs`: TimeoutStopSec in the unit files allows for all
+        of it."""
         log.info(
             "stopping: no new runs, up to %s for those that run",
             seconds_text(self.config.executor.drain_timeout),
@@ -9556,9 +9592,8 @@ def listen(bind: tuple[str, int]) -> socket.socket:
     """The listening socket. Raises ExecutorError."""
     remedies = {
         errno.EADDRINUSE: "stop what listens there (ss -ltnp), or choose a free port of this host",
-        errno.EACCES: "choose a port above 1023",
+        errno.EADDRNOTAVAIL: "0.0.0.0 or [::] takes all addresses of this host",
     }
-    other = "0.0.0.0 or [::] takes all addresses of this host"
     host, port = bind
     try:
         family_, type_, protocol, _, target = socket.getaddrinfo(
@@ -9577,14 +9612,15 @@ def listen(bind: tuple[str, int]) -> socket.socket:
     except OSError as error:
         raise ExecutorError(
             f"executor.bind: cannot listen on {authority(host, port)}: {error.strerror}:"
-            f" {remedies.get(error.errno or 0, other)}"
+            f" {remedies.get(error.errno or 0, 'choose another address or port of this host')}"
         ) from None
     return listener
 
 
 def provide_limits(config: ExecutorConfig) -> int:
     """Raise the soft limit of open files to what the configuration may need; says so when the hard
-    one, or that of processes, is below. Returns how many connections leave enough for the jobs."""
+    one, or that of processes, is below, or when files may not be long. Returns how many connections
+    leave enough for the jobs."""
     jobs = 8 * config.max_running + 64  # pipes, logs and pidfds; the journal, the admin
     needed, room = config.max_connections + jobs, config.max_connections
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -9615,6 +9651,13 @@ def provide_limits(config: ExecutorConfig) -> int:
             config.max_running,
             tasks,
             tasks,
+        )
+    longest = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if longest != resource.RLIM_INFINITY:
+        log.warning(
+            "a file may have %d bytes here, and the journal and the logs of jobs no more: raise the"
+            " limit (ulimit -f, systemd: LimitFSIZE=infinity)",
+            longest,
         )
     return room
 
@@ -10026,7 +10069,9 @@ class _Terminal:
             self._tell(text)
 
         def _tell(self, text: str) -> None:
-            print(f"----- {text} -----", file=sys.stderr, flush=True)
+            # not by sys.stderr, which a job in a thread has for itself; nobody may read this either
+            with contextlib.suppress(OSError):
+                os.write(2, f"----- {text} -----\n".encode("utf-8", "backslashreplace"))
 
     def open(self, trigger: Trigger) -> RunLog:
         out = -1
@@ -10617,7 +10662,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 class _Handler(logging.Handler):
-    """One line an event to an Output; what a job in a thread logs goes into its run's log."""
+    """One line an event to an Output; what a job in a thread logs goes into its run's log, but not
+    what the executor itself logs there, such as that this very log cannot be written."""
 
     def __init__(self, output: Output):
         super().__init__()
@@ -10629,7 +10675,8 @@ class _Handler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         stream = sys.stderr  # another one for a job in a thread
-        if isinstance(stream, ThreadOutput) and stream.captures():
+        own = record.name == log.name
+        if not own and isinstance(stream, ThreadOutput) and stream.captures():
             stream.write(self._for_jobs.format(record) + "\n")
         else:
             self.output.write((self.format(record) + "\n").encode("utf-8", "backslashreplace"))

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import PROGRAM, run_job, wait_until
 
+from xxl_executor import unstartable
+
 QUIET = {"XXL_JOB_ACCESS_TOKEN": "", "ON_THE_HOST": "1"}
 HEAD = "executor: {bind: '127.0.0.1:0', data_dir: ./data}\nadmin: {addresses: []}\n"
 
@@ -57,7 +59,7 @@ class Place:
     [
         (
             "admin: {addresses: ['http://a:1/x，http://b:1/x']}",
-            '1: admin.addresses: "，" in an address: write ", "',
+            '1: admin.addresses: "，" in an address: write ,',
         ),
         (
             "admin: {addresses: []}\njobs:\n  a:\n    shell: x\n\u3000\u3000timeout: 5\n",
@@ -74,6 +76,10 @@ class Place:
             "1: admin.access_token: $ON_THE_HOST stays as it is: write ${ON_THE_HOST}",
         ),
         ("jobs:\tx\n", "write spaces instead of tabs"),
+        (
+            "jobs:\n  a:\n    shell: x  # 超时，单位秒\n    timeuot: 5  # 超时，单位秒\n",
+            '4: jobs.a.timeuot: unknown key, did you mean "timeout"?\n',
+        ),
     ],
 )
 def test_a_mistake_in_the_configuration(place, text, told):
@@ -99,6 +105,7 @@ def test_a_file_that_is_no_configuration(place):
         ("{shell: x, env: {PRICE: '5$ON_NO_HOST'}}", None),
         ("{shell: '“echo” x'}", "shell: “ is no quote for the shell: write ' or \""),
         ("{shell: 'echo “x”'}", None),
+        ("{shell: x, env: {LATER: 'cd $ON_THE_HOST && ls', PASS: 'x$_!', NOTE: '5$价格'}}", None),
     ],
 )
 def test_what_means_something_else_than_it_looks_like(place, job, told):
@@ -118,6 +125,12 @@ def test_what_means_something_else_than_it_looks_like(place, job, told):
         ("if [[ -e x ]]; then true; fi", "[["),
         ("[[ -e x ]] && true", "[["),
         (". ./source; echo source x", None),
+        ("mysql <<SQL\nsource dump.sql\nSQL", None),
+        ("ssh host '\nsource /etc/profile; x'", None),
+        ("# formerly\n# if [[ -e x ]]; then", None),
+        ("sed -E 's/([[ ]x)/y/' z", None),
+        ("psql -c 'select\n  source , n from t'", None),
+        ('source () { . "$@"; }', None),
         ("grep '[[:space:]]' x; resource x", None),
     ],
 )
@@ -137,7 +150,7 @@ SCRIPTS = {
     "nowhere.sh": (b"#!/usr/bin/nosuch\n", "begins with #!/usr/bin/nosuch: there is none"),
     "bom.sh": (
         b"\xef\xbb\xbf#!/bin/sh\necho x\n",
-        "has a byte order mark before its #! line: sed -i '1s/^...//' {}",
+        r"has a byte order mark before its #! line: sed -i '1s/^\xef\xbb\xbf//' {}",
     ),
     "plain.sh": (b"echo x\n", 'has no "#!" line: let it begin with #!/bin/sh or the like'),
 }
@@ -160,6 +173,27 @@ def test_scripts_that_cannot_be_started(executor, admin, place):
     assert "jobs.program" not in daemon.log
 
 
+def test_the_advice_for_a_byte_order_mark(place):
+    data, told = SCRIPTS["bom.sh"]
+    for locale in ("C", "C.UTF-8"):
+        place.script("bom.sh", data)
+        advice = told.format(place.directory / "bom.sh").partition(": ")[2]
+        subprocess.run(["sh", "-c", advice], check=True, env={**os.environ, "LC_ALL": locale})
+        assert (place.directory / "bom.sh").read_bytes() == data[3:]
+
+
+def test_what_can_be_started_or_cannot_be_told(place):
+    place.script("interpreter", Path("/bin/sh").read_bytes())
+    place.script("relative.sh", b"#!./interpreter\n")
+    place.script("options.pl", b"#!/usr/bin/perl -w\r\n")
+    place.script("spaces.sh", b"#! \t/bin/sh -e\n")
+    os.mkfifo(place.directory / "fifo")
+    for name in ("interpreter", "relative.sh", "options.pl", "spaces.sh", "fifo", "none"):
+        assert unstartable(str(place.directory / name)) == ""
+    place.script("colour.sh", b"#!/\x1b[31m\n")
+    assert "\x1b" not in unstartable(str(place.directory / "colour.sh"))
+
+
 # -- limits of the shell it is started from
 
 
@@ -173,11 +207,12 @@ def test_exec_without_descriptors(place, job):
         assert "Traceback" not in err, err
 
 
-def test_files_that_may_not_be_long(place):
-    status, out, _ = place.write(f"{HEAD}jobs: {{a: {{shell: x}}}}\n").run(
-        "run", before="ulimit -f 10; "
-    )
-    assert status == 1 and "Traceback" not in out
+@pytest.mark.parametrize("limit", [0, 1, 10])
+def test_files_that_may_not_be_long(place, limit):
+    place.write(f"{HEAD}jobs: {{a: {{shell: x}}}}\n")
+    status, out, err = place.run("run", before=f"ulimit -f {limit}; ")
+    assert status == 1 and "Traceback" not in out + err, err
+    assert f"a file may have {1024 * limit} bytes here" in err, err
 
 
 def test_an_address_of_another_host(place):
@@ -242,6 +277,45 @@ def test_exec_whose_output_nobody_reads(place):
         process.stderr.close()
     told_of = "----- nobody reads the output any more, the job goes on: Ctrl-C ends it -----"
     assert told.splitlines()[1] == told_of and "succeeded" in told.splitlines()[2], told
+
+
+@pytest.mark.parametrize("job", ["shell: seq 3 && echo x >&2", "python: 'mod:main'"])
+def test_exec_whose_stderr_nobody_reads_either(place, job):
+    """The job goes on to its end."""
+    (place.directory / "mod.py").write_text(
+        "import subprocess\n"
+        "def main():\n"
+        "    for _ in range(3):\n        print(_)\n"
+        "    open('done', 'w').close()\n"
+    )
+    job = f"{{{job} && touch done}}" if "shell" in job else f"{{{job}, isolation: thread}}"
+    place.write(f"{HEAD}jobs:\n  a: {job}\n")
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(
+            place.command("exec", "a"), cwd=place.directory, stdout=write, stderr=write, timeout=60
+        )
+    finally:
+        os.close(write)
+    assert done.returncode in (0, 1) and (place.directory / "done").exists()
+
+
+def test_exec_of_a_thread_whose_output_cannot_be_written(place):
+    """What is told of that is not for the log that cannot be written."""
+    (place.directory / "mod.py").write_text("def main():\n    print('x')\n    return 'done'\n")
+    place.write(f"{HEAD}jobs:\n  a: {{python: 'mod:main', isolation: thread}}\n")
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            place.command("exec", "a"),
+            cwd=place.directory,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+    assert done.returncode == 0
+    assert "cannot write a job log, output is dropped: No space left on device" in done.stderr
 
 
 def test_exec_of_output_without_a_last_newline(place):
