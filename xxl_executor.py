@@ -1794,7 +1794,10 @@ def find_config(file: str | None) -> str:
 
 def _wide_sign(file: str, line: int, problem: str) -> str:
     """What to add to a problem that may come from one of _WIDE_SIGNS."""
-    if not re.search("not YAML|unknown key|expected a mapping", problem) or "mean" in problem:
+    if (
+        not re.search("not YAML|unknown key|expected a mapping", problem)
+        or "did you mean" in problem
+    ):
         return ""
     with contextlib.suppress(OSError, UnicodeDecodeError):
         lines = read_config(file).split("\n")
