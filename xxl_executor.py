@@ -1204,8 +1204,10 @@ def unstartable(file: str) -> str:
     """
     try:
         fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-        with open(fd, "rb") as stream:
-            head = stream.read(256) if stat.S_ISREG(os.fstat(fd).st_mode) else b"\0"
+        try:
+            head = os.read(fd, 256) if stat.S_ISREG(os.fstat(fd).st_mode) else b"\0"
+        finally:
+            os.close(fd)
     except OSError:
         return ""
     first = head.split(b"\n")[0]
