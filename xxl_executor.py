@@ -1794,22 +1794,20 @@ def find_config(file: str | None) -> str:
     )
 
 
-def _wide_sign(file: str, line: int, problem: str) -> str:
-    """What to add to a problem that may come from one of _WIDE_SIGNS."""
+def _wide_sign(lines: list[str], line: int, problem: str) -> str:
+    """What to add to a problem that may come from one of _WIDE_SIGNS; `lines`: of its file."""
     if (
         not re.search("not YAML|unknown key|expected a mapping", problem)
         or "did you mean" in problem
     ):
         return ""
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        lines = read_config(file).split("\n")
-        for number in (line, line - 1):
-            text = lines[number - 1] if 1 <= number <= len(lines) else ""
-            # not in comments and quoted text
-            odd = re.search(_WIDE, re.sub(r"(^|\s)#.*|\"[^\"]*\"|'[^']*'", "", text))
-            if odd:
-                what = "the full-width colon " if odd[0] == "\uff1a" else ""
-                return f'; line {number} has {what}"{odd[0]}": write "{_WIDE_SIGNS[odd[0]]}"'
+    for number in (line, line - 1):
+        text = lines[number - 1] if 1 <= number <= len(lines) else ""
+        # not in comments and quoted text
+        odd = re.search(_WIDE, re.sub(r"(^|\s)#.*|\"[^\"]*\"|'[^']*'", "", text))
+        if odd:
+            what = "the full-width colon " if odd[0] == "\uff1a" else ""
+            return f'; line {number} has {what}"{odd[0]}": write "{_WIDE_SIGNS[odd[0]]}"'
     return ""
 
 
@@ -1819,8 +1817,17 @@ def load_config(file: str) -> Config:
     reader = _ConfigReader(file)
     config = reader.config()
     if reader.problems or config is None:
+
+        @functools.lru_cache
+        def lines_of(name: str) -> list[str]:
+            with contextlib.suppress(OSError, UnicodeDecodeError):
+                return read_config(name).split("\n")
+            return []
+
         lines = [
-            f"{name}:{line}: {text}{_wide_sign(name, line, text)}" if line else f"{name}: {text}"
+            f"{name}:{line}: {text}{_wide_sign(lines_of(name), line, text)}"
+            if line
+            else f"{name}: {text}"
             for name, line, text in sorted(set(reader.problems))
         ]
         error = ConfigError("\n".join(lines))
@@ -1977,16 +1984,16 @@ class HostCheck:
     @staticmethod
     def _no_program(job: JobConfig, program: str) -> str:
         """Why `program` cannot be started, "" when it can."""
-        file = os.path.normpath(os.path.join(job.cwd, program))
         if "/" not in program:
             path = job.env.get("PATH", os.environ.get("PATH", os.defpath))
             return "" if shutil.which(program, path=path) else f"{program} is not found in {path}"
+        file = place_of(job, program)
         if not os.path.exists(file):
             return f"the program {file} does not exist"
         executable = os.path.isfile(file) and os.access(file, os.X_OK)
         if not executable:
             return f"{file} is not executable: chmod +x"
-        return unstartable(place_of(job, program))
+        return unstartable(file)
 
     def _entry_point(self, job: JobConfig) -> typing.Iterator[tuple[str, str]]:
         for place in job.pythonpath:
@@ -4477,7 +4484,7 @@ class Forker:
                 self._ended[report] = self._running.pop(report)
                 _report(report, status=exit_status(outcome))
         for pid in list(self._given_up):
-            self._reap(pid)
+            self._reap_if_ended(pid)
         return len(self._ended) > before
 
     def _release(self, report: int) -> None:
@@ -4554,9 +4561,9 @@ class Forker:
             self._spare = None
             sock.close()
             self._given_up.add(pid)
-            self._reap(pid)
+            self._reap_if_ended(pid)
 
-    def _reap(self, pid: int) -> None:
+    def _reap_if_ended(self, pid: int) -> None:
         """Forget a PID that was given up, if that has ended."""
         try:
             ended = os.waitpid(pid, os.WNOHANG)[0] != 0

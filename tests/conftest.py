@@ -75,6 +75,14 @@ def environment_of(pid):
     return b""
 
 
+def run_processes(daemon):
+    """{pid: environment} of what is alive of the runs of this data directory; its Python servers,
+    and who waits there for the next run, are not of a run."""
+    server = b"=%s-%s" % (daemon.identity.encode(), b"server".rjust(20, b"0"))
+    found = {pid: environment_of(pid) for pid in daemon.family()}
+    return {pid: shown for pid, shown in found.items() if shown and server not in shown}
+
+
 def command_line(*arguments, flags=()):
     """The words that run the program as a module: 0.1 s of CPU instead of 0.3, some hundreds of
     times. Not for what depends on how it is started, or on sys.path, which then begins with the

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import LAUNCH, alive, environment_of, launch, result_of, run_job, wait_until
+from conftest import LAUNCH, alive, launch, result_of, run_job, run_processes, wait_until
 
 import xxl_executor
 
@@ -41,6 +41,13 @@ def ending(daemon, admin, handler, **fields):
     """Run a job; returns (code, message)."""
     _, result = run_job(daemon, admin, handler, **fields)
     return result["code"], result["handleMsg"]
+
+
+def pass_time(seconds):
+    """Most likely something has happened by then that cannot be seen from outside; what is asserted
+    is right in any case."""
+    end = time.monotonic() + seconds
+    wait_until(lambda: time.monotonic() > end)
 
 
 def server_of(daemon):
@@ -458,14 +465,7 @@ def test_multiprocessing_and_threads(executor, admin, tmp_path):
         assert (result["code"], result["handleMsg"]) == (200, "285"), daemon.log_text(log_id)
     assert ending(daemon, admin, "executors", seconds=40) == (200, "570")
     assert ending(daemon, admin, "threads") == (200, "5")
-
-    def of_runs():
-        """What has not the marker of the server, as it and who waits for the next run have."""
-        return [
-            pid for pid in daemon.family() if alive(pid) and b"server\0" not in environment_of(pid)
-        ]
-
-    wait_until(lambda: of_runs() == [], what="the end of all that the jobs started")
+    wait_until(lambda: not run_processes(daemon), what="the end of all that the jobs started")
 
 
 FAMILY = '''
@@ -587,10 +587,7 @@ def test_the_python_server_dies_before_it_forks(executor, admin, tmp_path):
     try:
         log_id, _ = admin.trigger(daemon.url, "works", jobId=2)
         wait_until(lambda: daemon.status()["running"])
-        since = (
-            time.monotonic()
-        )  # most likely the request is sent by then; the result is right in any case
-        wait_until(lambda: time.monotonic() > since + 0.3)
+        pass_time(0.3)  # the request is sent
     finally:
         os.kill(server, signal.SIGKILL)
     result = result_of(admin, log_id)
@@ -851,13 +848,6 @@ def test_the_next_run_begins_in_a_process_that_is_there_already(executor, admin,
     os.kill(server, signal.SIGKILL)
     wait_until(lambda: not alive(orphan), what="its end, with its server's")
     assert ending(daemon, admin, "who")[0] == 200
-
-
-def pass_time(seconds):
-    """Most likely something has happened by then that cannot be seen from outside; what is asserted
-    is right in any case."""
-    end = time.monotonic() + seconds
-    wait_until(lambda: time.monotonic() > end)
 
 
 def test_a_process_that_ends_before_the_daemon_has_heard_of_it(executor, admin, tmp_path):

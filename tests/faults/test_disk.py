@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import wait_until
+from conftest import run_job, wait_until
 from tools import Ledger, need_root, run_processes
 
 MIB = 1 << 20
@@ -20,13 +20,13 @@ FULL = "the executor cannot store the trigger: {}/journal.db: the disk is full"
 @pytest.fixture
 def disk(tmp_path):
     """A small disk, mounted for the time of the test: disk("tmpfs") or disk("ext4"), each of `mib`
-    MiB."""
+    MiB, at `place`."""
     need_root()
     place = tmp_path / "disk"
     place.mkdir()
     mounted = []
 
-    def mount(kind, mib=16):
+    def mount(kind, mib=16, place=place):
         if kind == "tmpfs":
             command = ["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(place)]
         else:
@@ -359,3 +359,21 @@ def test_space_returns_while_no_run_ends(disk, executor, admin, tmp_path, gates)
     assert log_id in ledger.accepted
     gate.open(len(ledger.accepted))
     ledger.settle(daemon)
+
+
+def test_a_full_disk_of_logs_holds_up_no_job(executor, admin, disk, tmp_path):
+    """A thread whose job writes there says so in the executor's log, and goes on; so do the other
+    jobs."""
+    (tmp_path / "prints.py").write_text(
+        "def main():\n    for _ in range(3000):\n        print('x' * 1000)\n    return 'done'\n"
+    )
+    prints = {"python": "prints:main", "isolation": "thread", "pythonpath": [str(tmp_path)]}
+    daemon = executor({"prints": prints, "other": {"shell": "echo fine"}}, admin=admin, start=False)
+    logs = daemon.data / "logs"
+    logs.mkdir(parents=True)
+    disk("tmpfs", 1, logs)
+    daemon.start()
+    assert run_job(daemon, admin, "prints")[1]["handleMsg"] == "done"
+    assert run_job(daemon, admin, "other", jobId=2)[1]["handleMsg"] == "fine"
+    assert "cannot write a job log, output is dropped: No space left on device" in daemon.log
+    assert daemon.stop() == 0

@@ -264,8 +264,10 @@ def test_no_more_processes(poor):
     user, ledger, daemon = poor
     user.limit(0)
     for pid in daemon.family():  # what was forked for the next run of `python` beforehand
-        if xxl_executor.process_stat(pid).parent != daemon.process.pid:
-            os.kill(pid, signal.SIGKILL)
+        process = xxl_executor.process_stat(pid)
+        if process is not None and process.parent != daemon.process.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
     expected = {
         "job": "cannot start /bin/sh: Resource temporarily unavailable",
         "python": f"cannot start {sys.executable}: cannot fork: Resource temporarily unavailable",

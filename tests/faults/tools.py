@@ -16,9 +16,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from conftest import wait_until
-
-import xxl_executor
+from conftest import run_processes, wait_until
 
 # Not those that a loopback admin gives by itself.
 LOG_IDS = itertools.count(2_000_000_000 + int(time.time() * 1000) % 1_000_000_000)
@@ -159,17 +157,6 @@ class Ledger:
         } - set(again)
         assert not twice, f"started more than once: {sorted(twice)}"
         wait_until(lambda: not run_processes(daemon), 10, "the end of every process of a run")
-
-
-def run_processes(daemon):
-    """What is alive of the runs of this data directory; its Python servers are not of a run."""
-    found = {}
-    for pid in xxl_executor.family(daemon.identity):
-        with contextlib.suppress(OSError):
-            environment = Path(f"/proc/{pid}/environ").read_bytes()
-            if b"=%s-%s" % (daemon.identity.encode(), b"server".rjust(20, b"0")) not in environment:
-                found[pid] = environment
-    return found
 
 
 class Proxy:
