@@ -76,7 +76,7 @@ def run_compiled(flags: list[str]) -> None:
         " code = marshal.loads(os.pread(fd, os.fstat(fd).st_size, 0)); os.close(fd);"
         " module = sys.modules['xxl_executor'] = type(sys)('xxl_executor');"
         " module.__file__ = code.co_filename; exec(code, vars(module));"
-        " module.show_command(sys.argv[4:]); sys.exit(module.main(sys.argv[4:]))"
+        " del code; module.show_command(sys.argv[4:]); sys.exit(module.main(sys.argv[4:]))"
     )
     fd, data = os.memfd_create("xxl_executor.py", 0), marshal.dumps(sys._getframe(1).f_code)
     try:
@@ -6885,6 +6885,7 @@ _SCHEMA = """
 PRAGMA journal_mode = WAL;
 PRAGMA synchronous = FULL;
 PRAGMA journal_size_limit = 16777216;
+BEGIN;
 CREATE TABLE IF NOT EXISTS runs (
   log_id INTEGER PRIMARY KEY, log_date_time INTEGER NOT NULL, state TEXT NOT NULL,
   accepted REAL NOT NULL, trigger TEXT, starts INTEGER NOT NULL DEFAULT 0, code INTEGER,
@@ -6893,6 +6894,7 @@ CREATE INDEX IF NOT EXISTS runs_by_state ON runs (state, finished) WHERE state <
 CREATE INDEX IF NOT EXISTS runs_by_acceptance ON runs (accepted);
 CREATE INDEX IF NOT EXISTS runs_delivered ON runs (finished) WHERE state = 'delivered';
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT);
+COMMIT;
 """
 
 
