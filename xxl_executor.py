@@ -1015,6 +1015,9 @@ def _argument(reader: _YamlReader, node: Node) -> str:
 
 
 def _command(reader: _YamlReader, node: Node) -> tuple:
+    if node.id == "scalar" and node.tag != _NULL:
+        told = _expected("a list such as [python3, report.py]", node)
+        raise _Bad(f"{told}: for a line of the shell write shell:", node)
     value = _list(_argument)(reader, node)
     if not value or not value[0]:
         raise _Bad("expected a list with a program and its arguments, got an empty one", node)
@@ -1371,13 +1374,14 @@ _LARGEST = 16 << 20  # characters
 
 
 def read_config(file: str, errors: str = "strict") -> str:
-    """Its text, or a part of it that is longer than _LARGEST."""
+    """Its text, or a part of it that is longer than _LARGEST. Raises OSError and
+    UnicodeDecodeError, which has all of it."""
     parts, size = [], 0
-    with open(file, encoding="utf-8", errors=errors) as stream:
+    with open(file, "rb") as stream:
         while size <= _LARGEST and (part := stream.read(1 << 16)):
             parts.append(part)
             size += len(part)
-    return "".join(parts)
+    return b"".join(parts).decode("utf-8", errors)
 
 
 class _YamlReader:
@@ -1432,7 +1436,8 @@ class _YamlReader:
                 (file, 0, f"cannot be read: {error.strerror}: give a readable file with -c FILE")
             )
         except UnicodeDecodeError as error:
-            self.problems.append((file, 0, f"is not UTF-8 at byte {error.start}: save it as UTF-8"))
+            line = error.object.count(b"\n", 0, error.start) + 1
+            self.problems.append((file, line, "this is not UTF-8: save the file as UTF-8"))
         except self.yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             problem = (error.problem or "a mistake").removeprefix("but ")
@@ -1536,7 +1541,8 @@ class _YamlReader:
         fields = {field.name: field for field in dataclasses.fields(wanted) if field.metadata}
         given = {}
         if not _absent(node) and node.id != "mapping":
-            self.problem(node, f"{path}: {_expected('a mapping', node)}")
+            hint = ": write {shell: ...}" if wanted is JobConfig and node.id == "scalar" else ""
+            self.problem(node, f"{path}: {_expected('a mapping', node)}{hint}")
         elif not _absent(node):
             for key, value in self.pairs(node, path):
                 if key.value in fields:
@@ -1668,7 +1674,8 @@ class _ConfigReader(_YamlReader):
         if _absent(node):
             return
         if node.id != "mapping":
-            self.problem(node, f"jobs: {_expected('a mapping of job names', node)}")
+            told = _expected("a mapping of job names", node)
+            self.problem(node, f"jobs: {told}: write NAME: {{shell: ...}} for each job")
             return
         for key, value in self.pairs(node, "jobs"):
             if key.value in where:
@@ -1874,6 +1881,10 @@ print("\\n".join(filter(None, sys.path)))  # "" is of -c, where no job looks
 """
 
 
+# What people copy behind the admin's address: its pages, and what an executor adds by itself.
+_BEHIND_ADMIN = re.compile("/(api|toLogin|login|auth/login|jobinfo|joblog|jobgroup)$")
+
+
 def _open_to_others(directory: str) -> str:
     """What everybody can change of a directory, or for root anybody else; "" for nothing, or when
     it is not there: the start makes it, or says why not."""
@@ -1884,6 +1895,22 @@ def _open_to_others(directory: str) -> str:
     if status.st_mode & 0o002:
         return directory
     return changeable(directory) if not os.geteuid() else ""
+
+
+def _doubtful(config: Config) -> typing.Iterator[tuple[str, str]]:
+    """(key, what is wrong with it), of keys that no job has"""
+    for url in config.admin.addresses:
+        page = _BEHIND_ADMIN.search(url)
+        if page:
+            told = f"{url} is asked at {url}/api/registry: should it end before {page[0]}?"
+            yield "admin.addresses", told
+    place = config.executor.data_dir or ""
+    if os.path.exists(place) and not os.path.isdir(place):
+        yield "executor.data_dir", f"{place} is no directory: name another one"
+    other = _open_to_others(place)
+    if other:
+        told = f"others can change {other}, and so results, logs and scripts of the admin"
+        yield "executor.data_dir", f"{told}: chown, chmod go-w"
 
 
 def _unlike_meant(job: JobConfig) -> typing.Iterator[tuple[str, str]]:
@@ -1932,10 +1959,7 @@ class HostCheck:
             warnings.append(config.told(f"jobs.{name}", told))
         if not config.jobs and not scripts and not config.glue.enabled:
             warnings.append(config.told("jobs", "there are none: every trigger will be refused"))
-        other = _open_to_others(config.executor.data_dir or "")
-        if other:
-            told = f"others can change {other}, and so results, logs and scripts of the admin"
-            warnings.append(config.told("executor.data_dir", f"{told}: chown, chmod go-w"))
+        warnings += [config.told(key, text) for key, text in _doubtful(config)]
         for job in config.jobs.values():
             for key, text in self._job(job):
                 if text:
@@ -8337,6 +8361,8 @@ class _Link:
                 if self._expired or time.monotonic() >= ends_at  # the socket's own limit was first
                 else root_cause(error)
             )
+            if "WRONG_VERSION_NUMBER" in reason:
+                reason += "; no TLS is spoken there: is it http:// instead of https://?"
             raise AdminUnreachable(f"{self._url}{path}{self.via}: {reason}") from None
         finally:
             timer.cancel()

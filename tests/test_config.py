@@ -428,10 +428,19 @@ def test_bad_size(problems, written, got):
         ("admin: [a]", ["1: admin: expected a mapping, got a list"]),
         ("executor: 5", ["1: executor: expected a mapping, got the number 5"]),
         ("glue: true", ["1: glue: expected a mapping, got the truth value true"]),
-        ("jobs: [hello]", ["1: jobs: expected a mapping of job names, got a list"]),
+        (
+            "jobs: [hello]",
+            [
+                "1: jobs: expected a mapping of job names, got a list: write NAME: {shell: ...} for"
+                " each job"
+            ],
+        ),
         ("include: jobs.d/*.yaml", ['1: include: expected a list, got the text "jobs.d/*.yaml"']),
         ("include: [7]", ["1: include: expected text, got the number 7: put it in quotes"]),
-        ("jobs: {hello: echo}", ['1: jobs.hello: expected a mapping, got the text "echo"']),
+        (
+            "jobs: {hello: echo}",
+            ['1: jobs.hello: expected a mapping, got the text "echo": write {shell: ...}'],
+        ),
         ("jobs: {hello: [shell, x]}", ["1: jobs.hello: expected a mapping, got a list"]),
         (
             "jobs: {hello: {shell: true}}",
@@ -440,7 +449,10 @@ def test_bad_size(problems, written, got):
         ("jobs: {hello: {shell: [a, b]}}", ["1: jobs.hello.shell: expected text, got a list"]),
         (
             "jobs: {hello: {command: ls -l}}",
-            ['1: jobs.hello.command: expected a list, got the text "ls -l"'],
+            [
+                "1: jobs.hello.command: expected a list such as [python3, report.py], got the text"
+                ' "ls -l": for a line of the shell write shell:'
+            ],
         ),
         (
             "jobs: {hello: {command: {a: b}}}",
@@ -1123,10 +1135,17 @@ def test_unreadable_file(tmp_path):
 
 
 def test_not_utf8(tmp_path):
-    (tmp_path / "config.yaml").write_bytes("jobs: {größe: {shell: x}}".encode("latin-1"))
+    """The line is told however far behind it is."""
+    text = "# größe\n" * 5000
+    (tmp_path / "config.yaml").write_bytes(
+        text.encode() + "jobs: {大小: {shell: x}}\n".encode("gbk") + text.encode()
+    )
     with pytest.raises(ConfigError) as caught:
         load_config(str(tmp_path / "config.yaml"))
-    assert str(caught.value) == f"{tmp_path}/config.yaml: is not UTF-8 at byte 9: save it as UTF-8"
+    assert (
+        str(caught.value)
+        == f"{tmp_path}/config.yaml:5001: this is not UTF-8: save the file as UTF-8"
+    )
 
 
 def test_byte_order_mark_and_crlf(load):

@@ -88,6 +88,38 @@ def test_a_mistake_in_the_configuration(place, text, told):
     assert status == 2 and told in err, err
 
 
+@pytest.mark.parametrize(
+    "address, page",
+    [
+        ("http://a:1/xxl-job-admin/toLogin", "/toLogin"),
+        ("http://a:1/api", "/api"),
+        ("http://a:1/apis", None),
+        ("http://login:1/x", None),
+    ],
+)
+def test_an_address_of_a_page(place, address, page):
+    text = f"admin:\n  access_token: x\n  addresses: ['http://b:1/x', '{address}/']\n"
+    status, _, err = place.write(text + "jobs: {a: {shell: x}}\n").run("check")
+    told = f"config.yaml:3: admin.addresses: {address} is asked at {address}/api/registry: should"
+    assert status == 0 and (f"{told} it end before {page}?\n" in err if page else err == ""), err
+
+
+def test_a_data_directory_that_is_none(place):
+    text = "executor: {allow_no_token: true, data_dir: ./config.yaml}\njobs: {a: {shell: x}}\n"
+    told = f"executor.data_dir: {place.directory}/config.yaml is no directory: name another one\n"
+    status, _, err = place.write(text).run("check")
+    assert status == 0 and f"config.yaml:1: {told}" in err
+    assert place.write(text.replace("./config.yaml", "./new")).run("check")[2] == ""
+
+
+def test_https_where_http_is_spoken(executor, admin):
+    address = admin.url.replace("http", "https")
+    daemon = executor(admin=admin, admin_options={"addresses": [address]})
+    told = "wrong version number (_ssl.c"
+    wait_until(lambda: told in daemon.log)
+    assert "; no TLS is spoken there: is it http:// instead of https://?" in daemon.log
+
+
 def test_a_file_that_is_no_configuration(place):
     status, _, err = place.run("check", "-c", "/dev/zero")
     assert (status, err) == (
