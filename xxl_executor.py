@@ -548,10 +548,15 @@ def make_directory(path: str) -> None:
         raise unusable(error) from None
 
 
+def encodable(text: str) -> str:
+    """`text` with ? for each lone surrogate: such as of a file name that is not UTF-8."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def clip(text: str) -> str:
     """Keep the tail of `text` within MESSAGE_LIMIT (the end of an error says more than its
     beginning), as valid UTF-8."""
-    text = text.encode("utf-8", "replace").decode()
+    text = encodable(text)
     return text if len(text) <= MESSAGE_LIMIT else "..." + text[3 - MESSAGE_LIMIT :]
 
 
@@ -964,6 +969,9 @@ def _retention(reader: _YamlReader, node: Node) -> float:
     return value
 
 
+LONGEST = 36_500  # days; dates so far back, and waits so long, are what Python can handle
+
+
 def _measure(pattern: str, units: dict, expected: str, positive: bool = False) -> Parse:
     def parse(reader: _YamlReader, node: Node) -> float:
         value = amount(_scalar(node, "int", "float", "str", expected=expected), pattern, units)
@@ -971,6 +979,8 @@ def _measure(pattern: str, units: dict, expected: str, positive: bool = False) -
             raise _expected(expected, node)
         if positive and value <= 0:
             raise _Bad(f"expected more than 0, got {node.value}", node)
+        if units is _UNITS and value > LONGEST * _UNITS["d"]:
+            raise _Bad(f"expected at most {LONGEST}d, got {node.value}", node)
         return value
 
     return parse
@@ -1282,6 +1292,10 @@ class ScriptsConfig:
     def _unfit(self, directory: str, file: str) -> str:
         """Why `file` must not run, "" when it may: whoever can write it, or put another one there,
         could do what these jobs can."""
+        try:
+            os.path.basename(file).encode()
+        except UnicodeEncodeError:
+            return "its name is not UTF-8, and that of a JobHandler is"
         trusted = {0, os.geteuid()}
         with contextlib.suppress(KeyError):
             trusted.add(pwd.getpwnam(self.template.user or "").pw_uid)
@@ -3472,7 +3486,7 @@ class Api:
 
     def _show_metrics(self, request: Request) -> Reply:
         content_type = "text/plain; version=0.0.4; charset=utf-8"
-        return Reply(200, content_type, self._metrics.render().encode())
+        return Reply(200, content_type, self._metrics.render().encode("utf-8", "replace"))
 
     def _show_status(self, request: Request) -> Reply:
         authorize(request, self.config.executor.app_name)
@@ -3540,12 +3554,18 @@ class Lane:
                 "block strategy effect: DISCARD_LATER, the job is running or waiting",
                 "discard_later",
             )
-        if len(self.waiting) >= job.queue_limit and trigger.block_strategy != "COVER_EARLY":
+        # of those that came at once one starts in the next turn
+        waiting = len(self.waiting) - (self.running is None)
+        if waiting >= job.queue_limit and trigger.block_strategy != "COVER_EARLY":
             raise Refused(
-                f"{len(self.waiting)} triggers of this job wait already: queue_limit is"
-                f" {job.queue_limit}",
+                f"{waiting} triggers of this job wait already: queue_limit is {job.queue_limit}",
                 "queue_limit",
             )
+
+
+def covered_by(trigger: Trigger) -> Result:
+    """What COVER_EARLY makes of those before it."""
+    return Result(FAILURE, f"covered by run {trigger.log_id}")
 
 
 class Dropped(typing.NamedTuple):
@@ -3566,7 +3586,7 @@ class Batch:
         # (ticket; None for yes, a text, or Refused; the run that was accepted, if any)
         self.answers: list[tuple[typing.Any, typing.Any, Run | None]] = []
         self.started: list[Run] = []
-        self.cancelled: list[Run] = []
+        self.cancelled: dict[Run, int] = {}  # and how many reasons there are
         self.dropped: list[tuple[Span, Result]] = []
         self.many_dropped: list[Dropped] = []
         self.works: list[tuple[Work, typing.Any]] = []
@@ -3678,6 +3698,7 @@ class Lanes:
             self._ready[lane] = None
         elif lane.running is None and self._lanes.get(lane.job_id) is lane:  # not a new one
             del self._lanes[lane.job_id]
+            self._ready.pop(lane, None)
 
 
 class Decisions(Lanes):
@@ -3776,15 +3797,16 @@ class Decisions(Lanes):
             raise Refused("the executor is stopping", "stopping")
         lane = self._lanes.get(trigger.job_id) or Lane(trigger.job_id)
         lane.check(trigger, job)
-        if self._queued >= self._max_queued:
+        queued = self._queued - min(len(self._ready), self._max_running - self._occupied)
+        if queued >= self._max_queued:
             raise Refused(
-                f"{self._queued} triggers wait already: executor.max_queued is {self._max_queued}",
+                f"{queued} triggers wait already: executor.max_queued is {self._max_queued}",
                 "max_queued",
             )
         if not self._journal.accept(trigger):
             return None
         if trigger.block_strategy == "COVER_EARLY":
-            reason = Result(FAILURE, f"covered by run {trigger.log_id}")
+            reason = covered_by(trigger)
             self._drop_waiting(lane, len(lane.waiting), reason)
             if lane.running is not None:
                 self._cancel(lane.running, reason)
@@ -3848,9 +3870,10 @@ class Decisions(Lanes):
     def _cancel(self, run: Run, result: Result) -> None:
         """Only the first reason counts. It is stored, if that is possible, before anything is
         ended: so it is the result after a crash too."""
-        if run.cancelled is None and not run.stuck:
-            run.cancelled = result
-            self._batch.cancelled.append(run)
+        if run in self._batch.cancelled:
+            self._batch.cancelled[run] += 1
+        elif run.cancelled is None and not run.stuck:
+            run.cancelled, self._batch.cancelled[run] = result, 1
             self._journal.cancel(run.trigger.log_id, result)
             self._batch.undo.append(functools.partial(setattr, run, "cancelled", None))
 
@@ -3965,9 +3988,9 @@ class Endings(Decisions):
         why = run.cancelled
         run.stuck, self._stuck[message.log_id] = True, run
         self._finish(run, Result(why.code, f"{why.message}; its thread did not return"))
-        lane = self._lanes[run.trigger.job_id]
-        for other in list(lane.waiting):
-            self._withdraw(other, run.stuck_text())
+        if self._idle_hook is None:  # else the next start, which is the remedy, runs them
+            for other in list(self._lanes[run.trigger.job_id].waiting):
+                self._withdraw(other, run.stuck_text())
 
     def _withdraw(self, run: Run, why: str) -> None:
         """Fail a run that waits, for good, even if that is stored only later. Decisions take
@@ -3977,6 +4000,17 @@ class Endings(Decisions):
         self._queued -= 1
         self._finish(run, Result(FAILURE, why))
         self._lane_changed(lane)
+
+    def _withdraw_late(self, run: Run) -> None:
+        """It was refused before it was stored. What it covers runs on, unless there is another
+        reason to end it; what it made drop is gone, for that is stored."""
+        covered = self._lanes[run.trigger.job_id].running
+        self._withdraw(run, "refused: it could not be stored in time")
+        cancelled = self._batch.cancelled
+        if covered and cancelled.get(covered) == 1 and covered.cancelled == covered_by(run.trigger):
+            del cancelled[covered]
+            covered.cancelled = None
+            self._journal.cancel(covered.trigger.log_id, None)
 
     def _finish(self, run: Run, result: Result) -> None:
         """Note its result in the journal, and tell of it."""
@@ -4158,7 +4192,7 @@ class Core(Endings, Watched):
             if isinstance(message, (Submit, Kill)):
                 what = "trigger" if isinstance(message, Submit) else "kill"
                 refused = Refused(f"the executor cannot store the {what}: {reason}", "journal")
-                known = isinstance(message, Submit) and message.trigger.log_id in self._runs
+                known = isinstance(message, Submit) and self.accepted(message.trigger.log_id)
                 batch.answers.append((message.ticket, None if known else refused, None))
             elif isinstance(message, Work):
                 batch.works.append((message, JournalError(reason)))
@@ -4182,7 +4216,7 @@ class Core(Endings, Watched):
                 ticket.give(outcome)
             # The selector may have refused it meanwhile, see _end_patience: then it must not run.
             elif run is not None and run.trigger.log_id in self._runs:
-                self._withdraw(run, "refused: it could not be stored in time")
+                self._withdraw_late(run)
                 self.put(_ONE_TURN)  # which stores that at once
         for span, result in batch.dropped:
             self._account(span, result)
@@ -4406,7 +4440,7 @@ class GlueScripts:
     def prune(self, age: float) -> None:
         """Remove scripts that were not used for `age` seconds."""
         for file in glob.glob(os.path.join(glob.escape(self._directory), "*_*.*")):
-            with contextlib.suppress(OSError):
+            with self._lock, contextlib.suppress(OSError):  # it may be used just now
                 if os.stat(file).st_mtime < self._now() - age:
                     os.unlink(file)
 
@@ -6798,14 +6832,16 @@ class JobLogs:
                 self._echo(b"".join(self._dressed(trigger, line) for line in lines))
 
         out = RunLog(fd, self._limit, None if self._echo is None else echo, self._full, self._lost)
-        if size and os.pread(fd, 1, size - 1) != b"\n":  # where a crash cut it
-            out.write(b"\n")
+        with contextlib.suppress(OSError):
+            if size and os.pread(fd, 1, size - 1) != b"\n":  # where a crash cut it
+                out.write(b"\n")
         return out
 
     def _dressed(self, trigger: Trigger, line: bytes) -> bytes:
         """A line of output as it goes to stdout."""
         if not self._as_json:
-            return f"{trigger.handler} logId={trigger.log_id} ".encode() + line + b"\n"
+            head = f"{trigger.handler} logId={trigger.log_id} "
+            return head.encode("utf-8", "replace") + line + b"\n"
         fields = {
             "time": timestamp(time.time()),
             "job": trigger.handler,
@@ -7231,9 +7267,6 @@ class JournalFiles:
         return {(name, " ".join((sql or "").split())) for name, sql in rows}
 
 
-# --------------------------------------------------------------------------------------------------
-# 9b runs and results
-# --------------------------------------------------------------------------------------------------
 class Facts:
     """What the journal remembers by name, and the clock, whose last time is one of these; any
     thread. `post` takes what is to be stored."""
@@ -7286,11 +7319,14 @@ class Facts:
         self.save_clock()
 
 
+# --------------------------------------------------------------------------------------------------
+# 9b runs and results
+# --------------------------------------------------------------------------------------------------
 class Unstored:
     """What has happened and is not stored yet; the core's thread."""
 
     def __init__(self) -> None:
-        self.cancels: list[tuple[int, str, int]] = []
+        self.cancels: list[tuple[int | None, str | None, int]] = []
         self.results: list[tuple[int, str, str, int]] = []
         self.settled: list[Settled] = []
         self.notes: dict[str, str | None] = {}
@@ -7447,7 +7483,7 @@ class JournalReader(Facts):
                 fields = json.loads(stored)
                 moment_ = fields.pop("accepted")
                 age, began = seconds_since(moment_), _began(moment_, accepted, since)
-                trigger = Trigger(**fields)
+                trigger = Trigger(**{**fields, "log_id": log_id})  # a digit may be damaged
             except (ValueError, TypeError, AttributeError, LookupError):
                 age, began = 0.0, round(time.time(), 3)  # a page may be damaged unnoticed
                 trigger = Trigger(0, log_id, "(unknown)", log_date_time=date, glue_type="")
@@ -7514,7 +7550,16 @@ class JournalReader(Facts):
     def _ask(self, work: typing.Callable[[], typing.Any]) -> typing.Any:
         """The value of `work` in the core's next transaction. Raises JournalError."""
         box: queue.SimpleQueue = queue.SimpleQueue()
-        self.post(Work(work, box.put))
+
+        def attempt() -> typing.Any:
+            try:
+                return work()
+            except sqlite3.OperationalError:  # a full disk, a lock: all of the transaction fails
+                raise
+            except sqlite3.DatabaseError as error:  # a damaged page that only this has met
+                return JournalError(f"{self._file}: {error}")
+
+        self.post(Work(attempt, box.put))
         try:
             value = box.get(timeout=PRUNE_PATIENCE)
         except queue.Empty:
@@ -7671,9 +7716,11 @@ class Journal(JournalReader):
         """A trigger with the moment of its acceptance."""
         return json.dumps({**vars(trigger), "accepted": moment()})
 
-    def cancel(self, log_id: int, result: Result) -> None:
-        """Note why a running run is being ended: its result, should a crash come before its end."""
-        self._unstored.cancels.append((result.code, result.message, log_id))
+    def cancel(self, log_id: int, result: Result | None) -> None:
+        """Note why a running run is being ended: its result, should a crash come before its end.
+        None: it is not being ended after all."""
+        code, message = (result.code, encodable(result.message)) if result else (None, None)
+        self._unstored.cancels.append((code, message, log_id))
 
     def drop(self, log_ids: list[int], result: Result) -> str:
         """Store in one row with what result these waiting runs have ended; returns the name of the
@@ -7696,7 +7743,8 @@ class Journal(JournalReader):
                 "took": took,
                 "ended": round(time.time(), 3),
             }
-            row = (result.code, result.message, json.dumps(kept), trigger.log_id)
+            # a text that cannot be stored would hold up every later commit
+            row = (result.code, encodable(result.message), json.dumps(kept), trigger.log_id)
             self._unstored.results.append(row)
 
     def hold(self, message: Settled | Note | Work) -> None:
@@ -7749,7 +7797,7 @@ def read_journal(file: str) -> sqlite3.Connection:
         # Not opened to see whether it can be: closing it would drop the locks of this process, see
         # https://sqlite.org/howtocorrupt.html, 2.2.
         os.stat(file)
-        uri = f"file:{urllib.parse.quote(os.path.abspath(file))}?{mode}"
+        uri = f"file:{urllib.parse.quote(os.fsencode(os.path.abspath(file)))}?{mode}"
         db = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=5.0)
         db.text_factory = lambda data: data.decode("utf-8", "replace")
         db.execute("SELECT 1 FROM runs LIMIT 1")
@@ -9009,16 +9057,16 @@ def recover(
     logs: JobLogs,
     core: Core,
     scripts: GlueScripts,
-    find_job: typing.Callable[[str], JobConfig | None],
+    find: typing.Callable[[str], JobConfig],
 ) -> None:
     """Runs that the last executor did not finish: start again, or report."""
     for run in journal.unfinished():
         trigger, job = run.trigger, None
-        with contextlib.suppress(Refused):  # not enabled any more
+        with contextlib.suppress(Refused):  # not enabled any more, or removed
             if trigger.glue_type in GLUE:
                 job = scripts.job(trigger)
             elif trigger.glue_type == "BEAN":
-                job = find_job(trigger.handler)
+                job = find(trigger.handler)
         rerun = job is not None and job.on_crash == "rerun" and run.starts < MAX_STARTS
         again = rerun and run.state is RunState.RUNNING and run.cancelled is None
         result = run.cancelled or Result(FAILURE, "" if again else why_lost(run, job))
@@ -9045,7 +9093,8 @@ def why_lost(run: Unfinished, job: JobConfig | None) -> str:
             " start now"
         )
     if job is None and run.trigger.glue_type:
-        return f'job handler "{run.trigger.handler}" was removed before the run started'
+        told = "was removed or disabled before the run started"
+        return f'job handler "{run.trigger.handler}" {told}'
     return "" if job is not None else "its trigger in the journal is broken"
 
 
@@ -9173,6 +9222,8 @@ class Pruning:
             self._scripts.prune(keep)
         except (OSError, JournalError) as error:
             log.warning("cannot prune: %s", error)
+        except Exception:
+            log.exception("cannot prune, please report it")
         else:
             if logs or runs:
                 log.info("pruned %s and %s", counted(logs, "log"), counted(runs, "run"))
@@ -9472,7 +9523,8 @@ class Daemon(Wiring):
         config = self.config
         self._processes.start_thread()
         self._prepare(config)
-        recover(self._journal, self._logs, self._core, self._scripts, config.job)
+        find = functools.partial(find_job, config)
+        recover(self._journal, self._logs, self._core, self._scripts, find)
         self._core.start()
         self._core.flush(STORE_LIMIT)
         self._http.start()
@@ -9562,8 +9614,8 @@ class Daemon(Wiring):
                     part,
                     old.file,
                 )
-        self.config = self._api.config = taken
         self._prepare(new)
+        self.config = self._api.config = taken
         check_host(new)
         log.info("reloaded %s: %s", old.file, job_changes(old.jobs, new.jobs))
 

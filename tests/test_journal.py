@@ -1098,7 +1098,9 @@ def test_what_is_too_old_or_gone_is_failed_at_the_start(slow, admin):
         r"accepted 5m \d+s before the executor restarted, too long ago to start now",
         found[old]["handleMsg"],
     )
-    assert found[gone]["handleMsg"] == 'job handler "again" was removed before the run started'
+    assert found[gone]["handleMsg"] == (
+        'job handler "again" was removed or disabled before the run started'
+    )
     assert slow.quick.read_text().split() == [str(young)]
     unfinished = "SELECT count(*) FROM runs WHERE state IN ('accepted', 'running')"
     assert edit(slow, unfinished) == [(0,)]
