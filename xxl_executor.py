@@ -224,8 +224,8 @@ class AdminUnreachable(ExecutorError):
 
 
 class AdminRefused(ExecutorError):
-    """The admin answered, but not with an envelope of code 200; `away`: a proxy says that it is
-    away."""
+    """The admin answered, but not with an envelope of code 200; `away`: what was sent is not the
+    reason."""
 
     def __init__(self, text: str, away: bool):
         super().__init__(text)
@@ -779,6 +779,15 @@ def await_any(fds: typing.Iterable[int], deadline: float | None) -> list[int]:
     left = None if deadline is None else min(max(0.0, deadline - time.monotonic()), 3600.0)
     # 1 ms more, for an early end would spin; an hour, for poll(2) takes an int
     return [fd for fd, _ in poller.poll(None if left is None else left * 1000 + 1)]
+
+
+def wait_for(
+    thread: threading.Thread, seconds: float, hurried: typing.Callable[[], bool] = lambda: False
+) -> None:
+    """Wait until `thread` has ended, at most `seconds`, and until `hurried()`."""
+    deadline = time.monotonic() + seconds
+    while thread.is_alive() and time.monotonic() < deadline and not hurried():
+        thread.join(0.1)
 
 
 def breathe(seconds: float) -> None:
@@ -5586,8 +5595,9 @@ class PythonServers:
         return server
 
     def prepare(self, jobs: list[JobConfig]) -> None:
-        """Start those that `jobs` want; what is preloaded is imported anew."""
-        for key in [key for key in self._servers if key[1]]:  # for what was edited meanwhile
+        """Start those that `jobs` want, anew but for that of the executor's own interpreter: what
+        is preloaded may have been edited, an interpreter replaced, and some nobody may want."""
+        for key in [key for key in self._servers if key[1] or key[0] != sys.executable]:
             self.retire(self._servers.pop(key))
         for job in jobs:
             try:
@@ -7880,6 +7890,8 @@ BATCH = 100  # results in one request
 MOST_REFUSED = 1000  # so many refused and none taken since: fresh results then go one at a time
 PACE = 0.05  # seconds between two requests: what ends meanwhile goes into the next one
 REFUSED_PACE = 0.25  # seconds between two results that are tried alone while none is taken
+LAST_TRIES = 3  # attempts at an admin that does not answer while the executor stops
+LAST_PAUSE = 0.5  # seconds between these, at most
 # a result is sent again so many seconds after its first and after its second acknowledgement
 RESEND_AFTER = (120.0, 1200.0)
 SUSPECT = 90.0  # seconds: what an admin acknowledged this shortly before it was missed may be lost
@@ -8000,7 +8012,7 @@ class Repeats:
         return None, wait
 
     def put_off(self) -> None:
-        """A proxy has answered, or nobody: no repeats for a while."""
+        """It was not the admin that refused one, or nobody answered: no repeats for a while."""
         self._not_before = time.monotonic() + self._backoff.fail()
 
     def taken(self) -> None:
@@ -8074,6 +8086,7 @@ class Callbacks(Undelivered, Watched):
         super().__init__(journal)
         self._admin, self._metrics = admin, metrics
         self._closing, self._abandoned = threading.Event(), False
+        self._close_by, self._last_tries = 0.0, LAST_TRIES  # when closing; monotonic
         self._next_at = 0.0  # monotonic
         self._repeats = Repeats(journal, admin)
         self._backoff = Backoff()
@@ -8101,12 +8114,16 @@ class Callbacks(Undelivered, Watched):
             self._pardoned.set()
         self._wake.set()
 
-    def close(self, timeout: float = 5.0) -> None:
-        """Deliver what is left, for at most `timeout` seconds; the rest waits in the journal."""
+    def close(
+        self, timeout: float = 5.0, hurried: typing.Callable[[], bool] = lambda: False
+    ) -> None:
+        """Deliver what is left, for at most `timeout` seconds and until `hurried()`; the rest waits
+        in the journal."""
+        self._close_by = time.monotonic() + timeout
+        self._retry_at = 0.0
         self._closing.set()
         self._wake.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout)
+        wait_for(self._thread, timeout, hurried)
         self._abandoned = True
 
     def _loop(self) -> None:
@@ -8131,8 +8148,16 @@ class Callbacks(Undelivered, Watched):
                     log.exception(
                         "the callback thread goes on after an unexpected error, please report it"
                     )
-            if closing and wait != 0.0:
+            if closing and self._no_more(wait):
                 return
+
+    def _no_more(self, wait: float | None) -> bool:
+        """While closing: whether nothing is due in time but what was refused, or nobody answers."""
+        unreachable = time.monotonic() < self._retry_at
+        if wait is None or not unreachable and wait > REFUSED_PACE:
+            return True
+        late = time.monotonic() + wait > self._close_by
+        return late or self._abandoned or not self._last_tries
 
     def _deliver(self) -> float | None:
         """Send what is due; returns the seconds until something else is, 0 when there may be more
@@ -8181,6 +8206,8 @@ class Callbacks(Undelivered, Watched):
         except AdminUnreachable as error:
             self._metrics.count("callback_failures_total")
             wait = self._backoff.fail()
+            if self._closing.is_set():  # such as one reset of a connection that was idle
+                wait, self._last_tries = min(wait, LAST_PAUSE), self._last_tries - 1
             self._retry_at = time.monotonic() + wait
             if str(error) != self.last_error:  # an outage is told once, not once a minute
                 log.warning(
@@ -8227,10 +8254,11 @@ class Callbacks(Undelivered, Watched):
                 return
             if before is RunState.FINISHED:
                 log_id, self.last_error = rows[0].log_id, str(error)
+                if log_id not in self._refused.results:  # each is told once
+                    told = "the admin refuses the result of logId=%d, trying again later: %s"
+                    log.warning(told, log_id, error)
                 self._refused.add(log_id)
                 self._metrics.count("callback_failures_total")
-                told = "the admin refuses the result of logId=%d, trying again later: %s"
-                log.warning(told, log_id, error)
                 return
         # taken, or a repeat that is refused alone
         if before is not RunState.FINISHED:
@@ -8310,8 +8338,7 @@ class _Link:
         self._socket: socket.socket | None = None
         self._expired = False
         self._session = requests.Session()
-        # Once, not for each request: the environment's proxies and CA bundle; .netrc has no
-        # business with an admin.
+        # once, not for each request: the environment's proxies and CA bundle, but no .netrc
         self._session.trust_env = False
         here = is_loopback(urllib.parse.urlsplit(url).hostname or "")
         self._session.proxies = {} if here else requests.utils.get_environ_proxies(url)
@@ -8337,11 +8364,14 @@ class _Link:
         class HttpsPool(urllib3.HTTPSConnectionPool):
             ConnectionCls = Https
 
+        pools = {"http": HttpPool, "https": HttpsPool}
         for prefix in ("http://", "https://"):
             adapter = requests.adapters.HTTPAdapter(
                 pool_connections=1, pool_maxsize=1, max_retries=0
             )
-            adapter.poolmanager.pool_classes_by_scheme = {"http": HttpPool, "https": HttpsPool}
+            managers = [adapter.poolmanager, *([adapter.proxy_manager_for(proxy)] if proxy else [])]
+            for manager in managers:
+                manager.pool_classes_by_scheme = pools
             self._session.mount(prefix, adapter)
 
     def _connect(self, connection: typing.Any) -> socket.socket:
@@ -8453,7 +8483,7 @@ def resolve(host: str, port: int, seconds: float) -> list:
     def work() -> None:
         try:
             box.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             box.put(error)
 
     try:
@@ -8465,6 +8495,8 @@ def resolve(host: str, port: int, seconds: float) -> list:
         raise OSError(f"{host} was not resolved within {seconds_text(seconds)}") from None
     if isinstance(answer, OSError):
         raise OSError(f"{host}: {answer.strerror or answer}")
+    if isinstance(answer, UnicodeError):  # an empty label, or one of more than 63 characters
+        raise OSError(f"{host} is no name of a host")
     return answer
 
 
@@ -8586,7 +8618,9 @@ class AdminClient:
                 if re.match(pattern, message, re.IGNORECASE | re.DOTALL):
                     message = f"{message.rstrip('.')}; {advice}{'' if self._token else empty}"
                     break
-            away = status in (502, 503, 504)
+            # An error page, or a token that is wrong now, says nothing of what was sent; but a page
+            # that a proxy shows to some requests may.
+            away = code is None and status not in (400, 403, 406, 413) or "token" in message.lower()
             failure = AdminRefused(f"{address.url}{path}{link.via}: {message}", away)
             address.last_error = str(failure)
             if code is not None:  # one cluster: the others would say the same
@@ -8655,15 +8689,21 @@ MOST_PARKED = 10  # addresses of earlier lives
 OUTAGE_INTERVAL = 600.0  # seconds between two lines of the log while the admin is away
 
 
-def facing_address(url: str, seconds: float) -> str:
-    """The IP address of the interface that faces `url`. Raises OSError while it cannot be told."""
+def facing_address(url: str, seconds: float, families: tuple[int, ...]) -> str:
+    """The IP address, of one of these `families`, of the interface that faces `url`. Raises OSError
+    while it cannot be told."""
     parts = urllib.parse.urlsplit(url)
-    family_, _, _, _, target = resolve(
-        parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80), seconds
-    )[0]
-    with socket.socket(family_, socket.SOCK_DGRAM) as probe:
-        probe.connect(target)  # sends nothing
-        return probe.getsockname()[0]
+    host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+    failure = OSError(f"{host} has no address of the kind that executor.bind listens on")
+    for family_, _, _, _, target in resolve(host, port, seconds):
+        if family_ in families:
+            try:
+                with socket.socket(family_, socket.SOCK_DGRAM) as probe:
+                    probe.connect(target)  # sends nothing
+                    return probe.getsockname()[0]
+            except OSError as error:
+                failure = error
+    raise failure
 
 
 class Registration:
@@ -8691,8 +8731,8 @@ class Registration:
         self._draining, self._closed = threading.Event(), threading.Event()
         self._backoff = Backoff()
         self._since, self._told_at = 0.0, 0.0  # monotonic: of the first failure, of the last line
-        # once known never changed: the admin compares it as text with where it sent its runs, so
-        # the old one would have to be parked
+        # once registered never changed: the admin compares it as text with where it sent its runs,
+        # so the old one would have to be parked
         self.address = ""
         self._parked: list[str] = []  # other addresses, of earlier lives; when draining, this one
         self.registered = threading.Event()  # at the first success, and never cleared
@@ -8708,13 +8748,12 @@ class Registration:
         """Have the thread take the registration back, so that no trigger comes."""
         self._draining.set()
 
-    def close(self, seconds: float) -> None:
+    def close(self, seconds: float, hurried: typing.Callable[[], bool]) -> None:
         """Nothing runs any more, and its results are delivered: take back the rest, within
-        `seconds`."""
+        `seconds` and until `hurried()`."""
         self._draining.set()
         self._closed.set()
-        if self._thread.is_alive():
-            self._thread.join(seconds)
+        wait_for(self._thread, seconds, hurried)
 
     def _loop(self) -> None:
         wait = 0.0
@@ -8732,8 +8771,9 @@ class Registration:
                     self._take_back(address, True)
 
     def _register(self) -> None:
-        """A heartbeat, of earlier addresses that are still needed too; finds out this one first."""
-        if not self.address:
+        """A heartbeat, of earlier addresses that are still needed too; finds out this one first,
+        until the admin has taken it."""
+        if not self.registered.is_set():
             self.address = self._config.executor.address or self._own_address()
             with contextlib.suppress(ValueError):  # a damaged page, or the first start
                 earlier = json.loads(self._journal.fact("addresses"))
@@ -8773,6 +8813,7 @@ class Registration:
     def _take_back(self, address: str, parked: bool) -> None:
         try:
             self._admin.registry(address, remove=True, parked=parked)
+            self._answered(False)
             what = "draining " if parked else ""
             log.info("took back the %sregistration of %s", what, address)
         except Exception as error:
@@ -8788,15 +8829,17 @@ class Registration:
     def _own_address(self) -> str:
         host = self._config.executor.bind[0]
         if host in ("0.0.0.0", "::"):
-            error: Exception = OSError("no admin.addresses")
+            # what listens on all IPv4 addresses is not found at one of IPv6
+            families = (socket.AF_INET, *((socket.AF_INET6,) if host == "::" else ()))
+            why = "no admin.addresses"
             for admin in self._admin.addresses:
                 try:
-                    host = facing_address(admin.url, self._config.admin.connect_timeout)
+                    host = facing_address(admin.url, self._config.admin.connect_timeout, families)
                     break
                 except OSError as failure:
-                    error = failure
+                    why = str(failure)
             else:
-                raise error
+                raise OSError(f"{why}; executor.address can say where this executor is reached")
         return f"http://{authority(host, self._port)}/"
 
     def _failed(self, error: Exception) -> float:
@@ -8910,6 +8953,7 @@ WATCH_INTERVAL = (
     1.0  # seconds between two looks at the files with executor.watch_config, and of status --watch
 )
 STALLED = 30.0  # seconds of one turn after which systemd may restart the service
+DELIVER_LIMIT = 5.0  # seconds of a stop for what is left to be delivered, and to be taken back
 HOUSEKEEPING = 3600.0  # seconds between two prunings of logs and journal
 
 
@@ -9452,10 +9496,13 @@ def log_stacks() -> None:
     """Log what every thread does just now (SIGUSR1): by the log, which waits for nobody who reads
     it. Not by `faulthandler.register`: it reads the frames of threads that go on running, and ended
     a busy daemon with a segmentation fault."""
-    with open(os.memfd_create("stacks"), "w+", encoding="utf-8", errors="replace") as stacks:
-        faulthandler.dump_traceback(stacks, all_threads=True)
-        stacks.seek(0)
-        log.info(Lines(stacks.read().splitlines()))
+    try:
+        with open(os.memfd_create("stacks"), "w+", encoding="utf-8", errors="replace") as stacks:
+            faulthandler.dump_traceback(stacks, all_threads=True)
+            stacks.seek(0)
+            log.info(Lines(stacks.read().splitlines()))
+    except OSError as error:  # no descriptor is free
+        log.error("cannot tell what the threads do: %s", error.strerror)
 
 
 def check_host(config: Config) -> None:
@@ -9588,11 +9635,13 @@ class Daemon(Wiring):
         old = self.config
         try:
             new = self._bound(self._files.load())
-            refuse_unsafe(dataclasses.replace(old, admin=new.admin), self._inherited is not None)
-        except ConfigError as error:
-            first, *more = str(error).splitlines()
+            meant = dataclasses.replace(new, executor=old.executor, glue=old.glue)
+            refuse_unsafe(meant, self._inherited is not None)
+        except Exception as error:  # no file may end what runs
+            first, *more = str(error).splitlines() or [type(error).__name__]
             first += f" (and {len(more)} more, see check)" if more else ""
-            log.error("reload failed, the old jobs stay: %s", first)
+            unexpected = not isinstance(error, ConfigError)
+            log.error("reload failed, the old jobs stay: %s", first, exc_info=unexpected)
             self._reload_error = printable(f"{local_time(int(time.time()))}: {first}")
         else:
             self._reload_error = ""
@@ -9601,8 +9650,9 @@ class Daemon(Wiring):
 
     def _take_over(self, old: Config, new: Config) -> None:
         """What a reload may change; warns of what it may not."""
-        admin = dataclasses.replace(old.admin, access_token=new.admin.access_token)
-        if admin != old.admin:
+        token, file = new.admin.access_token, new.admin.access_token_file
+        admin = dataclasses.replace(old.admin, access_token=token, access_token_file=file)
+        if token != old.admin.access_token:
             self._admin.use_token(admin.access_token)
             log.info("the access token has changed")
         taken = dataclasses.replace(old, admin=admin, jobs=new.jobs, scripts=new.scripts)
@@ -9647,9 +9697,9 @@ class Daemon(Wiring):
             self._api.draining = True
         self._end_runs()
         storing = self._core.flush(STORE_LIMIT)
-        self._callbacks.close()
+        self._callbacks.close(DELIVER_LIMIT, self._hurried)
         self._core.flush(STORE_LIMIT if storing else 0.0)  # that they were delivered
-        self._registration.close(self.config.admin.timeout)
+        self._registration.close(min(self.config.admin.timeout, DELIVER_LIMIT), self._hurried)
         self._pruning.join(FLUSH_LIMIT)
         if self._inherited:
             timer.cancel()
@@ -9658,6 +9708,10 @@ class Daemon(Wiring):
         left = what_is_left(self._journal.counts(), core_ended)
         self._close_all(core_ended)
         log.info("stopped, %s", left)
+
+    def _hurried(self) -> bool:
+        """Whether another signal has come that asks for the end."""
+        return bool(self.signals.wait(time.monotonic()) & {signal.SIGTERM, signal.SIGINT})
 
     def _end_runs(self) -> None:
         """Let them end within drain_timeout, or end them."""
@@ -9938,8 +9992,10 @@ def cmd_run(arguments: argparse.Namespace) -> int:
             handler.setFormatter(_Json())
     daemon = Daemon(config, signals)
     daemon.start()
-    daemon.wait()
-    daemon.close()
+    try:
+        daemon.wait()
+    finally:  # whatever it failed by
+        daemon.close()
     return 0
 
 
@@ -10055,6 +10111,8 @@ def cmd_demo(arguments: argparse.Namespace) -> int:
         daemon.start()
         cleanup.callback(daemon.close)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+            signal.signal(signal.SIGHUP, lambda *_: sys.exit(1))
         print(f"admin     {admin.url}/ (on this machine only)\nexecutor  {daemon.url}")
         if not admin.wait(lambda: admin.registry, 30):
             raise ExecutorError("the executor did not register within 30 s")
@@ -10075,9 +10133,9 @@ def cmd_demo(arguments: argparse.Namespace) -> int:
             " succeeded, every result arrived at the admin."
         )
         if not arguments.once:
-            assert daemon.signals  # from now on Ctrl-C waits for `wait`
             _show_how_to_go_on(names[0], daemon.url, admin.token, data_dir)
-            daemon.wait()
+            with contextlib.suppress(KeyboardInterrupt):
+                threading.Event().wait()
     return 0
 
 
@@ -10087,7 +10145,13 @@ def _demo_config(config: Config, admin: LoopbackAdmin, data_dir: str) -> Config:
     return dataclasses.replace(
         config,
         admin=dataclasses.replace(config.admin, addresses=(admin.url,), access_token=admin.token),
-        executor=dataclasses.replace(config.executor, bind=bind, address="", data_dir=data_dir),
+        executor=dataclasses.replace(
+            config.executor,
+            bind=bind,
+            address="",
+            data_dir=data_dir,
+            drain_timeout=min(config.executor.drain_timeout, 1.0),  # who ends it is watching
+        ),
         glue=dataclasses.replace(config.glue, enabled=False),
     )
 
@@ -10195,7 +10259,9 @@ def cmd_exec(arguments: argparse.Namespace) -> int:
 def run_here(trigger: Trigger, job: JobConfig) -> Result:
     """Run it here, its output on the terminal, until it ends or a signal asks for it."""
     box: list[Result] = []
-    signals = Signals(signal.SIGINT, signal.SIGTERM)
+    # a terminal that is gone ends it too, unless `nohup` says that it may
+    hangup = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
+    signals = Signals(signal.SIGINT, signal.SIGTERM, *hangup)
 
     cancelled: list[Result] = []
 
