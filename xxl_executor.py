@@ -164,7 +164,6 @@ import urllib.parse
 # under interpreters that have neither (`interpreter:`), and `--version` need not wait for them.
 
 __version__ = "0.1.0"
-log = logging.getLogger("xxl-executor")
 
 # --------------------------------------------------------------------------------------------------
 # 1 vocabulary
@@ -192,6 +191,17 @@ SECRETS = re.compile(
     "XXL_JOB_ACCESS_TOKEN|NOTIFY_SOCKET|WATCHDOG_.*|LISTEN_.*|CREDENTIALS_DIRECTORY"
     f"|{MARKER}|{FAILPOINT}"
 )
+
+
+class _OwnLogger(logging.Logger):
+    """One that a job in a thread does not switch off by dictConfig, as django.setup() would."""
+
+    disabled = property(lambda self: False, lambda self, value: None)  # type: ignore[assignment]
+
+
+logging.setLoggerClass(_OwnLogger)
+log = logging.getLogger("xxl-executor")
+logging.setLoggerClass(logging.Logger)
 
 
 class ExecutorError(Exception):
@@ -656,7 +666,8 @@ class Output:
         except OSError:  # it is closed: its number may soon be that of a file
             fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
             status = os.fstat(fd)
-        self._fd, self._lock = fd, threading.Lock()
+        # A finalizer that logs may run in the middle of `write`, in the same thread.
+        self._fd, self._lock = fd, threading.RLock()
         self._waiting, self._dropped = bytearray(), 0  # bytes
         self.lost = 0  # bytes that were dropped, in all
         Output.all.append(self)
@@ -681,7 +692,8 @@ class Output:
                 self.lost += len(data)
             else:  # never only the beginning of a line
                 self._waiting += rest
-            if (self._waiting or self._dropped) and self._idle.is_set():
+            more = (self._waiting or self._dropped) and self._idle.is_set()
+            if more and not sys.is_finalizing():  # then no thread starts any more
                 self._idle.clear()
                 try:
                     threading.Thread(target=self._drain, name="output", daemon=True).start()
@@ -4272,7 +4284,9 @@ def exception_line(error: BaseException) -> str:
     """Its type and its text, of a syntax error the place too."""
     if type(error) in (SyntaxError, IndentationError, TabError):
         return f"{type(error).__name__}: {error}"
-    return traceback.format_exception_only(type(error), error)[-1].strip()
+    told = traceback.TracebackException(type(error), error, None)
+    told.__notes__ = None  # of add_note(), which would come behind it
+    return list(told.format_exception_only())[-1].strip()
 
 
 class Context:
@@ -4720,12 +4734,14 @@ def _become(request: dict, output: int) -> None:
         if site is not None:
             site.main()
     # Only what differs from the server's (tests/bench.py, python-start: 0.3 ms of 9).
-    environment = request["env"]
+    environment, zone = request["env"], os.environ.get("TZ")
     for name in os.environ.keys() - environment.keys():
         del os.environ[name]
     for name, value in environment.items():
         if os.environ.get(name) != value:
             os.environ[name] = value
+    if environment.get("TZ") != zone:
+        time.tzset()
     os.chdir(request["cwd"])
     sys.path[:0] = [*request["pythonpath"], request["cwd"]]
     sys.argv = [request["entry_point"]]
@@ -4977,6 +4993,7 @@ class PythonServer:
         """`preload`: modules to import first, found in `path` too; `flags`: of the interpreter.
         Raises OSError when it cannot be started."""
         self._children, self._retired, self._told = 0, False, b""
+        self.answered_at = 0.0  # monotonic; when it last told of a child that it had forked
         self.ready = not preload  # whether it has imported them, or could not
         self._socket, theirs = socket.socketpair()
         self.fd = self._socket.fileno()
@@ -5018,7 +5035,7 @@ class PythonServer:
 
     def fork(self, output: int) -> ForkedChild:
         """Ask for a child whose output goes to the descriptor `output`; it waits for its request.
-        Raises OSError."""
+        Raises OSError, BlockingIOError when it may be asked later."""
         ours, theirs = socket.socketpair()
         with theirs:
             try:
@@ -5026,10 +5043,16 @@ class PythonServer:
             except OSError:
                 ours.close()
                 raise
-            # it may be gone or silent, which the child's `poll` tells
-            with contextlib.suppress(OSError):
+            try:
                 socket.send_fds(self._socket, [b"x"], [output, write, theirs.fileno()])
-            os.close(write)
+            except BlockingIOError:  # so many have asked it
+                os.close(read)
+                ours.close()
+                raise
+            except OSError:  # it is gone, which the child's `poll` tells
+                pass
+            finally:
+                os.close(write)
         self._children += 1
         return ForkedChild(self, read, ours)
 
@@ -5093,10 +5116,12 @@ class ProcessStat(typing.NamedTuple):
     parent: int
     session: int
     started: int
+    threads: int
 
     @property
     def alive(self) -> bool:
-        return self.state not in "ZX"
+        """A process whose first thread has ended is Z too, while others run."""
+        return self.state not in "ZX" or self.threads > 1
 
 
 def process_stat(pid: int) -> ProcessStat | None:
@@ -5107,7 +5132,7 @@ def process_stat(pid: int) -> ProcessStat | None:
         return None
     if not fields:
         return None
-    return ProcessStat(fields[0].decode(), int(fields[1]), int(fields[3]), int(fields[19]))
+    return ProcessStat(fields[0].decode(), *(int(fields[number]) for number in (1, 3, 19, 17)))
 
 
 def start_time(pid: int) -> int | None:
@@ -5176,18 +5201,24 @@ def send_signal(members: dict[int, int], number: int) -> list[int]:
     """Signal processes found by `family`, with SIGTERM also wake those that are stopped; returns a
     pidfd of each, to wait for and to close. A PID that changed hands since is left alone: the
     descriptor is opened first, then the start time is compared."""
-    fds = []
-    for pid, started in members.items():
-        with contextlib.suppress(ProcessLookupError):
-            fd = _patiently(functools.partial(os.pidfd_open, pid))
-            fds.append(fd)
-            process = _patiently(functools.partial(process_stat, pid))
-            if process is None or process.started != started:
-                os.close(fds.pop())
-                continue
-            signal.pidfd_send_signal(fd, number)
-            if number == signal.SIGTERM:  # a stopped process could not act on it
-                signal.pidfd_send_signal(fd, signal.SIGCONT)
+    fds: list[int] = []
+    try:
+        for pid, started in members.items():
+            # PermissionError: it became root, such as by sudo
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                fd = _patiently(functools.partial(os.pidfd_open, pid))
+                fds.append(fd)
+                process = _patiently(functools.partial(process_stat, pid))
+                if process is None or process.started != started:
+                    os.close(fds.pop())
+                    continue
+                signal.pidfd_send_signal(fd, number)
+                if number == signal.SIGTERM:  # a stopped process could not act on it
+                    signal.pidfd_send_signal(fd, signal.SIGCONT)
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        raise
     return fds
 
 
@@ -5775,14 +5806,15 @@ class Supervisor(Watched):
 
         self._crew.do(act)
 
-    def end_silent_server(self, server: PythonServer) -> None:
-        """A server retired for its silence is left alone while its children run; once one has ended
-        without a report, it is killed."""
+    def end_silent_server(self, server: PythonServer, ended: frozenset[int] = frozenset()) -> None:
+        """A server retired for its silence is left alone while its children run; once one of them
+        had ended at the last look too, by `ended`, and has not been reported, it is killed."""
         children = [run.child_of(server) for run in self._runs.values()]
-        if any(child is not None and has_ended(child.pid) for child in children):
+        now = frozenset(child.pid for child in children if child and has_ended(child.pid))
+        if now & ended:
             server.kill()
         elif any(children):
-            self.timers.after(SERVER_LIMIT, lambda: self.end_silent_server(server))
+            self.timers.after(SERVER_LIMIT, lambda: self.end_silent_server(server, now))
 
     def hurry(self) -> None:
         """Go on at once after this turn: a pipe was full, and holds its job up."""
@@ -6250,9 +6282,10 @@ class ProcessRun(EndingRun):
     supervisor's thread."""
 
     def child_of(self, server: PythonServer) -> ForkedChild | None:
-        """Its process, if `server` has forked it and not told of its end."""
+        """Its process, if `server` has forked it and not told of its end; what it tells is left to
+        `_on_child`."""
         child = self._child if isinstance(self._child, ForkedChild) else None
-        return child if child and child.server is server and child.poll() is None else None
+        return child if child and child.pid and child.server is server else None
 
     # -- STARTING
 
@@ -6275,9 +6308,12 @@ class ProcessRun(EndingRun):
             raise failure
         if not failure and self._child is None:
             try:
-                self._forks_tried += 1
                 server = self._supervisor.servers.of(self._job)
                 self._child = server.fork(self._launch.write)
+                self._forks_tried += 1
+            except BlockingIOError:
+                self._call_later(0.1, lambda: self._made(""))
+                return
             except OSError as error:
                 failure = self._launch.why_not(error)
         self._launch.close_write()
@@ -6301,6 +6337,7 @@ class ProcessRun(EndingRun):
         assert isinstance(child, ForkedChild)
         child.poll()
         if child.pid:
+            child.server.answered_at = time.monotonic()
             child.send_request(self._launch.request())
             self._run()
             if self.phase is RunPhase.RUNNING:  # its end may have been told with its PID
@@ -6322,9 +6359,14 @@ class ProcessRun(EndingRun):
                 self.begin()
 
     def _server_silent(self) -> None:
-        """The Python server does not answer: the next run gets a new one."""
+        """The Python server does not answer: the next run gets a new one. One that answers others
+        has much to do."""
         assert isinstance(self._child, ForkedChild)
-        server = self._child.server
+        server, now = self._child.server, time.monotonic()
+        left = min(server.answered_at + SERVER_LIMIT, self._began + PRELOAD_LIMIT) - now
+        if left > 0:
+            self._call_later(left, self._server_silent)
+            return
         self._supervisor.servers.retire(server)
         self._supervisor.timers.after(
             SERVER_LIMIT, lambda: self._supervisor.end_silent_server(server)
@@ -6398,6 +6440,10 @@ class ThreadOutput:
     def write(self, text: str) -> int:
         sink = getattr(self.local, "sink", None)
         return sink(text) if sink is not None else self.original.write(text)
+
+    def writelines(self, lines: typing.Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
 
     def captures(self) -> bool:
         """Whether what this thread writes goes into a run's log."""
@@ -6539,6 +6585,14 @@ def fitting(data: bytes, limit: int, step: int = 1) -> int:
     return count
 
 
+def cut_short(data: bytes, end: int) -> int:
+    """How many bytes before `end` belong to a UTF-8 character that goes on there."""
+    for back in range(min(end, 3) + 1):
+        if data[end - back] & 0xC0 != 0x80:  # where a character begins
+            return back
+    return 0  # it is something else than UTF-8
+
+
 def timestamp(seconds: float) -> str:
     """Seconds since the epoch as ISO 8601 with milliseconds and the offset from UTC."""
     at = datetime.datetime.fromtimestamp(seconds).astimezone()
@@ -6570,7 +6624,8 @@ class RunLog:
         """`echo(lines)`: where the output goes too (executor.log_to_stdout). While `full()` nothing
         is written: what is left of the disk is for results. `lost(bytes)` is told at the end how
         much was dropped."""
-        self._fd, self._limit, self._lock, self._full = fd, limit, threading.Lock(), full
+        # A finalizer of a job in a thread may write in the middle of `write`, in the same thread.
+        self._fd, self._limit, self._lock, self._full = fd, limit, threading.RLock(), full
         self._left, self._lost = limit, lost
         self._pending = b""  # a note that goes out with the first output
         self._echo, self._line = echo, b""
@@ -6584,11 +6639,14 @@ class RunLog:
             self._tail = data[-4096:] if len(data) >= 4096 else (self._tail + data)[-4096:]
             self._echo_lines(data)
             part = data[: self._left]
+            if len(part) < len(data):  # not in the middle of a character
+                part = part[: len(part) - cut_short(data, len(part))]
             if part:
                 self._left -= len(part)
                 self._append(part)
             if len(part) < len(data):
-                if self._left == 0 and not self.dropped:
+                self._left = 0
+                if not self.dropped:
                     self._append(
                         f"\n----- output beyond executor.log_limit ({self._limit} bytes) is dropped"
                         " -----\n".encode()
@@ -6636,9 +6694,13 @@ class RunLog:
             self._pending = self._note(text)
 
     def flush(self) -> None:
-        with self._lock:
-            if self._pending and self._fd >= 0:
-                self._append(b"")
+        """Never waits: whoever writes just now writes that note too."""
+        if self._lock.acquire(blocking=False):
+            try:
+                if self._pending and self._fd >= 0:
+                    self._append(b"")
+            finally:
+                self._lock.release()
 
     def end(self, text: str) -> None:
         """Write the last note, on a line of its own, and close the file."""
@@ -6806,6 +6868,8 @@ class JobLogs:
         except FileNotFoundError:
             if not make:
                 raise
+            with contextlib.suppress(FileExistsError):  # somebody may have removed all
+                os.mkdir(self.directory, 0o750)
             os.mkdir(directory, 0o750)
             status = os.lstat(directory)
         day = (directory, status.st_dev, status.st_ino)
@@ -10100,7 +10164,8 @@ def cmd_demo(arguments: argparse.Namespace) -> int:
     names = [job.name for job in config.jobs.values() if job.enabled]
     if not names:
         raise ConfigError(f"{config.file}: jobs: expected at least one job to show")
-    logging.getLogger().setLevel(logging.WARNING)
+    for logger in (log, logging.root):
+        logger.setLevel(logging.WARNING)
     with (
         tempfile.TemporaryDirectory(prefix="xxl-demo-") as data_dir,
         contextlib.ExitStack() as cleanup,
@@ -10244,7 +10309,8 @@ def cmd_exec(arguments: argparse.Namespace) -> int:
     if job is None:
         known = ", ".join([*config.jobs, *config.scripts.look()[0]]) or "none"
         raise ConfigError(f'{config.file}: there is no job "{arguments.job}": known are {known}')
-    logging.getLogger().setLevel(logging.WARNING)
+    for logger in (log, logging.root):
+        logger.setLevel(logging.WARNING)
     job = dataclasses.replace(job, timeout=shortest(job.timeout, arguments.timeout))
     now, (shard, total) = int(time.time() * 1000), arguments.shard
     param = arguments.param
@@ -10890,6 +10956,9 @@ def set_up_logging(output: Output) -> None:
     )
     # documented in the logging HOWTO, "Optimization": do not look for the caller of each line
     logging._srcfile = None
+    log.addHandler(handler)  # of its own too: a job may take the root's away
+    log.propagate = False
+    log.setLevel(logging.INFO)
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("urllib3").setLevel(logging.ERROR)
 
