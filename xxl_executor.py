@@ -56,6 +56,8 @@ def open_closed_streams() -> None:
             os.fstat(number)
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest that is free
+            if number == 1 and sys.stdout is None:
+                sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
 
 
 if __name__ == "__main__":
@@ -858,6 +860,11 @@ _TAGS = {
     "timestamp": "the date {}",
 }
 _STR, _NULL = "tag:yaml.org,2002:str", "tag:yaml.org,2002:null"
+_OF_RUN = {  # what only a job has, see Launch._environment
+    f"XXL_JOB_{name}"
+    for name in ("ID", "LOG_ID", "HANDLER", "PARAM", "SHARD_INDEX", "SHARD_TOTAL")
+    + ("TRIGGER_TIME", "TIMEOUT", "RESULT_FILE")
+}
 _EXPANDED = "${}"  # the style of a value that held a ${NAME}: text will do where text is expected
 _OTHER_WORDS = {  # what other programs call a key
     "cmd": "command",
@@ -913,6 +920,8 @@ def _scalar(node: Node, *tags: str, expected: str) -> str:
         )
     if "\0" in node.value:
         raise _Bad("a NUL character: no argument, path or variable can hold one", node)
+    if node.style != _EXPANDED and encodable(node.value) != node.value:
+        raise _Bad("half of a character (a lone surrogate): write all of it", node)
     return node.value
 
 
@@ -1126,6 +1135,7 @@ def _url(reader: _YamlReader, node: Node) -> str:
             parts.scheme in ("http", "https")
             and parts.hostname
             and (parts.port is None or parts.port > 0)
+            and parts.hostname.encode("idna")  # raises for a label that none can have
         ):
             return value
     raise _expected("an address such as http://10.0.0.5:8080/xxl-job-admin", node)
@@ -1148,7 +1158,18 @@ def _bind(reader: _YamlReader, node: Node) -> tuple[str, int]:
     match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]*):(\d{1,5})", value, re.ASCII)
     if not match or int(match[2]) > 65_535:
         raise _expected('host:port such as "0.0.0.0:9999" or "[::]:9999"', node)
-    return match[1].strip("[]") or "0.0.0.0", int(match[2])
+    host = match[1].strip("[]") or "0.0.0.0"
+    with contextlib.suppress(ValueError, OSError):  # a name
+        # "0" and "::0" are all addresses too
+        numeric = re.fullmatch(r"[\d.]+", host)
+        host = (
+            socket.inet_ntoa(socket.inet_aton(host)) if numeric else str(ipaddress.ip_address(host))
+        )
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        raise _Bad(f"{host} is no name of a host", node) from None
+    return host, int(match[2])
 
 
 def _option(parse: Parse, default: str = "", *, raw: bool = False) -> typing.Any:
@@ -1264,6 +1285,35 @@ def unstartable(file: str) -> str:
 def place_of(job: JobConfig, program: str) -> str:
     """The file that `program`, which has a slash, is for `job`."""
     return os.path.join(job.cwd, program.removeprefix("./"))
+
+
+_INTERPRETERS = re.compile(r"(ba|da|z|k|a)?sh|python[\d.]*|node|php|perl|ruby")
+
+
+def script_problem(job: JobConfig) -> str:
+    """Why the script that an interpreter is to run in `job.command` cannot run, "" when it can."""
+    program, *words = job.command
+    if not _INTERPRETERS.fullmatch(os.path.basename(program)):
+        return ""
+    script = next((word for word in words if not word.startswith("-")), "")
+    before = words[: words.index(script)] if script else words
+    odd = any(re.fullmatch(r"-\w*[cemrWXo]|--.*", word) for word in before)  # it may be no script
+    if not script or odd or "{" in script:
+        return ""
+    file = place_of(job, script)
+    if not os.path.exists(file):
+        return f"the script {file} does not exist" if "/" in script or "." in script else ""
+    try:
+        fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        try:
+            head = os.read(fd, 4096) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
+        finally:
+            os.close(fd)
+    except OSError as error:
+        return f"the script {file} cannot be read: {error.strerror}"
+    if program.endswith("sh") and b"\r\n" in head:
+        return f"{file} has the line ends of Windows: dos2unix {shlex.quote(file)}"
+    return ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1513,6 +1563,12 @@ class _YamlReader:
             if match[0].startswith("$$"):
                 return "${"
             text = os.environ.get(match[1], "") or match[2]
+            if match[1] in _OF_RUN and match[1] not in os.environ:
+                raise _Bad(
+                    f"${{{match[1]}}} is known in the job only: write $${match[0][1:]}", node
+                )
+            if match[2] and "${" in match[2]:
+                raise _Bad(f"{match[0]}...: a default cannot hold another ${{}}", node)
             if text is None:
                 raise _Bad(
                     f"the environment variable {match[1]} is empty or not set: set it, or write"
@@ -1521,7 +1577,7 @@ class _YamlReader:
                 )
             return text
 
-        text = re.sub(r"\$\$\{|\$\{(\w+)(?::-([^}]*))?\}", value, node.value)
+        text = re.sub(r"\$\$\{|\$\{([^\W\d]\w*)(?::-([^}]*))?\}", value, node.value)
         # A plain ${NAME} takes the type of what it holds: a number where a number is expected.
         tag = (
             node.tag
@@ -1545,6 +1601,8 @@ class _YamlReader:
                 for source in self._sources(key, value, prefix):
                     for name, pair in self.pairs(source, path):
                         merged.setdefault(name.value, (name, pair))
+            elif key.id == "scalar" and encodable(key.value) != key.value:
+                self.problem(key, f"{prefix}{encodable(key.value)}: holds half of a character")
             elif key.id != "scalar":
                 self.problem(key, (path and path + ": ") + str(_expected("a name as key", key)))
             else:
@@ -1797,6 +1855,14 @@ class _ConfigReader(_YamlReader):
             return
         for pattern, item in zip(patterns, node.value):
             files = sorted(glob.glob(pattern))
+            try:
+                os.scandir(os.path.dirname(pattern)).close()
+            except FileNotFoundError:  # a pattern, or as below
+                pass
+            except OSError as error:  # as if it were empty
+                told = f"include: {os.path.dirname(pattern)} cannot be read: {error.strerror}"
+                self.problem(item, told)
+                continue
             if not files and not glob.has_magic(pattern):
                 self.problem(item, f"include: {item.value} does not exist: remove it, or write it")
             self.files.append(pattern)
@@ -1939,6 +2005,15 @@ def _doubtful(config: Config) -> typing.Iterator[tuple[str, str]]:
         if page:
             told = f"{url} is asked at {url}/api/registry: should it end before {page[0]}?"
             yield "admin.addresses", told
+    for pattern in config.files:
+        if glob.has_magic(pattern) and not glob.glob(pattern):
+            others = glob.glob(os.path.join(os.path.dirname(pattern), "*.y*ml"))
+            for other in sorted({*others} - {os.path.abspath(config.file)})[:1]:
+                yield "include", f"{pattern} matches no file, and not {other}"
+    encoding = sys.getfilesystemencoding()
+    if encoding != "utf-8":
+        told = f"arguments and names are {encoding} in this locale: start it with LANG=C.UTF-8"
+        yield "executor", told
     place = config.executor.data_dir or ""
     if os.path.exists(place) and not os.path.isdir(place):
         yield "executor.data_dir", f"{place} is no directory: name another one"
@@ -1964,7 +2039,8 @@ def _unlike_meant(job: JobConfig) -> typing.Iterator[tuple[str, str]]:
     doubtful = found and re.search(r"[\"'#`\\]|<<|\(\)|bash", shell[: found.end()])
     if found and not doubtful and os.path.basename(os.path.realpath("/bin/sh")) == "dash":
         told = f'/bin/sh has no "{found[1]}" here'
-        yield "shell", f"{told}: write it without, or command: [bash, -c, ...]"
+        remedy = 'write ". FILE"' if found[1] == "source" else "write [ ]"
+        yield "shell", f"{told}: {remedy}, or command: [bash, -c, ...]"
 
 
 class HostCheck:
@@ -2019,7 +2095,8 @@ class HostCheck:
         if job.command:
             yield from self._arguments(job)
         elif job.shell:
-            with contextlib.suppress(OSError):  # much too long, or a process too many: a run tells
+            # much too long, not for this locale, or a process too many: a run tells
+            with contextlib.suppress(OSError, ValueError):
                 checked = subprocess.run(
                     ["/bin/sh", "-n", "-c", job.shell],
                     stdin=subprocess.DEVNULL,
@@ -2034,7 +2111,7 @@ class HostCheck:
 
     def _arguments(self, job: JobConfig) -> typing.Iterator[tuple[str, str]]:
         if "{" not in job.command[0]:
-            yield "command", self._no_program(job, job.command[0])
+            yield "command", self._no_program(job, job.command[0]) or script_problem(job)
         for name in re.findall(r"\{(\w+)\}", " ".join(job.command[1:])):
             near = difflib.get_close_matches(name, PLACEHOLDERS, 1, 0.7)
             if near and name not in PLACEHOLDERS:
@@ -3430,15 +3507,15 @@ class Api:
             return self._post[path](request, ticket)
         except Refused as error:
             if path in ("/run", "/trigger"):
-                self._tell_refused(error)
+                self._tell_refused(error, f"from {request.peer}")
             return refusal(200, str(error))
         except Exception as error:
             log.exception("%s failed unexpectedly, please report it", path)
             return refusal(200, f"the executor failed: {type(error).__name__}: {error}")
 
-    def _tell_refused(self, error: Refused) -> None:
+    def _tell_refused(self, error: Refused, which: typing.Any) -> None:
         self._metrics.count("refused_triggers_total", reason=error.reason)
-        self._complaints.tell(error.reason, f"refused a trigger: {error}")
+        self._complaints.tell(error.reason, f"refused a trigger: {str(error)[:350]} ({which})")
 
     def late(self, request: Request) -> Reply:
         """The answer to a decision that has not been stored in time."""
@@ -3448,7 +3525,7 @@ class Api:
             "slow",
         )
         if self._path(request) != "/kill":
-            self._tell_refused(error)
+            self._tell_refused(error, f"from {request.peer}")
         return refusal(200, str(error))
 
     def _beat(self, request: Request, ticket: typing.Any) -> Reply:
@@ -3477,7 +3554,8 @@ class Api:
                 job = self._script(trigger, fields, request)
         except Refused as error:  # unless the core knows the trigger already
             job = error
-        self._core.put(Submit(trigger, job, Answer(ticket, self._tell_refused)))
+        refused = functools.partial(self._tell_refused, which=trigger)
+        self._core.put(Submit(trigger, job, Answer(ticket, refused)))
 
     def _script(self, trigger: Trigger, fields: dict, request: Request) -> JobConfig:
         """What runs the script of `trigger`, once that is stored. Raises Refused."""
@@ -3701,6 +3779,10 @@ class Lanes:
     def knows(self, log_id: int) -> bool:
         """Whether this run waits or runs: as long as it does, /log says that more may come."""
         return log_id in self._runs
+
+    def waiting(self) -> int:
+        """How many runs wait."""
+        return self._queued
 
     def active(self) -> bool:
         """Whether anything runs or is about to start; stuck threads do not count."""
@@ -9340,8 +9422,9 @@ class Pruning:
 # --------------------------------------------------------------------------------------------------
 # 14b wiring, start and stop
 # --------------------------------------------------------------------------------------------------
-def what_is_left(counts: dict[str, int], core_ended: bool) -> str:
-    """What becomes of results that were not delivered, by Journal.counts()."""
+def what_is_left(counts: dict[str, int], core_ended: bool, waiting: int) -> str:
+    """What becomes of results that were not delivered, by Journal.counts(), and of the runs that
+    wait."""
     if not core_ended:
         return "the disk of the journal does not answer: the next start reports what is not on it"
     if counts["held"]:
@@ -9351,7 +9434,8 @@ def what_is_left(counts: dict[str, int], core_ended: bool) -> str:
         )
     if counts["undelivered"]:
         return f"{counted(counts['undelivered'], 'result')} kept for the next start"
-    return "every result is delivered"
+    more = f"; {counted(waiting, 'run')} will be started by the next start" if waiting else ""
+    return f"every result is delivered{more}"
 
 
 class Wiring:
@@ -9714,6 +9798,7 @@ class Daemon(Wiring):
 
     def _take_over(self, old: Config, new: Config) -> None:
         """What a reload may change; warns of what it may not."""
+        self._prepare(new)  # before the first trigger of a new job
         token, file = new.admin.access_token, new.admin.access_token_file
         admin = dataclasses.replace(old.admin, access_token=token, access_token_file=file)
         if token != old.admin.access_token:
@@ -9728,7 +9813,6 @@ class Daemon(Wiring):
                     part,
                     old.file,
                 )
-        self._prepare(new)
         self.config = self._api.config = taken
         check_host(new)
         log.info("reloaded %s: %s", old.file, job_changes(old.jobs, new.jobs))
@@ -9769,7 +9853,7 @@ class Daemon(Wiring):
             timer.cancel()
         self._http.close()
         core_ended = self._core.close(STORE_LIMIT)
-        left = what_is_left(self._journal.counts(), core_ended)
+        left = what_is_left(self._journal.counts(), core_ended, self._core.waiting())
         self._close_all(core_ended)
         log.info("stopped, %s", left)
 

@@ -112,6 +112,93 @@ def test_a_data_directory_that_is_none(place):
     assert place.write(text.replace("./config.yaml", "./new")).run("check")[2] == ""
 
 
+@pytest.mark.parametrize(
+    "job, told",
+    [
+        ("{command: [bash, ./gone.sh]}", "command: the script {}/gone.sh does not exist"),
+        ("{command: [bash, -eu, ./gone.sh, x]}", "command: the script {}/gone.sh does not exist"),
+        ("{command: [python3, -u, gone.py]}", "command: the script {}/gone.py does not exist"),
+        (
+            "{command: [sh, ./crlf.sh]}",
+            "command: {0}/crlf.sh has the line ends of Windows: dos2unix",
+        ),
+        ("{command: [bash, -c, ./gone.sh]}", None),
+        ("{command: [python3, -m, json.tool]}", None),
+        ("{command: [bash, '{param}']}", None),
+        ("{command: [bash, ./good.sh]}", None),
+        ("{command: [echo, ./gone.sh]}", None),
+    ],
+)
+def test_a_script_behind_its_interpreter(place, job, told):
+    place.script("crlf.sh", b"set -e\r\nfalse\r\n")
+    place.script("good.sh", b"set -e\n")
+    status, out, err = place.write(f"{HEAD}jobs:\n  a: {job}\n").run("check")
+    assert status == 0
+    if told:
+        assert f"config.yaml:4: jobs.a.{told.format(place.directory)}" in err, err
+    else:
+        assert "jobs.a" not in out + err
+
+
+@pytest.mark.parametrize(
+    "word, told",
+    [
+        ("${1:-x} ${#a}", None),
+        ("$${KEEP:-7}", None),
+        (
+            "${XXL_JOB_PARAM:-x}",
+            "4: jobs.a.command: ${XXL_JOB_PARAM} is known in the job only: write"
+            " $${XXL_JOB_PARAM:-x}",
+        ),
+        ("${A:-${B:-x}}", "4: jobs.a.command: ${A:-${B:-x}...: a default cannot hold another ${}"),
+    ],
+)
+def test_what_the_shell_is_to_replace(place, word, told):
+    status, _, err = place.write(f"{HEAD}jobs:\n  a: {{command: [echo, '{word}']}}\n").run("check")
+    assert (status, told or "") == (2 if told else 0, err.partition("config.yaml:")[2].strip())
+
+
+def test_included_files_that_are_not_read(place):
+    """A pattern that matches nothing beside files that look as if they were meant, and a directory
+    that cannot be listed: neither looks as if there were no jobs."""
+    (place.directory / "jobs.d").mkdir()
+    place.write(f"{HEAD}include: [jobs.d/*.yml]\njobs: {{a: {{shell: x}}}}\n")
+    assert "include" not in place.run("check")[2]
+    (place.directory / "jobs.d/more.yaml").write_text("jobs: {b: {shell: x}}\n")
+    told = f"config.yaml:3: include: {place.directory}/jobs.d/*.yml matches no file, and not "
+    assert f"{told}{place.directory}/jobs.d/more.yaml\n" in place.run("check")[2]
+    (place.directory / "jobs.d/more.yaml").unlink()
+    (place.directory / "jobs.d").rmdir()
+    (place.directory / "jobs.d").write_text("")
+    status, _, err = place.run("check")
+    assert status == 2 and "include: " in err and "cannot be read: Not a directory" in err
+
+
+def test_a_closed_stdout(place):
+    place.write(f"{HEAD}jobs: {{a: {{shell: x}}}}\n")
+    for command in ("check", "status"):
+        status, _, err = place.run(command, before="exec >&-; ")
+        assert status in (0, 1) and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "bind, shown", [("[::0]:0", "[::]"), ("0:0", "0.0.0.0"), ("127.1:0", "127.0.0.1")]
+)
+def test_other_spellings_of_an_address(executor, bind, shown):
+    daemon = executor({}, executor={"bind": bind, "allow_no_token": True})
+    wait_until(lambda: f"listening on {shown}:" in daemon.log)
+
+
+def test_a_locale_that_is_not_utf_8(place):
+    place.write(f"{HEAD}jobs: {{a: {{shell: 'echo \U0001f680'}}}}\n")
+    locale = "LC_ALL=en_US.ISO-8859-1 PYTHONCOERCECLOCALE=0 PYTHONUTF8=0 "
+    probe = f"{locale} {sys.executable} -c 'import sys; print(sys.getfilesystemencoding())'"
+    if "8859" not in subprocess.run(["sh", "-c", probe], capture_output=True, text=True).stdout:
+        pytest.skip("this host has no such locale")
+    status, _, err = place.run("check", before=f"export {locale}; ")
+    assert status == 0 and "start it with LANG=C.UTF-8" in err and "Traceback" not in err
+
+
 def test_https_where_http_is_spoken(executor, admin):
     address = admin.url.replace("http", "https")
     daemon = executor(admin=admin, admin_options={"addresses": [address]})
@@ -172,7 +259,8 @@ def test_words_of_bash(place, shell, word):
         f"      {line}\n" for line in shell.split("\n")
     )
     _, out, err = place.write(text).run("check")
-    told = f'/bin/sh has no "{word}" here: write it without, or command: [bash, -c, ...]'
+    remedy = 'write ". FILE"' if word == "source" else "write [ ]"
+    told = f'/bin/sh has no "{word}" here: {remedy}, or command: [bash, -c, ...]'
     assert told in out + err if word else "/bin/sh has no" not in out + err
 
 
