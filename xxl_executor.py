@@ -2297,6 +2297,7 @@ _METRICS = {  # name: (type, help, names of labels)
         "Whether the last reload worked, or none was asked.",
     ),
     "output_dropped_bytes_total": ("counter", "Bytes for stdout and stderr that nobody read."),
+    "disk_full": ("gauge", "Whether triggers are refused and output dropped: the disk is full."),
     "connections": ("gauge", "Open HTTP connections."),
     "last_heartbeat_timestamp_seconds": ("gauge", "When the admin last acknowledged a heartbeat."),
 }
@@ -4022,6 +4023,7 @@ class Endings(Decisions):
             running=lambda: self._occupied,
             queued=lambda: self._queued,
             stuck_threads=lambda: len(self._stuck),
+            disk_full=lambda: int(journal.reserve.lost),
         )
         self._happened: dict[type, typing.Callable[[typing.Any], None]] = {
             Ended: self._ended,
@@ -4046,7 +4048,12 @@ class Endings(Decisions):
             for run in [*runs, *list(self._stuck.values())]
             if run.started
         ]
-        return {"running": running, "queued": dict(queued), **self._recent.snapshot()}
+        return {
+            "running": running,
+            "queued": dict(queued),
+            "diskFull": self._journal.reserve.lost,
+            **self._recent.snapshot(),
+        }
 
     def _ended(self, message: Ended) -> None:
         failpoint("exited")
@@ -10586,6 +10593,8 @@ def _status_head(state: dict) -> list[str]:
         word = "registered" if state["registered"] else "not registered"
     place = f"{state['address']}  pid {state['pid']}  up {seconds_text(state['uptime'])}"
     lines = [f"{state['app']}  {word}", f"{place}  version {state['version']}"]
+    if state.get("diskFull"):  # not from an earlier version
+        lines.append("DISK FULL: triggers are refused, and output of jobs is dropped")
     if state["reloadError"]:
         lines.append(f"RELOAD FAILED, the old jobs stay: {state['reloadError']}")
     return [*lines, ""]

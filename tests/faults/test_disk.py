@@ -3,14 +3,16 @@ finish."""
 
 import contextlib
 import os
+import re
 import signal
 import sqlite3
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import run_job, wait_until
+from conftest import PROGRAM, run_job, wait_until
 from tools import Ledger, need_root, run_processes
 
 MIB = 1 << 20
@@ -82,6 +84,14 @@ def fill(place):
                     stream.write(b"x" * size)
 
 
+def shown(daemon):
+    """What `status` (whether it says that the disk is full) and the metrics tell."""
+    words = [sys.executable, str(PROGRAM), "-c", str(daemon.file), "status"]
+    told = subprocess.run(words, capture_output=True, text=True).stdout
+    metrics = daemon.session.get(daemon.url + "/metrics", timeout=20).text
+    return "\nDISK FULL: " in told, re.search(r"(?m)^xxl_executor_disk_full .*", metrics)[0]
+
+
 def use_up(daemon, ledger, handler):
     """Trigger until the reserve is given up: SQLite needs no new block for a while."""
 
@@ -128,6 +138,7 @@ def test_full_disk(disk, executor, admin, tmp_path, gates, kind):
     log_id = ledger.trigger(daemon, "quick")
     assert ledger.refused[log_id] == FULL.format(daemon.data)
     assert not (daemon.data / "reserve").exists()
+    assert shown(daemon) == (True, "xxl_executor_disk_full 1")
     assert (
         daemon.log.count(
             "is given up for results; triggers are refused and output of jobs is dropped until"
@@ -161,6 +172,7 @@ def test_full_disk(disk, executor, admin, tmp_path, gates, kind):
     log_id = ledger.trigger(daemon, "quick")
     assert ledger.result(log_id) == (200, "quick")
     assert (daemon.data / "reserve").exists()
+    assert shown(daemon) == (False, "xxl_executor_disk_full 0")
     ledger.settle(daemon)
     daemon.stop()
     check_journal(daemon.data)
