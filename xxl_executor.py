@@ -3640,7 +3640,7 @@ class Lane:
         self.running: Run | None = None
         self.waiting: collections.deque[Run] = collections.deque()
 
-    def check(self, trigger: Trigger, job: JobConfig) -> None:
+    def check(self, trigger: Trigger, job: JobConfig, room: bool) -> None:
         """Raises Refused for what depends on what runs and waits here: a stuck thread,
         DISCARD_LATER, queue_limit (not for COVER_EARLY, which drops what waits)."""
         if self.running is not None and self.running.stuck:
@@ -3654,8 +3654,8 @@ class Lane:
                 "block strategy effect: DISCARD_LATER, the job is running or waiting",
                 "discard_later",
             )
-        # of those that came at once one starts in the next turn
-        waiting = len(self.waiting) - (self.running is None)
+        # with `room`, one of those that came at once starts in the next turn
+        waiting = len(self.waiting) - (room and self.running is None)
         if waiting >= job.queue_limit and trigger.block_strategy != "COVER_EARLY":
             raise Refused(
                 f"{waiting} triggers of this job wait already: queue_limit is {job.queue_limit}",
@@ -3686,7 +3686,7 @@ class Batch:
         # (ticket; None for yes, a text, or Refused; the run that was accepted, if any)
         self.answers: list[tuple[typing.Any, typing.Any, Run | None]] = []
         self.started: list[Run] = []
-        self.cancelled: dict[Run, int] = {}  # and how many reasons there are
+        self.cancelled: dict[Run, list[Result]] = {}  # and all reasons that came
         self.dropped: list[tuple[Span, Result]] = []
         self.many_dropped: list[Dropped] = []
         self.works: list[tuple[Work, typing.Any]] = []
@@ -3900,8 +3900,9 @@ class Decisions(Lanes):
         if self._idle_hook is not None:
             raise Refused("the executor is stopping", "stopping")
         lane = self._lanes.get(trigger.job_id) or Lane(trigger.job_id)
-        lane.check(trigger, job)
-        queued = self._queued - min(len(self._ready), self._max_running - self._occupied)
+        room = self._max_running - self._occupied
+        lane.check(trigger, job, room >= len(self._ready))
+        queued = self._queued - min(len(self._ready), room)
         if queued >= self._max_queued:
             raise Refused(
                 f"{queued} triggers wait already: executor.max_queued is {self._max_queued}",
@@ -3975,9 +3976,9 @@ class Decisions(Lanes):
         """Only the first reason counts. It is stored, if that is possible, before anything is
         ended: so it is the result after a crash too."""
         if run in self._batch.cancelled:
-            self._batch.cancelled[run] += 1
+            self._batch.cancelled[run].append(result)
         elif run.cancelled is None and not run.stuck:
-            run.cancelled, self._batch.cancelled[run] = result, 1
+            run.cancelled, self._batch.cancelled[run] = result, [result]
             self._journal.cancel(run.trigger.log_id, result)
             self._batch.undo.append(functools.partial(setattr, run, "cancelled", None))
 
@@ -4114,13 +4115,15 @@ class Endings(Decisions):
     def _withdraw_late(self, run: Run) -> None:
         """It was refused before it was stored. What it covers runs on, unless there is another
         reason to end it; what it made drop is gone, for that is stored."""
-        covered = self._lanes[run.trigger.job_id].running
-        self._withdraw(run, "refused: it could not be stored in time")
-        cancelled = self._batch.cancelled
-        if covered and cancelled.get(covered) == 1 and covered.cancelled == covered_by(run.trigger):
-            del cancelled[covered]
-            covered.cancelled = None
-            self._journal.cancel(covered.trigger.log_id, None)
+        if run.trigger.log_id in self._runs:  # else another one has covered it
+            self._withdraw(run, "refused: it could not be stored in time")
+        for covered, reasons in list(self._batch.cancelled.items()):
+            if covered_by(run.trigger) in reasons:
+                reasons.remove(covered_by(run.trigger))
+                covered.cancelled = reasons[0] if reasons else None
+                self._journal.cancel(covered.trigger.log_id, covered.cancelled)
+                if not reasons:
+                    del self._batch.cancelled[covered]
 
     def _finish(self, run: Run, result: Result) -> None:
         """Note its result in the journal, and tell of it."""
@@ -4325,7 +4328,7 @@ class Core(Endings, Watched):
             if ticket.claim():
                 ticket.give(outcome)
             # The selector may have refused it meanwhile, see _end_patience: then it must not run.
-            elif run is not None and run.trigger.log_id in self._runs:
+            elif run is not None:
                 self._withdraw_late(run)
                 self.put(_ONE_TURN)  # which stores that at once
         for span, result in batch.dropped:
