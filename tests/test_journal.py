@@ -507,6 +507,22 @@ def test_prune_tells_why_it_cannot(journal, posted, file):
     assert journal.prune() == 10
 
 
+def test_a_prune_that_fails_fails_no_trigger_beside_it(journal, file):
+    """What only the prune meets, such as a damaged page, costs the triggers nothing that come into
+    the same transaction."""
+    many_delivered(file, 10)
+
+    def post(message):
+        _, value = turn(journal, lambda: (journal.accept(trigger(11)), message.work()))
+        message.done(value)
+
+    journal.post = post
+    with failing(file, "DELETE"), pytest.raises(JournalError) as caught:
+        journal.prune()
+    assert str(caught.value) == f"{file}: the disk is full"
+    assert journal.state(11) is RunState.ACCEPTED
+
+
 # -- a batch is one transaction
 
 
@@ -1106,6 +1122,23 @@ def test_what_is_too_old_or_gone_is_failed_at_the_start(slow, admin):
     assert edit(slow, unfinished) == [(0,)]
 
 
+def test_a_disabled_job_does_not_start_again(slow, admin):
+    """enabled: false while the executor is down: neither what ran, which on_crash would have run
+    again, nor what waited is started."""
+    log_ids = [admin.trigger(slow.url, "again")[0] for _ in range(2)]
+    starts_of(slow)
+    slow.kill()
+    config = slow.file.read_text()
+    slow.file.write_text(config.replace("  again:\n", "  again:\n    enabled: false\n"))
+    slow.start()
+    assert [result_of(admin, log_id)["handleMsg"] for log_id in log_ids] == [
+        "executor restarted while the job ran, its outcome is unknown",
+        'job handler "again" was removed or disabled before the run started',
+    ]
+    run_job(slow, admin, "quick")
+    starts_of(slow)
+
+
 def test_a_broken_journal_does_not_stop_the_daemon(executor, admin):
     daemon = executor({"hello": {"shell": "echo hello"}}, admin=admin)
     run_job(daemon, admin, "hello")
@@ -1188,6 +1221,66 @@ def test_the_journal_is_compatible_with_its_own_triggers(executor, admin):
     daemon.start()
     assert result_of(admin, log_id)["handleMsg"] == f"ä 'x'|2|5|77|{date}"
     assert result_of(admin, first)["handleCode"] == 500
+
+
+# -- texts that are not UTF-8
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """A directory whose name is of another encoding."""
+    place = tmp_path / os.fsdecode("中文".encode("gbk"))
+    place.mkdir()
+    return place
+
+
+def test_a_result_that_is_not_utf8_is_stored(executor, admin, foreign, tmp_path):
+    """It names the file of the journal, whose path is not UTF-8: it arrives with ? in place of what
+    cannot be stored, and holds up nothing that comes later."""
+    go = tmp_path / "go"
+    job = {"shell": f"until [ -e {go} ]; do sleep 0.02; done; echo done"}
+    daemon = executor({"job": job}, admin=admin, directory=foreign)
+    first, _ = admin.trigger(daemon.url, "job")
+    behind, _ = admin.trigger(daemon.url, "job")
+    wait_until(lambda: daemon.status()["running"], what="the start of the run")
+    edit(
+        daemon,
+        "CREATE TRIGGER full BEFORE UPDATE OF state ON runs WHEN NEW.state = 'running' BEGIN SELECT"
+        " RAISE(ABORT, 'the disk is full'); END",
+    )
+    go.touch()
+    shown = str(daemon.data / "journal.db").encode("utf-8", "replace").decode()
+    assert [result_of(admin, log_id)["handleMsg"] for log_id in (first, behind)] == [
+        "done",
+        f"not started, the executor cannot store the start: {shown}: the disk is full",
+    ]
+    edit(daemon, "DROP TRIGGER full")
+    assert run_job(daemon, admin, "job")[1]["handleMsg"] == "done"
+
+
+def test_a_handler_that_is_not_utf8_is_told_of(executor, admin):
+    """A script with such a name was accepted by an earlier executor, and is gone: its result comes,
+    and that of the next run too."""
+    daemon = executor({"hello": {"shell": "echo hello"}}, admin=admin, start=False)
+    daemon.data.mkdir()
+    handler, now = os.fsdecode("caf\xe9.sh".encode("latin-1")), int(time.time() * 1000)
+    with contextlib.closing(Journal(str(daemon.data / "journal.db"))) as journal:
+        accept(journal, Trigger(1, 1, handler, log_date_time=now))
+    daemon.start()
+    told = 'job handler "caf?.sh" was removed or disabled before the run started'
+    assert result_of(admin, 1)["handleMsg"] == told
+    assert run_job(daemon, admin, "hello")[1]["handleMsg"] == "hello"
+
+
+def test_a_data_dir_that_is_not_utf8_is_read_and_pruned(executor, admin, foreign):
+    daemon = executor({"hello": {"shell": "echo hello"}}, admin=admin, directory=foreign)
+    log_id, _ = run_job(daemon, admin, "hello")
+    assert str(log_id) in said(daemon, "runs")
+    assert daemon.stop() == 0
+    edit(daemon, "UPDATE runs SET state = 'delivered', finished = 0 WHERE log_id = ?", log_id)
+    daemon.start()
+    wait_until(lambda: "pruned 0 logs and 1 run\n" in daemon.log, what="the end of the old run")
+    assert str(log_id) not in said(daemon, "runs")
 
 
 # -- what the review of the queries showed

@@ -3,6 +3,7 @@ daemon."""
 
 import concurrent.futures
 import contextlib
+import itertools
 import json
 import re
 import socket
@@ -239,6 +240,31 @@ def test_queue_limits(executor, admin, tmp_path):
     # What was refused was never accepted, and the places are free again.
     assert ending(admin, accept(daemon, admin, jobId=3, executorParams="e")) == (200, "done e")
     assert sorted(line[6:] for line in order(tmp_path) if line.startswith("start")) == list("abcde")
+
+
+def test_triggers_that_come_at_once_do_not_wait_for_each_other(executor, admin, tmp_path):
+    """A trigger for each of ten idle jobs, and a second one for three of them, in one moment: what
+    can start at once takes no place of what waits; once max_running is taken, the limits hold."""
+    daemon = executor(
+        {"gated": gated(tmp_path, queue_limit=1)},
+        admin=admin,
+        executor={"max_queued": 5, "max_running": 10},
+    )
+    numbers = itertools.count(1)
+
+    def refused(*job_ids):
+        bodies = [
+            {"jobId": job_id, "logId": next(numbers), "executorHandler": "gated"}
+            for job_id in job_ids
+        ]
+        return [reply["msg"] for reply in burst(daemon, bodies) if reply["code"] != 200]
+
+    assert refused(*range(1, 11), 1, 2, 3) == []
+    wait_until(lambda: len(order(tmp_path)) == 10, what="ten starts")
+    assert refused(1, 2) == ["1 triggers of this job wait already: queue_limit is 1"] * 2
+    assert refused(11, 12, 13, 14) == ["5 triggers wait already: executor.max_queued is 5"] * 2
+    release(tmp_path)
+    wait_until(lambda: len(admin.results) == 15, 30, "every result")
 
 
 def test_cover_early_may_replace_a_full_queue(executor, admin, tmp_path):
@@ -522,6 +548,34 @@ def test_a_stuck_thread_killed_by_the_admin_or_covered(executor, admin, tmp_path
         f"run {ids[1]} of this job does not return from its thread",
     )
     assert daemon.stop(8) == 0
+
+
+def test_what_waits_behind_a_stuck_thread_is_kept_at_a_stop(executor, admin, tmp_path):
+    """The next start, which is the remedy, runs it."""
+    mark, go = tmp_path / "started", tmp_path / "go"
+    (tmp_path / "stuck_job.py").write_text(
+        "import pathlib, threading\n"
+        "def main(context):\n"
+        f"    pathlib.Path({str(mark)!r}).touch()\n"
+        f"    if not pathlib.Path({str(go)!r}).exists():\n"
+        "        threading.Event().wait()\n"
+        "    return 'returned'\n"
+    )
+    job = {
+        "python": "stuck_job:main",
+        "isolation": "thread",
+        "pythonpath": [str(tmp_path)],
+        "kill_grace": "0.2s",
+    }
+    daemon = executor({"stuck": job}, admin=admin, executor={"drain_timeout": "0.2s"})
+    stuck, *waiting = [accept(daemon, admin, "stuck") for _ in range(3)]
+    wait_until(mark.exists)
+    assert daemon.stop() == 0
+    go.touch()
+    daemon.start()
+    assert ending(admin, stuck) == (500, "killed: the executor stopped; its thread did not return")
+    assert [ending(admin, log_id) for log_id in waiting] == [(200, "returned")] * 2
+    assert all_results(admin, [stuck, *waiting]) == dict.fromkeys([stuck, *waiting], 1)
 
 
 def test_a_thread_that_returns_late(executor, admin, tmp_path):

@@ -1,6 +1,7 @@
 """Directories of scripts: each executable file is a job by its name, looked up at the trigger."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -84,6 +85,25 @@ def test_what_is_no_job(executor, admin, scripts, tmp_path):
     assert run_job(daemon, admin, "fine")[1]["handleMsg"] == "fine"
     scripts.chmod(0o777)  # now anybody could put another one in its place
     assert "others may write" in refused(daemon, admin, "fine")
+
+
+def test_a_name_that_is_not_utf8(executor, admin, scripts):
+    """No JobHandler has such a name: who asks for it nevertheless is refused, `check` names the
+    script, and everything else goes on."""
+    name = os.fsdecode("caf\xe9.sh".encode("latin-1"))
+    write(scripts, name, "#!/bin/sh\necho hello\n")
+    write(scripts, "café.sh", "#!/bin/sh\necho fine\n")
+    daemon = executor({}, admin=admin, scripts={"directories": [str(scripts)]})
+    reason = "its name is not UTF-8, and that of a JobHandler is"
+    assert refused(daemon, admin, name) == f'script "caf?.sh" is not run: {reason}'
+    assert run_job(daemon, admin, "café.sh")[1]["handleMsg"] == "fine"
+    assert daemon.session.get(daemon.url + "/metrics", timeout=20).status_code == 200
+    found = subprocess.run(
+        [sys.executable, str(PROGRAM), "-c", str(daemon.file), "check"], capture_output=True
+    )
+    assert found.returncode == 0
+    [line] = [line for line in found.stderr.decode().splitlines() if "script" in line]
+    assert re.search(rf'script "caf.+\.sh" is not run: {reason}$', line), line
 
 
 def test_a_script_of_another_user_under_root(executor, admin, scripts):

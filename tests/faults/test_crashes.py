@@ -493,19 +493,25 @@ def test_a_broken_journal(executor, admin, tmp_path, damage, broken):
         assert edit(daemon, "SELECT count(*) FROM runs WHERE log_id <= 4000") == [(4000,)]
 
 
+def stored_before_a_crash(daemon, ledger, log_ids):
+    """Have the journal of a daemon that has not started yet hold these accepted runs."""
+    daemon.data.mkdir()
+    with contextlib.closing(Journal(str(daemon.data / "journal.db"))) as journal:
+        journal.begin()
+        for log_id in log_ids:
+            now = int(time.time() * 1000)
+            assert journal.accept(Trigger(1, log_id, "job", log_date_time=now))
+        journal.commit()
+    ledger.accepted.update(log_ids)
+
+
 @pytest.mark.parametrize("garbage", [b"????????", b"\xff" * 8], ids=["no JSON", "no UTF-8"])
 def test_a_broken_row(executor, admin, tmp_path, garbage):
     """A run that cannot be read, which SQLite does not notice, is failed; those beside it run."""
     ledger = Ledger(admin, tmp_path)
     daemon = executor({"job": ledger.job("echo done")}, admin=admin, start=False)
-    daemon.data.mkdir()
     runs = [101, 102, 103]
-    with contextlib.closing(Journal(str(daemon.data / "journal.db"))) as journal:
-        journal.begin()
-        for log_id in runs:
-            assert journal.accept(Trigger(1, log_id, "job", log_date_time=int(time.time() * 1000)))
-        journal.commit()
-    ledger.accepted.update(runs)
+    stored_before_a_crash(daemon, ledger, runs)
     db = daemon.data / "journal.db"
     replace(db, db.read_bytes().index(b'"log_id": 102'), garbage)
     daemon.start()
@@ -513,6 +519,22 @@ def test_a_broken_row(executor, admin, tmp_path, garbage):
     assert len(stderr_lines(daemon, " WARNING failed .*logId=102 .* broken")) == 1
     ledger.settle(daemon)
     assert sorted(ledger.started()) == [101, 103]
+
+
+@pytest.mark.parametrize("digit", [b"3", b"7"], ids=["of the run beside it", "of no run"])
+def test_a_damaged_log_id(executor, admin, tmp_path, digit):
+    """A digit of the logId in a stored trigger is another one: each run starts as the one that was
+    accepted, and gets its own result."""
+    ledger = Ledger(admin, tmp_path)
+    daemon = executor({"job": ledger.job("echo done")}, admin=admin, start=False)
+    runs = [101, 102, 103]
+    stored_before_a_crash(daemon, ledger, runs)
+    db = daemon.data / "journal.db"
+    replace(db, db.read_bytes().index(b'"log_id": 102'), b'"log_id": 10' + digit)
+    daemon.start()
+    assert [ledger.result(log_id) for log_id in runs] == [(200, "done")] * 3
+    ledger.settle(daemon)
+    assert sorted(ledger.started()) == sorted(admin.results) == runs
 
 
 # -- 14: at any moment

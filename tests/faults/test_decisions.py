@@ -376,6 +376,21 @@ def test_a_drop_that_cannot_be_written_drops_nothing(executor, admin, tmp_path):
     assert ledger.started() == [running]
 
 
+def test_a_repeated_trigger_is_known_while_nothing_can_be_stored(executor, admin, tmp_path):
+    """The caller lost the answer, and asks again when the journal cannot store: the run was
+    accepted, though it has ended since, and does not start again."""
+    ledger = Ledger(admin, tmp_path)
+    daemon = executor({"job": ledger.job()}, admin=admin)
+    known = ledger.trigger(daemon)
+    ledger.settle(daemon)
+    with failing(daemon, "INSERT ON runs"):
+        assert ledger.trigger(daemon) in ledger.refused
+        assert ledger.trigger(daemon, logId=known) not in ledger.refused
+    after = ledger.trigger(daemon)
+    ledger.settle(daemon)
+    assert ledger.started() == [known, after]
+
+
 def test_a_lane_that_was_killed_is_not_taken_for_its_successor(executor, admin, tmp_path):
     """A job is killed while it waits for a slot, and triggered anew; then its start cannot be
     stored. That run fails, and later ones of the job still run one at a time."""
@@ -508,10 +523,10 @@ def test_a_trigger_that_a_thread_decodes_is_refused_in_time_too(executor, admin,
 
 
 @contextlib.contextmanager
-def held_core(daemon, log_id):
+def held_core(daemon, log_id, told=TOO_SLOW):
     """The core commits a trigger of job 9, for as long as the disk takes; what is sent inside waits
     for the next commit. Yields a function that sends one request more, and returns a function that
-    reads its answer."""
+    reads its answer. `told`: what the trigger is answered."""
     wal = Path(f"{daemon.data}/journal.db-wal")
     with contextlib.ExitStack() as stack:
 
@@ -526,7 +541,7 @@ def held_core(daemon, log_id):
         first = send("/trigger", trigger(log_id, 9))
         wait_until(lambda: wal.stat().st_mtime_ns != before, 3, "the first commit")
         yield send
-        assert first()["msg"] == TOO_SLOW
+        assert first()["msg"] == told
 
 
 @pytest.mark.parametrize("after", [0.0, 2.0])
@@ -584,6 +599,36 @@ def test_who_has_given_up_decides_nothing(executor, admin, tmp_path, how):
     assert [outcome(admin, log_id) for log_id in (running, waiting)] == [(200, "done")] * 2
     ledger.settle(daemon)
     assert ledger.started() == [running, waiting]
+
+
+def test_a_cover_that_is_refused_as_it_is_stored_ends_nothing(executor, admin, tmp_path):
+    """It was decided in time, but not stored in time: what runs goes on, unless a kill came in the
+    same moment. What it dropped stays dropped, for that is stored."""
+    ledger, go = Ledger(admin, tmp_path), tmp_path / "go"
+    job = ledger.job('until [ -e "$GO" ]; do sleep 0.05; done; echo done')
+    job["env"]["GO"] = str(go)
+    # What is sent waits for one commit to be decided, and for another one to be stored.
+    daemon = executor({"job": job}, admin=admin, program=LAUNCH, env=launch(PATIENCE=3.0))
+    covered, killed, waiting = (ledger.trigger(daemon, jobId=number) for number in (1, 2, 1))
+    wait_until(lambda: sorted(ledger.started()) == [covered, killed])
+    wait_until(lambda: daemon.status()["registered"], 10, "the registration")
+    held, *covering = range(waiting + 1, waiting + 4)
+    with tampered(daemon, "delay_exit=2000000"), held_core(daemon, held, None) as send:
+        answers = [send("/trigger", trigger(covering[0], 1, executorBlockStrategy="COVER_EARLY"))]
+        answers.append(send("/kill", {"jobId": 2}))
+        again = trigger(covering[1], 2, executorBlockStrategy="COVER_EARLY")
+        answers.append(send("/trigger", again))
+        too_slow = TOO_SLOW.replace("2.5 s", "3 s")
+        assert [answer()["msg"] for answer in answers] == [too_slow] * 3
+    assert [outcome(admin, log_id) for log_id in covering] == [LATE] * 2
+    assert outcome(admin, waiting) == (500, f"covered by run {covering[0]}")
+    assert outcome(admin, killed) == KILLED
+    query = "SELECT state, code, message FROM runs WHERE log_id = ?"
+    assert stored(daemon, query, covered) == [("running", None, None)], "as after a crash"
+    go.touch()
+    assert [outcome(admin, log_id) for log_id in (covered, held)] == [(200, "done")] * 2
+    ledger.settle(daemon)
+    assert sorted(ledger.started()) == [covered, killed, held]
 
 
 # -- an acknowledged result is sent again
