@@ -3837,8 +3837,7 @@ class Decisions(Lanes):
     def _may_start(self) -> bool:
         """Whether `_start_ready` would start a run now; the core does not sleep while it is
         true."""
-        room = self._occupied < self._max_running
-        return bool(self._ready) and room and self._idle_hook is None
+        return bool(self._ready) and self._occupied < self._max_running and self._idle_hook is None
 
     def _start_next(self, lane: Lane) -> None:
         run = lane.waiting[0]

@@ -831,18 +831,6 @@ def test_metrics_are_prometheus_text_and_say_nothing_of_parameters(executor, adm
     assert "p4ssw0rd" not in reply.text + health
 
 
-def test_a_handler_that_is_not_utf8_is_shown_with_a_question_mark(executor, admin):
-    """Such as YAML can spell: in the metrics, and before each line of output."""
-    daemon = executor(
-        {"caf\udce9": {"shell": "echo hello"}}, admin=admin, executor={"log_to_stdout": True}
-    )
-    log_id, found = run_job(daemon, admin, "caf\udce9")
-    assert found["handleMsg"] == "hello"
-    wait_until(lambda: f"caf? logId={log_id} hello\n" in daemon.log, what="the line of output")
-    _, samples = parse_metrics(daemon.session.get(daemon.url + "/metrics", timeout=20).text)
-    assert samples["xxl_executor_runs_total", (("handler", "caf?"), ("code", "200"))] == 1
-
-
 def test_metrics_of_a_daemon_that_has_done_nothing(executor):
     """What cannot be told apart by labels is there from the start, as Prometheus asks: a `rate`
     needs the 0 before the first failure."""
