@@ -1,16 +1,22 @@
 """What a second reading of the callbacks, the registration and the daemon found: defects that no
 other test would see come back."""
 
+import collections
 import contextlib
 import json
+import os
+import resource
 import select
 import signal
 import socket
 import subprocess
+import sys
+import threading
 
 import pytest
-from conftest import LAUNCH, launch, wait_until
-from tools import Proxy, items_of
+import yaml
+from conftest import LAUNCH, PROGRAM, alive, launch, run_job, wait_until
+from tools import Proxy, items_of, stderr_lines
 
 REFUSAL = json.dumps({"code": 500, "msg": "no such log"}).encode()
 CONFIG = "executor: {bind: '127.0.0.1:0', data_dir: ./data, drain_timeout: 5s}\n"
@@ -131,23 +137,32 @@ def test_a_stop_delivers_although_a_backoff_runs(executor, admin):
         assert log_id in admin.results
 
 
-def test_a_stop_delivers_what_is_good_in_a_batch_that_is_refused(executor, admin, tmp_path):
-    """It is split until what is bad is alone, however many requests that takes."""
-    shell, open_gate = gate(tmp_path)
-    daemon = executor({"a": {"shell": shell}}, admin=admin, executor={"drain_timeout": "60s"})
-    wait_until(lambda: "registered" in daemon.log, 10, "a registration")
-    log_ids = [admin.trigger(daemon.url, "a", jobId=number)[0] for number in range(1, 25)]
-    good, bad = log_ids[:16], set(log_ids[16:])
+def test_a_stop_delivers_what_is_good_in_a_batch_that_is_refused(executor, admin):
+    """It is split until what is bad is alone; then the next request waits a little, and the stop
+    with it."""
+    first, go_on = threading.Event(), threading.Event()
+    bad = set()
 
     def behave(path, body):
-        refused = path.endswith("callback") and bad & {item["logId"] for item in items_of(body)}
-        return (200, REFUSAL) if refused else None
+        if not path.endswith("callback"):
+            return None
+        if not first.is_set():
+            first.set()
+            go_on.wait(20)
+        return (200, REFUSAL) if bad & {item["logId"] for item in items_of(body)} else None
 
     admin.behave = behave
+    daemon = executor(
+        {"a": {"shell": "true"}}, admin=admin, program=LAUNCH, env=launch(DELIVER_LIMIT=60.0)
+    )
+    log_ids = [admin.trigger(daemon.url, "a")[0] for _ in range(24)]  # one after the other
+    bad.update(log_ids[16:])
+    wait_until(lambda: len(stderr_lines(daemon, " finished a ")) == 24, 20, "the runs")
+    assert first.wait(10)
     begin_to_stop(daemon)
-    open_gate()
-    assert daemon.wait() == 0
-    assert sorted(admin.results) == good
+    go_on.set()
+    assert daemon.wait(70) == 0
+    assert sorted(admin.results) == log_ids[:16]
 
 
 def test_a_second_signal_ends_a_stop_while_the_admin_hangs(executor, admin, tmp_path):
@@ -176,3 +191,202 @@ def test_a_second_signal_ends_a_stop_while_the_admin_hangs(executor, admin, tmp_
         if status is None:
             daemon.kill()
     assert status == 0
+
+
+# -- signals
+
+
+def test_a_report_of_the_threads_without_a_free_descriptor(executor, admin):
+    """SIGUSR1 is for a daemon in trouble: it may not end it."""
+    daemon = executor({"a": {"shell": "true"}}, admin=admin)
+    wait_until(lambda: "registered" in daemon.log, 10, "a registration")
+    pid = daemon.process.pid
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, before[1]))
+    daemon.signal(signal.SIGUSR1)
+    wait_until(lambda: "cannot tell what the threads do" in daemon.log, 10, "a word of it")
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+    run_job(daemon, admin, "a")
+
+
+@contextlib.contextmanager
+def command(directory, config, *arguments):
+    """A command in a session of its own that a hangup may end; with what it shows in `shown`, its
+    temporary files in `scratch`, and the process of its job in `pid`."""
+    (directory / "scratch").mkdir()
+    file = directory / "config.yaml"
+    file.write_text(
+        f"{config}jobs: {{a: {{shell: 'echo $$ > pid.new; mv pid.new pid; {LONG}'}}}}\n"
+    )
+    with (directory / "shown").open("wb") as shown:
+        process = subprocess.Popen(
+            [sys.executable, str(PROGRAM), "-c", str(file), *arguments],
+            cwd=directory,
+            env={**os.environ, "TMPDIR": str(directory / "scratch")},
+            stdin=subprocess.DEVNULL,
+            stdout=shown,
+            stderr=shown,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+        )
+    try:
+        wait_until((directory / "pid").exists, 20, "the start of the job")
+        yield process
+    finally:
+        process.kill()
+        process.wait(10)
+        with contextlib.suppress(OSError):
+            os.kill(int((directory / "pid").read_text()), signal.SIGKILL)
+
+
+LONG = "exec sleep 600"
+
+
+@pytest.mark.parametrize("arguments", [("exec", "a"), ("demo",)], ids=" ".join)
+def test_a_terminal_that_goes_away_ends_what_runs_in_it(tmp_path, arguments):
+    """With its job and its files: nobody would ever see or stop them."""
+    with command(tmp_path, CONFIG, *arguments) as process:
+        job = int((tmp_path / "pid").read_text())
+        process.send_signal(signal.SIGHUP)
+        process.wait(20)
+        wait_until(lambda: not alive(job), 10, "the end of the job")
+        assert list((tmp_path / "scratch").iterdir()) == []
+        assert "Traceback" not in (tmp_path / "shown").read_text()
+
+
+def test_demo_does_not_wait_for_its_runs(tmp_path):
+    """Ctrl-C is by somebody who watches, whatever drain_timeout the daemon is to have."""
+    config = CONFIG.replace("drain_timeout: 5s", "drain_timeout: 600s")
+    with command(tmp_path, config, "demo") as process:
+        wait_until(lambda: "running" in (tmp_path / "shown").read_text(), 20, "the run")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) in (0, 130)
+
+
+# -- reloads
+
+
+def interpreter(file, *flags):
+    """Make `file` an interpreter that is ours with these flags."""
+    new = file.with_name("new")
+    new.write_text(f"#!/bin/sh\nexec '{sys.executable}' {' '.join(flags)} \"$@\"\n")
+    new.chmod(0o755)
+    new.replace(file)
+
+
+@pytest.fixture
+def deployed(executor, admin, tmp_path):
+    """(daemon, job, file): a daemon with a Python job `p` of the interpreter `file`, which has
+    run."""
+    (tmp_path / "entry.py").write_text(
+        "import sys\n\n\ndef main():\n    return sys.flags.optimize\n"
+    )
+    file = tmp_path / "python"
+    interpreter(file)
+    job = {"python": "entry:main", "pythonpath": [str(tmp_path)], "interpreter": str(file)}
+    daemon = executor({"p": job}, admin=admin)
+    assert run_job(daemon, admin, "p")[1]["handleMsg"] == "0"
+    return daemon, job, file
+
+
+def change(daemon, **sections):
+    daemon.write({**yaml.safe_load(daemon.file.read_text()), **sections})
+
+
+def test_an_interpreter_that_nobody_names_any_more_is_given_up(deployed):
+    """Else each deployment into a directory of its own would leave a server behind."""
+    daemon, _, _ = deployed
+    assert daemon.family()
+    change(daemon, jobs={"a": {"shell": "true"}})
+    reload(daemon)
+    wait_until(lambda: not daemon.family(), 10, "the end of its server")
+
+
+def test_a_reload_notices_an_interpreter_that_was_replaced(deployed, admin):
+    """As where `interpreter` leads through a link to the release of the day."""
+    daemon, _, file = deployed
+    interpreter(file, "-O")
+    reload(daemon)
+    assert run_job(daemon, admin, "p")[1]["handleMsg"] == "1"
+
+
+def test_a_file_that_loading_does_not_expect_ends_nothing(executor, admin):
+    """Half of a surrogate is what YAML can write and no file name can have."""
+    daemon = executor({"a": {"shell": "true"}}, admin=admin)
+    good = daemon.file.read_text()
+    daemon.file.write_text(CONFIG + 'admin: {access_token_file: "\\ud800"}\n')
+    reload(daemon, "reload failed, the old jobs stay")
+    run_job(daemon, admin, "a")
+    daemon.file.write_text(good)
+    reload(daemon)
+    assert "UnicodeEncodeError" in daemon.log
+    daemon.stderr.write_text(daemon.log.replace("Traceback", ""))  # this one is wanted
+
+
+def test_a_token_that_moves_into_a_file_takes_no_restart(executor, loopback):
+    """It was taken over all the same."""
+    admin = loopback(token="old-token")
+    daemon = executor({"a": {"shell": "true"}}, admin=admin)
+    (daemon.directory / "token").write_text("new-token\n")
+    change(daemon, admin={"addresses": [admin.url], "access_token_file": "token"})
+    assert "restart" not in reload(daemon)
+    admin.token = "new-token"
+    run_job(daemon, admin, "a")
+
+
+@pytest.mark.parametrize("host", ["admin..corp", "a" * 64 + ".corp"])
+def test_a_name_that_no_host_can_have(executor, host):
+    """One line says so, see the fixture for tracebacks."""
+    daemon = executor(admin_options={"addresses": [f"http://{host}:1/x"]})
+    wait_until(lambda: f"{host} is no name of a host" in daemon.log, 10, "a word of it")
+
+
+# -- results that are refused, and repeats
+
+
+def test_a_refused_result_is_told_once(executor, admin):
+    """It is tried for weeks; the log would hold nothing else."""
+    tried = collections.Counter()
+
+    def behave(path, body):
+        if not path.endswith("callback"):
+            return None
+        tried.update(item["logId"] for item in items_of(body))
+        return 404, b"<html>not found</html>"
+
+    admin.behave = behave
+    daemon = executor({"a": {"shell": "true"}}, admin=admin)
+    log_ids = [admin.trigger(daemon.url, "a", jobId=number)[0] for number in (1, 2, 3)]
+    wait_until(lambda: all(tried[log_id] >= 4 for log_id in log_ids), 20, "more attempts")
+    for log_id in log_ids:
+        assert len(stderr_lines(daemon, f"refuses the result of logId={log_id},")) == 1
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (404, b"<html>not found</html>"),
+        (500, b"<html>oops</html>"),
+        (200, b"<html>please log in</html>"),
+        (200, b'{"code":500,"msg":"The access token is wrong."}'),
+    ],
+    ids=["404", "500", "login", "token"],
+)
+def test_a_repeat_that_nobody_looked_at_is_sent_again(executor, admin, answer):
+    """An error page or a wrong token says nothing of the result: the admin, which has lost it, gets
+    it later."""
+    callbacks = []
+
+    def behave(path, body):
+        if path.endswith("callback"):
+            callbacks.append(path)
+            if len(callbacks) in (2, 3):  # in both dialects
+                return answer
+        return None
+
+    admin.behave = behave
+    daemon = executor(
+        {"a": {"shell": "true"}}, admin=admin, program=LAUNCH, env=launch(RESEND_AFTER=[0.3, 1000])
+    )
+    log_id, _ = run_job(daemon, admin, "a")
+    assert admin.wait(lambda: len(admin.results[log_id]) == 2, 10), "it was not sent again"
