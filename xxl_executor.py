@@ -8366,9 +8366,9 @@ class Callbacks(Undelivered, Watched):
             self._retry_at = time.monotonic() + wait
             if str(error) != self.last_error:  # an outage is told once, not once a minute
                 log.warning(
-                    "cannot deliver %s, next attempt in %.0f s: %s",
+                    "cannot deliver %s, next attempt in %s: %s",
                     counted(len(part.rows), "result"),
-                    wait,
+                    seconds_text(wait),
                     error,
                 )
             self.last_error = str(error)
@@ -9677,6 +9677,16 @@ def check_host(config: Config) -> None:
         threading.Thread(target=check, name="host-check", daemon=True).start()
 
 
+def listening_text(config: Config, port: int, inherited: bool) -> str:
+    """What the log says at the start."""
+    where = "the socket unit's " if inherited else ""
+    admins = ", ".join(config.admin.addresses)
+    return (
+        f"listening on {where}{authority(config.executor.bind[0], port)},"
+        f" {counted(len(config.jobs), 'job')}, {f'admin {admins}' if admins else 'no admin'}"
+    )
+
+
 def job_changes(old: dict[str, JobConfig], new: dict[str, JobConfig]) -> str:
     """What a reload has brought, on one line."""
     common = old.keys() & new.keys()
@@ -9700,6 +9710,7 @@ class Daemon(Wiring):
         super().__init__(config)
         self._signals = signals
         self._reap_at: float | None = None
+        self._hurry = False  # a stop is to wait for nothing any more but what killing takes
         self._housekeeping_at = time.monotonic()
         self._watch_at = self._housekeeping_at if config.executor.watch_config else None
         self._files = ConfigFiles(config)
@@ -9708,15 +9719,7 @@ class Daemon(Wiring):
         """Build and start everything. Raises ExecutorError; nothing runs then."""
         self.build()
         self._start_threads()
-        log.info(
-            "listening on %s%s, %s, %s",
-            "the socket unit's " if self._inherited else "",
-            authority(self.config.executor.bind[0], self.port),
-            counted(len(self.config.jobs), "job"),
-            "admin " + ", ".join(self.config.admin.addresses)
-            if self.config.admin.addresses
-            else "no admin",
-        )
+        log.info("%s", listening_text(self.config, self.port, self._inherited is not None))
         trim_memory()
         check_host(self.config)
         notify(f"READY=1\nSTATUS=listening on {self.url}, {counted(len(self.config.jobs), 'job')}")
@@ -9867,8 +9870,12 @@ class Daemon(Wiring):
         log.info("stopped, %s", left)
 
     def _hurried(self) -> bool:
-        """Whether another signal has come that asks for the end."""
-        return bool(self.signals.wait(time.monotonic()) & {signal.SIGTERM, signal.SIGINT})
+        """Whether another signal has come that asks for the end, now or while runs ended."""
+        got = self.signals.wait(time.monotonic())
+        if signal.SIGUSR1 in got:
+            log_stacks()
+        self._hurry = self._hurry or bool(got & {signal.SIGTERM, signal.SIGINT})
+        return self._hurry
 
     def _end_runs(self) -> None:
         """Let them end within drain_timeout, or end them."""
@@ -9881,8 +9888,8 @@ class Daemon(Wiring):
 
         self._core.put(Drain(idle_hook))
         deadline = time.monotonic() + self.config.executor.drain_timeout
-        while not idle.is_set() and time.monotonic() < deadline and not self._next(deadline):
-            pass
+        while not (idle.is_set() or self._hurry or time.monotonic() >= deadline):
+            self._hurry = self._next(deadline)
         if not idle.is_set():
             deadline = time.monotonic() + self._core.grace()
             self._core.put(CancelAll(Result(FAILURE, "killed: the executor stopped")))

@@ -173,9 +173,9 @@ def test_a_stop_delivers_what_is_good_in_a_batch_that_is_refused(executor, admin
     assert sorted(admin.results) == log_ids[:16]
 
 
-def test_more_signals_end_a_stop_while_the_admin_hangs(executor, admin):
-    """Whoever cannot wait for its answers need not send SIGKILL: one signal is enough for what the
-    stop waits for just then, be it the end of the runs, a callback or the registration."""
+def test_a_second_signal_ends_a_stop_while_the_admin_hangs(executor, admin):
+    """Whoever cannot wait for its answers need not send SIGKILL: one more signal is enough, whatever
+    the stop waits for."""
     with Proxy(admin) as proxy:
         daemon = executor(
             {"a": {"shell": "true"}},
@@ -190,10 +190,9 @@ def test_more_signals_end_a_stop_while_the_admin_hangs(executor, admin):
         wait_until(lambda: proxy.requests > before, 10, "the callback")
         daemon.signal(signal.SIGTERM)
         wait_until(lambda: proxy.requests > before + 1, 10, "the end of the registration")
-        for _ in range(5):
-            daemon.signal(signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                daemon.wait(2)
+        daemon.signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            daemon.wait(20)
         ended = daemon.process.poll() is not None
         daemon.kill()
     assert ended
@@ -324,8 +323,7 @@ def test_a_file_that_loading_does_not_expect_ends_nothing(executor, admin):
     run_job(daemon, admin, "a")
     daemon.file.write_text(good)
     reload(daemon)
-    assert "UnicodeEncodeError" in daemon.log
-    daemon.stderr.write_text(daemon.log.replace("Traceback", ""))  # this one is wanted
+    assert "admin.access_token_file: half of a character" in daemon.log
 
 
 def test_a_token_that_moves_into_a_file_takes_no_restart(executor, loopback):
