@@ -180,10 +180,14 @@ def test_a_process_whose_first_thread_has_ended(executor, admin):
     )
     log_id, reply = admin.trigger(daemon.url, "job")
     assert reply["code"] == 200
-    main = wait_until(lambda: children_of(daemon.process.pid, "Z"), what="the end of its thread")
-    result = result_of(admin, log_id)
-    assert (result["handleCode"], result["handleMsg"]) == (502, "timed out after 1 s")
-    assert not children_of(daemon.process.pid, "Z"), main
+    [main] = wait_until(lambda: children_of(daemon.process.pid, "Z"), what="the end of its thread")
+    try:
+        result = result_of(admin, log_id)
+        assert (result["handleCode"], result["handleMsg"]) == (502, "timed out after 1 s")
+        assert not children_of(daemon.process.pid, "Z")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(main, signal.SIGKILL)
 
 
 def test_the_time_zone_of_a_python_job(executor, admin, job):
