@@ -1602,7 +1602,10 @@ class _YamlReader:
                     for name, pair in self.pairs(source, path):
                         merged.setdefault(name.value, (name, pair))
             elif key.id == "scalar" and encodable(key.value) != key.value:
-                self.problem(key, f"{prefix}{encodable(key.value)}: holds half of a character")
+                self.problem(
+                    key,
+                    f"{prefix}{encodable(key.value)}: holds half of a character: write all of it",
+                )
             elif key.id != "scalar":
                 self.problem(key, (path and path + ": ") + str(_expected("a name as key", key)))
             else:
@@ -9431,9 +9434,8 @@ class Pruning:
 # --------------------------------------------------------------------------------------------------
 # 14b wiring, start and stop
 # --------------------------------------------------------------------------------------------------
-def what_is_left(counts: dict[str, int], core_ended: bool, waiting: int) -> str:
-    """What becomes of results that were not delivered, by Journal.counts(), and of the runs that
-    wait."""
+def what_is_left(counts: dict[str, int], core_ended: bool) -> str:
+    """What becomes of results that were not delivered, by Journal.counts()."""
     if not core_ended:
         return "the disk of the journal does not answer: the next start reports what is not on it"
     if counts["held"]:
@@ -9443,8 +9445,7 @@ def what_is_left(counts: dict[str, int], core_ended: bool, waiting: int) -> str:
         )
     if counts["undelivered"]:
         return f"{counted(counts['undelivered'], 'result')} kept for the next start"
-    more = f"; {counted(waiting, 'run')} will be started by the next start" if waiting else ""
-    return f"every result is delivered{more}"
+    return "every result is delivered"
 
 
 class Wiring:
@@ -9865,7 +9866,10 @@ class Daemon(Wiring):
             timer.cancel()
         self._http.close()
         core_ended = self._core.close(STORE_LIMIT)
-        left = what_is_left(self._journal.counts(), core_ended, self._core.waiting())
+        waiting = self._core.waiting()
+        if waiting:
+            log.info("%s that waited will be started by the next start", counted(waiting, "run"))
+        left = what_is_left(self._journal.counts(), core_ended)
         self._close_all(core_ended)
         log.info("stopped, %s", left)
 

@@ -427,6 +427,25 @@ def test_bad_size(problems, written, got):
             ],
         ),
         ("admin: [a]", ["1: admin: expected a mapping, got a list"]),
+        (
+            "admin: {addresses: [http://admin..corp:1/x]}",
+            [
+                "1: admin.addresses: expected an address such as http://10.0.0.5:8080/xxl-job-admin,"
+                ' got the text "http://admin..corp:1/x"'
+            ],
+        ),
+        (
+            f"executor: {{bind: '{'a' * 64}.corp:9999'}}",
+            [f"1: executor.bind: {'a' * 64}.corp is no name of a host"],
+        ),
+        (
+            'jobs: {"caf\\udce9": {shell: x}}',
+            ["1: jobs.caf?: holds half of a character: write all of it"],
+        ),
+        (
+            'jobs: {a: {shell: "caf\\udce9"}}',
+            ["1: jobs.a.shell: half of a character (a lone surrogate): write all of it"],
+        ),
         ("executor: 5", ["1: executor: expected a mapping, got the number 5"]),
         ("glue: true", ["1: glue: expected a mapping, got the truth value true"]),
         (

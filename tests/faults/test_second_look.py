@@ -337,13 +337,6 @@ def test_a_token_that_moves_into_a_file_takes_no_restart(executor, loopback):
     run_job(daemon, admin, "a")
 
 
-@pytest.mark.parametrize("host", ["admin..corp", "a" * 64 + ".corp"], ids=["empty", "long"])
-def test_a_name_that_no_host_can_have(executor, host):
-    """One line says so, see the fixture for tracebacks."""
-    daemon = executor(admin_options={"addresses": [f"http://{host}:1/x"]})
-    wait_until(lambda: f"{host} is no name of a host" in daemon.log, 10, "a word of it")
-
-
 # -- results that are refused, and repeats
 
 
