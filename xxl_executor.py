@@ -196,14 +196,19 @@ SECRETS = re.compile(
 
 
 class _OwnLogger(logging.Logger):
-    """One that a job in a thread does not switch off by dictConfig, as django.setup() would."""
+    """One that a job in a thread does not switch off by dictConfig, as django.setup() would, nor by
+    logging.disable()."""
 
     disabled = property(lambda self: False, lambda self, value: None)  # type: ignore[assignment]
 
+    def isEnabledFor(self, level: int) -> bool:
+        return level >= self.getEffectiveLevel()
 
+
+_logger_class = logging.getLoggerClass()
 logging.setLoggerClass(_OwnLogger)
 log = logging.getLogger("xxl-executor")
-logging.setLoggerClass(logging.Logger)
+logging.setLoggerClass(_logger_class)
 
 
 class ExecutorError(Exception):
@@ -999,7 +1004,7 @@ def _retention(reader: _YamlReader, node: Node) -> float:
     return value
 
 
-LONGEST = 36_500  # days; dates so far back, and waits so long, are what Python can handle
+LONGEST = 36_500 * 86_400  # seconds; longer is taken for this: Python cannot wait so long
 
 
 def _measure(pattern: str, units: dict, expected: str, positive: bool = False) -> Parse:
@@ -1009,9 +1014,7 @@ def _measure(pattern: str, units: dict, expected: str, positive: bool = False) -
             raise _expected(expected, node)
         if positive and value <= 0:
             raise _Bad(f"expected more than 0, got {node.value}", node)
-        if units is _UNITS and value > LONGEST * _UNITS["d"]:
-            raise _Bad(f"expected at most {LONGEST}d, got {node.value}", node)
-        return value
+        return min(value, LONGEST) if units is _UNITS else value
 
     return parse
 
@@ -1161,7 +1164,7 @@ def _bind(reader: _YamlReader, node: Node) -> tuple[str, int]:
     host = match[1].strip("[]") or "0.0.0.0"
     with contextlib.suppress(ValueError, OSError):  # a name
         # "0" and "::0" are all addresses too
-        numeric = re.fullmatch(r"[\d.]+", host)
+        numeric = re.fullmatch(r"0|[\d.]*\.[\d.]*", host)
         host = (
             socket.inet_ntoa(socket.inet_aton(host)) if numeric else str(ipaddress.ip_address(host))
         )
@@ -1287,22 +1290,30 @@ def place_of(job: JobConfig, program: str) -> str:
     return os.path.join(job.cwd, program.removeprefix("./"))
 
 
-_INTERPRETERS = re.compile(r"(ba|da|z|k|a)?sh|python[\d.]*|node|php|perl|ruby")
+# interpreters, and their options that take no value: behind any other one it may be no script
+_INTERPRETERS = (
+    (r"(ba|da|z|k|a)?sh", r"-[euxvlfn]+"),
+    (r"python[\d.]*", r"-[uBEsSIOqx]+"),
+    (r"perl|ruby", r"-w"),
+    (r"php|node", r"--"),
+)
 
 
 def script_problem(job: JobConfig) -> str:
-    """Why the script that an interpreter is to run in `job.command` cannot run, "" when it can."""
+    """Why the script that an interpreter is to run in `job.command` cannot run, "" when it can, or
+    when that cannot be told."""
     program, *words = job.command
-    if not _INTERPRETERS.fullmatch(os.path.basename(program)):
+    name = os.path.basename(program)
+    flags = next((flags for names, flags in _INTERPRETERS if re.fullmatch(names, name)), None)
+    while flags and words and re.fullmatch(flags, words[0]):
+        words.pop(0)
+    if not flags or not words or words[0].startswith("-") or "{" in words[0]:
         return ""
-    script = next((word for word in words if not word.startswith("-")), "")
-    before = words[: words.index(script)] if script else words
-    odd = any(re.fullmatch(r"-\w*[cemrWXo]|--.*", word) for word in before)  # it may be no script
-    if not script or odd or "{" in script:
-        return ""
-    file = place_of(job, script)
+    file = place_of(job, words[0])
     if not os.path.exists(file):
-        return f"the script {file} does not exist" if "/" in script or "." in script else ""
+        path = job.env.get("PATH", os.environ.get("PATH", os.defpath))
+        known = name == "node" or "/" not in words[0] and shutil.which(words[0], path=path)
+        return "" if known else f"the script {file} does not exist"
     try:
         fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
         try:
@@ -1311,7 +1322,7 @@ def script_problem(job: JobConfig) -> str:
             os.close(fd)
     except OSError as error:
         return f"the script {file} cannot be read: {error.strerror}"
-    if program.endswith("sh") and b"\r\n" in head:
+    if name.endswith("sh") and b"\r\n" in head:
         return f"{file} has the line ends of Windows: dos2unix {shlex.quote(file)}"
     return ""
 
@@ -1466,7 +1477,10 @@ def read_config(file: str, errors: str = "strict") -> str:
         while size <= _LARGEST and (part := stream.read(1 << 16)):
             parts.append(part)
             size += len(part)
-    return b"".join(parts).decode("utf-8", errors)
+    if size > _LARGEST:  # it may be cut within a character
+        errors = "replace"
+    text = b"".join(parts).decode("utf-8", errors)
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 class _YamlReader:
@@ -1563,7 +1577,8 @@ class _YamlReader:
             if match[0].startswith("$$"):
                 return "${"
             text = os.environ.get(match[1], "") or match[2]
-            if match[1] in _OF_RUN and match[1] not in os.environ:
+            of_run = match[1] in _OF_RUN and self.path.endswith(".command")
+            if of_run and match[1] not in os.environ:
                 raise _Bad(
                     f"${{{match[1]}}} is known in the job only: write $${match[0][1:]}", node
                 )
@@ -1848,6 +1863,17 @@ class _ConfigReader(_YamlReader):
             if not isinstance(error.__context__, FileNotFoundError):
                 self.problem(node, f"admin.access_token: {node.value}: {error}")
 
+    def _refuse_hidden(self, pattern: str, item: Node) -> None:
+        """A directory that cannot be listed looks to glob as if it were empty."""
+        if glob.has_magic(os.path.basename(pattern)):
+            directory = os.path.dirname(pattern)
+            try:
+                os.scandir(directory).close()
+            except FileNotFoundError:  # it may come
+                pass
+            except OSError as error:
+                self.problem(item, f"include: {directory} cannot be read: {error.strerror}")
+
     def _include(self, node: Node, jobs: dict, where: dict) -> None:
         if _absent(node):
             return
@@ -1858,14 +1884,7 @@ class _ConfigReader(_YamlReader):
             return
         for pattern, item in zip(patterns, node.value):
             files = sorted(glob.glob(pattern))
-            try:
-                os.scandir(os.path.dirname(pattern)).close()
-            except FileNotFoundError:  # a pattern, or as below
-                pass
-            except OSError as error:  # as if it were empty
-                told = f"include: {os.path.dirname(pattern)} cannot be read: {error.strerror}"
-                self.problem(item, told)
-                continue
+            self._refuse_hidden(pattern, item)
             if not files and not glob.has_magic(pattern):
                 self.problem(item, f"include: {item.value} does not exist: remove it, or write it")
             self.files.append(pattern)
@@ -2010,8 +2029,9 @@ def _doubtful(config: Config) -> typing.Iterator[tuple[str, str]]:
             yield "admin.addresses", told
     for pattern in config.files:
         if glob.has_magic(pattern) and not glob.glob(pattern):
+            read = set(itertools.chain.from_iterable(map(glob.glob, config.files)))
             others = glob.glob(os.path.join(os.path.dirname(pattern), "*.y*ml"))
-            for other in sorted({*others} - {os.path.abspath(config.file)})[:1]:
+            for other in sorted({*others} - {*map(os.path.abspath, read)})[:1]:
                 yield "include", f"{pattern} matches no file, and not {other}"
     encoding = sys.getfilesystemencoding()
     if encoding != "utf-8":
@@ -6405,10 +6425,11 @@ class ProcessRun(EndingRun):
                 server = self._supervisor.servers.of(self._job)
                 self._child = server.fork(self._launch.write)
                 self._forks_tried += 1
-            except BlockingIOError:
-                self._call_later(0.1, lambda: self._made(""))
-                return
             except OSError as error:
+                busy = isinstance(error, BlockingIOError) and self._cancelled is None
+                if busy and time.monotonic() < self._began + PRELOAD_LIMIT:
+                    self._call_later(0.1, lambda: self._made(""))
+                    return
                 failure = self._launch.why_not(error)
         self._launch.close_write()
         if failure:
@@ -8245,6 +8266,7 @@ class Callbacks(Undelivered, Watched):
         self._admin, self._metrics = admin, metrics
         self._closing, self._abandoned = threading.Event(), False
         self._close_by, self._last_tries = 0.0, LAST_TRIES  # when closing; monotonic
+        self._withheld = False  # whether fresh results wait for their turn after refused ones
         self._next_at = 0.0  # monotonic
         self._repeats = Repeats(journal, admin)
         self._backoff = Backoff()
@@ -8312,7 +8334,8 @@ class Callbacks(Undelivered, Watched):
     def _no_more(self, wait: float | None) -> bool:
         """While closing: whether nothing is due in time but what was refused, or nobody answers."""
         unreachable = time.monotonic() < self._retry_at
-        if wait is None or not unreachable and wait > REFUSED_PACE:
+        fresh = self._withheld or self._refused.in_parts()
+        if wait is None or not (unreachable or fresh or wait == 0.0):
             return True
         late = time.monotonic() + wait > self._close_by
         return late or self._abandoned or not self._last_tries
@@ -8329,10 +8352,10 @@ class Callbacks(Undelivered, Watched):
             if now < self._retry_at:
                 return self._retry_at - now
             fresh, again = self._undelivered(now)
-            withheld = False
+            self._withheld = False
             if fresh and self._refused.too_many():
-                withheld = not self._refused.may_ask()
-                fresh = [] if withheld else fresh[:1]
+                self._withheld = not self._refused.may_ask()
+                fresh = [] if self._withheld else fresh[:1]
             if len(fresh) >= BATCH:
                 self._attempt(Part(fresh[:BATCH], RunState.FINISHED, taken_state))
                 continue
@@ -8354,7 +8377,7 @@ class Callbacks(Undelivered, Watched):
             if due:  # what ends meanwhile goes into the next request
                 self._next_at = now + PACE
                 return 0.0
-            soonest = min(wait, self._refused.soonest(withheld) - now)
+            soonest = min(wait, self._refused.soonest(self._withheld) - now)
             return None if soonest == float("inf") else max(0.05, soonest)
 
     def _attempt(self, part: Part) -> bool:
@@ -8492,7 +8515,7 @@ class _Link:
             OSError,
             ValueError,
             RuntimeError,
-        )  # no thread for the timer
+        )  # the last: no thread for the timer
         self._socket: socket.socket | None = None
         self._expired = False
         self._session = requests.Session()
@@ -8500,7 +8523,8 @@ class _Link:
         self._session.trust_env = False
         here = is_loopback(urllib.parse.urlsplit(url).hostname or "")
         self._session.proxies = {} if here else requests.utils.get_environ_proxies(url)
-        proxy = requests.utils.select_proxy(url, self._session.proxies)
+        proxy = requests.utils.select_proxy(url, self._session.proxies) or ""
+        proxy = proxy and requests.utils.prepend_scheme_if_needed(proxy, "http")
         # for messages, without a password
         self.via = f" (through the proxy {proxy.rpartition('@')[2]})" if proxy else ""
         self._session.verify = (
@@ -8524,12 +8548,10 @@ class _Link:
 
         pools = {"http": HttpPool, "https": HttpsPool}
         for prefix in ("http://", "https://"):
-            adapter = requests.adapters.HTTPAdapter(
-                pool_connections=1, pool_maxsize=1, max_retries=0
-            )
-            managers = [adapter.poolmanager, *([adapter.proxy_manager_for(proxy)] if proxy else [])]
-            for manager in managers:
-                manager.pool_classes_by_scheme = pools
+            adapter = requests.adapters.HTTPAdapter(pool_connections=1, pool_maxsize=1)
+            adapter.poolmanager.pool_classes_by_scheme = pools
+            if proxy.partition(":")[0] in pools:  # SOCKS has its own
+                adapter.proxy_manager_for(proxy).pool_classes_by_scheme = pools
             self._session.mount(prefix, adapter)
 
     def _connect(self, connection: typing.Any) -> socket.socket:
@@ -8778,7 +8800,8 @@ class AdminClient:
                     break
             # An error page, or a token that is wrong now, says nothing of what was sent; but a page
             # that a proxy shows to some requests may.
-            away = code is None and status not in (400, 403, 406, 413) or "token" in message.lower()
+            shown = code is not None or status in (400, 403, 405, 406, 413, 422)
+            away = not shown or re.search("access ?token", message, re.IGNORECASE) is not None
             failure = AdminRefused(f"{address.url}{path}{link.via}: {message}", away)
             address.last_error = str(failure)
             if code is not None:  # one cluster: the others would say the same
@@ -10303,7 +10326,7 @@ def cmd_demo(arguments: argparse.Namespace) -> int:
         )
         if not arguments.once:
             _show_how_to_go_on(names[0], daemon.url, admin.token, data_dir)
-            with contextlib.suppress(KeyboardInterrupt):
+            with contextlib.suppress(KeyboardInterrupt, SystemExit):
                 threading.Event().wait()
     return 0
 
