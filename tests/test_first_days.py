@@ -174,6 +174,14 @@ def test_included_files_that_are_not_read(place):
     assert status == 2 and "include: " in err and "cannot be read: Not a directory" in err
 
 
+def test_line_ends_of_windows_beside_a_mistake(place):
+    """What names only the data directory is read nevertheless."""
+    text = f"executor:\n  data_dir: {place.directory}/gone\njobs: [\n".replace("\n", "\r\n")
+    (place.directory / "config.yaml").write_bytes(text.encode())
+    status, _, err = place.run("runs")
+    assert (status, "/gone/journal.db does not exist" in err) == (1, True), err
+
+
 def test_a_closed_stdout(place):
     place.write(f"{HEAD}jobs: {{a: {{shell: x}}}}\n")
     for command in ("check", "status"):

@@ -89,7 +89,8 @@ def test_the_admin_that_has_an_address_of_ipv4_tells_it(executor, admin, ipv6):
 # -- proxies
 
 
-def test_an_http_proxy_that_drips_is_given_up(executor, admin):
+@pytest.mark.parametrize("scheme", ["http://", ""], ids=["scheme", "none"])
+def test_an_http_proxy_that_drips_is_given_up(executor, admin, scheme):
     """An exchange ends after admin.timeout, also where each byte comes in time."""
     with Proxy(admin, lambda number: "drip") as proxy:
         daemon = executor(
@@ -99,7 +100,7 @@ def test_an_http_proxy_that_drips_is_given_up(executor, admin):
                 "connect_timeout": "1s",
             },
             env={
-                **dict.fromkeys(("http_proxy", "HTTP_PROXY"), f"http://127.0.0.1:{proxy.port}"),
+                **dict.fromkeys(("http_proxy", "HTTP_PROXY"), f"{scheme}127.0.0.1:{proxy.port}"),
                 **dict.fromkeys(("no_proxy", "NO_PROXY"), ""),
             },
         )
@@ -109,6 +110,26 @@ def test_an_http_proxy_that_drips_is_given_up(executor, admin):
 
 
 # -- results while the executor stops
+
+
+def test_a_stop_asks_for_refused_results_no_more(executor, admin):
+    """However many they are: each is asked for again at the next start."""
+    asked = []
+
+    def behave(path, body):
+        if not path.endswith("callback"):
+            return None
+        asked.append(path)
+        return 200, b'{"code": 500, "msg": "no such log"}'
+
+    admin.behave = behave
+    daemon = executor({"a": {"shell": "true"}}, admin=admin)
+    for job_id in range(1, 41):
+        admin.trigger(daemon.url, "a", jobId=job_id)
+    wait_until(lambda: daemon.log.count("the admin refuses the result") == 40, 30, "the refusals")
+    before = len(asked)
+    assert daemon.stop() == 0
+    assert len(asked) - before <= 3, "what was on its way"
 
 
 def test_a_stop_delivers_although_the_first_attempt_is_reset(executor, admin, tmp_path):

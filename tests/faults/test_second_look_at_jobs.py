@@ -46,6 +46,9 @@ def configures():
 def forces():
     logging.basicConfig(level=logging.INFO, force=True)
 
+def disables():
+    logging.disable(logging.CRITICAL)
+
 class Talker:
     def __init__(self):
         self.itself, self.logger = self, logging.getLogger("talker")
@@ -102,7 +105,7 @@ def test_a_finalizer_that_prints(executor, admin, job):
     assert "not closed\n" in daemon.log_text(log_id)
 
 
-@pytest.mark.parametrize("name", ["configures", "forces"])
+@pytest.mark.parametrize("name", ["configures", "forces", "disables"])
 def test_a_job_that_sets_up_logging(executor, admin, job, name):
     """What a thread job does to the loggers of its process, as django.setup() does, does not
     silence the executor."""
