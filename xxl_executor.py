@@ -1256,16 +1256,22 @@ class GlueConfig:
     timeout: float = _option(_duration, "0")
 
 
+def head_of(file: str) -> bytes:
+    """What a regular file begins with, a NUL for anything else, which does not hold this up. Raises
+    OSError."""
+    fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, 4096) if stat.S_ISREG(os.fstat(fd).st_mode) else b"\0"
+    finally:
+        os.close(fd)
+
+
 def unstartable(file: str) -> str:
     """Why the kernel would not start `file`, which may be executed; "" when it would, or when that
     cannot be told. What is no regular file, or becomes another one meanwhile, does not hold it up.
     """
     try:
-        fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-        try:
-            head = os.read(fd, 256) if stat.S_ISREG(os.fstat(fd).st_mode) else b"\0"
-        finally:
-            os.close(fd)
+        head = head_of(file)
     except OSError:
         return ""
     first = head.split(b"\n")[0]
@@ -1315,11 +1321,7 @@ def script_problem(job: JobConfig) -> str:
         known = name == "node" or "/" not in words[0] and shutil.which(words[0], path=path)
         return "" if known else f"the script {file} does not exist"
     try:
-        fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-        try:
-            head = os.read(fd, 4096) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
-        finally:
-            os.close(fd)
+        head = head_of(file)
     except OSError as error:
         return f"the script {file} cannot be read: {error.strerror}"
     if name.endswith("sh") and b"\r\n" in head:
@@ -1466,19 +1468,19 @@ def _not_yaml(problem: str) -> str:
     )
 
 
-_LARGEST = 16 << 20  # characters
+_LARGEST = 16 << 20  # bytes
 
 
 def read_config(file: str, errors: str = "strict") -> str:
-    """Its text, or a part of it that is longer than _LARGEST. Raises OSError and
-    UnicodeDecodeError, which has all of it."""
+    """Its text; of one that is larger than _LARGEST only the beginning, with "replace". Raises
+    OSError, and UnicodeDecodeError, which has all of the file."""
     parts, size = [], 0
     with open(file, "rb") as stream:
         while size <= _LARGEST and (part := stream.read(1 << 16)):
             parts.append(part)
             size += len(part)
-    if size > _LARGEST:  # it may be cut within a character
-        errors = "replace"
+    if size > _LARGEST and errors == "strict":
+        raise OSError(errno.EFBIG, "it is larger than 16 MiB")
     text = b"".join(parts).decode("utf-8", errors)
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
@@ -1527,8 +1529,6 @@ class _YamlReader:
         """The root mapping of `file`, or None after a problem."""
         try:
             text = read_config(file)
-            if len(text) > _LARGEST:
-                raise OSError(errno.EFBIG, "it is larger than 16 MiB")
             root = self.compose(text, file)
         except OSError as error:
             self.problems.append(
@@ -10291,8 +10291,7 @@ def cmd_demo(arguments: argparse.Namespace) -> int:
     names = [job.name for job in config.jobs.values() if job.enabled]
     if not names:
         raise ConfigError(f"{config.file}: jobs: expected at least one job to show")
-    for logger in (log, logging.root):
-        logger.setLevel(logging.WARNING)
+    log_from(logging.WARNING)
     with (
         tempfile.TemporaryDirectory(prefix="xxl-demo-") as data_dir,
         contextlib.ExitStack() as cleanup,
@@ -10436,8 +10435,7 @@ def cmd_exec(arguments: argparse.Namespace) -> int:
     if job is None:
         known = ", ".join([*config.jobs, *config.scripts.look()[0]]) or "none"
         raise ConfigError(f'{config.file}: there is no job "{arguments.job}": known are {known}')
-    for logger in (log, logging.root):
-        logger.setLevel(logging.WARNING)
+    log_from(logging.WARNING)
     job = dataclasses.replace(job, timeout=shortest(job.timeout, arguments.timeout))
     now, (shard, total) = int(time.time() * 1000), arguments.shard
     param = arguments.param
@@ -11075,6 +11073,12 @@ class _Json(logging.Formatter):
         return "\n".join(shown)
 
 
+def log_from(level: int) -> None:
+    """Log what is of this `level` or above, of the executor and of others."""
+    for logger in (log, logging.root):
+        logger.setLevel(level)
+
+
 def set_up_logging(output: Output) -> None:
     """One line an event to `output`; under systemd with a priority and without the time. Names of
     threads are switched off here."""
@@ -11087,8 +11091,8 @@ def set_up_logging(output: Output) -> None:
     logging._srcfile = None
     log.addHandler(handler)  # of its own too: a job may take the root's away
     log.propagate = False
-    log.setLevel(logging.INFO)
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.basicConfig(handlers=[handler])
+    log_from(logging.INFO)
     logging.getLogger("urllib3").setLevel(logging.ERROR)
 
 

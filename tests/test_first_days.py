@@ -221,6 +221,10 @@ def test_a_file_that_is_no_configuration(place):
         2,
         "/dev/zero: cannot be read: it is larger than 16 MiB: give a readable file with -c FILE\n",
     )
+    # by its bytes, of which some characters take more than one: never only a part of it is read
+    text = f"{HEAD}jobs: {{a: {{shell: x}}}}\n" + ("# " + "字" * 1000 + "\n") * 5700
+    status, _, err = place.write(text + "jobs: {b: {shell: x}}\n").run("check")
+    assert status == 2 and "it is larger than 16 MiB" in err
 
 
 @pytest.mark.parametrize(

@@ -519,6 +519,16 @@ def test_a_thread_that_never_returns(executor, admin, tmp_path):
     )
 
 
+def in_a_thread(directory, entry_point):
+    """A job of a module in `directory` that is soon told to be stuck."""
+    return {
+        "python": entry_point,
+        "isolation": "thread",
+        "pythonpath": [str(directory)],
+        "kill_grace": "0.2s",
+    }
+
+
 def test_a_stuck_thread_killed_by_the_admin_or_covered(executor, admin, tmp_path):
     (tmp_path / "stuck_job.py").write_text(
         "import pathlib, threading\n"
@@ -526,12 +536,7 @@ def test_a_stuck_thread_killed_by_the_admin_or_covered(executor, admin, tmp_path
         "    pathlib.Path(context.param).touch()\n"
         "    threading.Event().wait()\n"
     )
-    job = {
-        "python": "stuck_job:main",
-        "isolation": "thread",
-        "pythonpath": [str(tmp_path)],
-        "kill_grace": "0.2s",
-    }
+    job = in_a_thread(tmp_path, "stuck_job:main")
     daemon = executor({"stuck": job}, admin=admin, executor={"drain_timeout": "0.2s"})
     marks = [tmp_path / "one", tmp_path / "two"]
     ids = [
@@ -561,12 +566,7 @@ def test_what_waits_behind_a_stuck_thread_is_kept_at_a_stop(executor, admin, tmp
         "        threading.Event().wait()\n"
         "    return 'returned'\n"
     )
-    job = {
-        "python": "stuck_job:main",
-        "isolation": "thread",
-        "pythonpath": [str(tmp_path)],
-        "kill_grace": "0.2s",
-    }
+    job = in_a_thread(tmp_path, "stuck_job:main")
     daemon = executor({"stuck": job}, admin=admin, executor={"drain_timeout": "0.2s"})
     stuck, *waiting = [accept(daemon, admin, "stuck") for _ in range(3)]
     wait_until(mark.exists)
@@ -587,12 +587,7 @@ def test_a_thread_that_returns_late(executor, admin, tmp_path):
         "        threading.Event().wait(0.02)\n"
         "    return 'returned'\n"
     )
-    job = {
-        "python": "late_job:main",
-        "isolation": "thread",
-        "pythonpath": [str(tmp_path)],
-        "kill_grace": "0.2s",
-    }
+    job = in_a_thread(tmp_path, "late_job:main")
     daemon = executor({"late": job}, admin=admin, executor={"max_running": 1})
     gate = tmp_path / "go"
     late = accept(daemon, admin, "late", executorParams=str(gate), executorTimeout=1)
